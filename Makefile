@@ -1,0 +1,45 @@
+# Everything here sets up what it needs in .venv; the only things wanted beforehand are python3 (3.11 or newer), git and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format golden clean
+
+help:
+	@echo "make demo    export the bundled checkpoint as fp32 and q4, prove it, generate text from both"
+	@echo "make test    run the tests"
+	@echo "make lint    ruff format and check, mypy"
+	@echo "make golden  write golden_outputs/ anew (after the bundled checkpoints changed)"
+
+# torch is installed by its exact version and first: a local CPU build is then taken where pip is set up to find one,
+# and no other package can pull in another build.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("lfm2-export needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/lfm2-export demo
+
+# Two processes: the tests are many small exports, which a second core halves.
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+golden: $(STAMP)
+	$(BIN)/python examples/write_golden_outputs.py
+
+clean:
+	rm -rf $(VENV) demo_output build dist *.egg-info

@@ -1,0 +1,280 @@
+"""An artifact: the folder that an export leaves behind, made all at once and checked when it is opened.
+
+In: files that backends write, and their ``Program``. Out: a folder with ``lfm2_export.json``, which names every file
+with its size and SHA-256. ``ArtifactWriter`` makes one or adds to one; ``Artifact`` opens one. Neither needs torch.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from lfm2_export.errors import ArtifactError
+from lfm2_export.hashing import sha256_files
+from lfm2_export.manifest import MANIFEST, CheckpointRecord, FileEntry, Manifest, Program, preference
+from lfm2_export.staging import Staging, contents, is_plain_name, recover
+
+# People edit the model card; a changed one is no damage.
+_NOT_VOUCHED_FOR = ("README.md", MANIFEST)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """An opened artifact; ``path`` is its folder."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool = True) -> Artifact:
+        """Reads the manifest and, with ``verify``, checks every file that it names.
+
+        Raises:
+            ArtifactError: the folder or its manifest is missing or damaged, or a file is missing or was changed.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise ArtifactError(f"{folder}: no such directory; give the folder that `lfm2-export export` wrote")
+        recover(folder)
+        artifact = cls(path=folder, manifest=_read_manifest(folder))
+        if verify:
+            artifact.verify()
+        return artifact
+
+    def verify(self, *programs: Program, hashes: bool = True) -> None:
+        """Checks that the files of ``programs`` (default: of all) and the shared ones are what was exported.
+
+        Sizes are always compared; SHA-256 with ``hashes``, where a file that was checked before and has not been
+        touched since costs nothing.
+
+        Raises:
+            ArtifactError: names the first file that is missing, has another size, or another content.
+        """
+        entries = dict(self.manifest.files)
+        for program in programs or self.manifest.programs:
+            entries |= program.files
+        for name, entry in entries.items():
+            self._check_size(name, entry)
+        if hashes:
+            self._check_hashes(entries)
+
+    def _check_size(self, name: str, entry: FileEntry) -> None:
+        path = self.path / name
+        if not path.is_file():
+            raise ArtifactError(f"{path}: is missing, but {MANIFEST} names it; export again or bring it back")
+        if (size := path.stat().st_size) != entry.bytes:
+            raise ArtifactError(
+                f"{path}: has {size} bytes where the export wrote {entry.bytes}; it was truncated or replaced, "
+                "export again or bring it back"
+            )
+
+    def _check_hashes(self, entries: Mapping[str, FileEntry]) -> None:
+        try:
+            digests = sha256_files((self.path / name for name in entries), remembered=True)
+        except OSError as error:
+            raise ArtifactError(f"{error.filename}: cannot be read ({error.strerror}); check the disk") from error
+        for name, entry in entries.items():
+            if digests[self.path / name] != entry.sha256:
+                raise ArtifactError(
+                    f"{self.path / name}: was changed since the export (its sha256 is another); "
+                    "export again or bring it back"
+                )
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """All programs, the preferred one first."""
+        return tuple(sorted(self.manifest.programs, key=preference))
+
+    def program(self, backend: str | None = None, scheme: str | None = None) -> Program:
+        """The preferred program among those of a backend and scheme.
+
+        Raises:
+            ArtifactError: there is none; the message lists those that there are.
+        """
+        for program in self.programs:
+            if backend in (None, program.backend) and scheme in (None, program.scheme):
+                return program
+        asked = " ".join(word for word in (backend, scheme) if word is not None) or "any"
+        there = ", ".join(map(str, self.programs)) or "none"
+        raise ArtifactError(f"{self.path}: has no {asked} program, only: {there}; export it into this folder first")
+
+    def graph(self, program: Program, role: str) -> Path | None:
+        """The file of a program's graph for a role, None where it has none."""
+        name = program.graphs.get(role)
+        return None if name is None else self.path / name
+
+    def update(
+        self, *, parity: Mapping[tuple[str, str], Mapping[str, Any]] | None = None, readme: str | None = None
+    ) -> Artifact:
+        """Records parity figures by (backend, scheme), and replaces the model card; atomically.
+
+        Raises:
+            ArtifactError: no such program, the folder cannot be written, or an export is writing to it.
+            ResourceError: the disk is full.
+        """
+        with Staging(self.path, last=MANIFEST) as staging:
+            manifest = _with_parity(_read_manifest(self.path), parity or {}, self.path)
+            (staging.files / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+            if readme is not None:
+                (staging.files / "README.md").write_text(readme, encoding="utf-8")
+            staging.commit()
+        return replace(self, manifest=manifest)
+
+
+def _with_parity(manifest: Manifest, parity: Mapping[tuple[str, str], Mapping[str, Any]], folder: Path) -> Manifest:
+    keys = [program.key for program in manifest.programs]
+    for key in parity:
+        if key not in keys:
+            raise ArtifactError(f"{folder}: has no {' '.join(key)} program to record figures for; export it first")
+    programs = (replace(p, parity=parity[p.key]) if p.key in parity else p for p in manifest.programs)
+    return replace(manifest, programs=tuple(programs))
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    try:
+        return Manifest.from_json(path.read_bytes(), str(path))
+    except FileNotFoundError as error:
+        kind = "a checkpoint: export it first" if list(folder.glob("*.safetensors")) else "not an artifact"
+        raise ArtifactError(f"{folder}: has no {MANIFEST}; it is {kind}") from error
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror}); check the file") from error
+
+
+class ArtifactWriter:
+    """Makes an artifact, or adds programs to one of the same checkpoint. Use as a context manager.
+
+    Files are written to ``path(name)``; ``add_program`` claims those that a program needs, the rest is shared.
+    ``commit`` puts everything into place at once; without it nothing of this export remains. ``checkpoint`` may be a
+    function, called when the record is needed first: hashing takes its time.
+
+    Raises:
+        ArtifactError: on entering, where the folder holds something else, another checkpoint's artifact, or is being
+            written to.
+        ResourceError: on leaving, where the disk was full.
+    """
+
+    def __init__(self, folder: str | Path, checkpoint: CheckpointRecord | Callable[[], CheckpointRecord]):
+        self._staging = Staging(Path(folder), last=MANIFEST)
+        self._record = checkpoint
+        self._added: dict[tuple[str, str], Program] = {}
+        self.existing: Manifest | None = None
+
+    def __enter__(self) -> ArtifactWriter:
+        self._staging.__enter__()
+        try:
+            self.existing = self._read_existing()
+        except BaseException:
+            self._staging.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._staging.__exit__(kind, error, trace)
+
+    @property
+    def _checkpoint(self) -> CheckpointRecord:
+        return self._record() if callable(self._record) else self._record
+
+    @property
+    def folder(self) -> Path:
+        """Where the artifact will be."""
+        return self._staging.folder
+
+    @property
+    def root(self) -> Path:
+        """Where its files are made; ``path`` gives places below it."""
+        return self._staging.files
+
+    def _read_existing(self) -> Manifest | None:
+        names = contents(self.folder)
+        if not names:
+            return None
+        if MANIFEST not in names:
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            raise ArtifactError(
+                f"{self.folder}: exists and holds something else ({shown}); give another --output or an empty folder"
+            )
+        manifest = _read_manifest(self.folder)
+        if not manifest.checkpoint.is_same_as(self._checkpoint):
+            raise ArtifactError(
+                f"{self.folder}: is an artifact of another checkpoint ({manifest.checkpoint}, now "
+                f"{self._checkpoint}: config or weights differ); give another --output"
+            )
+        return manifest
+
+    def path(self, name: str) -> Path:
+        """Where to write the file ``name`` (relative, forward slashes); its folders are made."""
+        if not is_plain_name(name):
+            raise ValueError(f"{name!r} leaves the artifact's folder")
+        path = self._staging.files / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def write_text(self, name: str, text: str) -> None:
+        self.path(name).write_text(text, encoding="utf-8")
+
+    def write_json(self, name: str, value: object) -> None:
+        self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def copy(self, source: Path, name: str | None = None) -> None:
+        """Copies a file of the checkpoint; where it is a link, what it points to."""
+        shutil.copyfile(source, self.path(name or source.name))
+
+    def add_program(self, program: Program, files: Iterable[str]) -> Program:
+        """Adds a program, or replaces the one of its backend and scheme; hashes its files, which are final now.
+
+        Args:
+            program: its ``files`` are filled in here.
+            files: the names of all files that it needs, written to ``path(name)`` before.
+        """
+        names = sorted(files)
+        for other in self.programs:
+            shared = other.files.keys() & set(names)
+            if other.key != program.key and shared:
+                raise ArtifactError(f"{self.folder}: {min(shared)} of {program} belongs to {other} already")
+        program = replace(program, files=self._entries(names))
+        self._added[program.key] = program
+        return program
+
+    def _entries(self, names: Iterable[str]) -> dict[str, FileEntry]:
+        paths = {name: self._staging.files / name for name in names}
+        digests = sha256_files(paths.values())
+        return {
+            name: FileEntry(bytes=path.stat().st_size, sha256=digests[path]) for name, path in sorted(paths.items())
+        }
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """What the artifact will hold after ``commit``, the preferred program first."""
+        kept = self.existing.programs if self.existing else ()
+        by_key = {program.key: program for program in kept} | self._added
+        return tuple(sorted(by_key.values(), key=preference))
+
+    def commit(self) -> Artifact:
+        """Puts the files into place; call it once, as the last step."""
+        manifest = self._manifest()
+        text = manifest.to_json()
+        Manifest.from_json(text)  # what cannot be read back must not replace what can
+        self.write_text(MANIFEST, text)
+        before = self.existing.all_files() if self.existing else {}
+        self._staging.commit(delete=sorted(before.keys() - manifest.all_files().keys()))
+        return Artifact(path=self.folder, manifest=manifest)
+
+    def _manifest(self) -> Manifest:
+        claimed = {name for program in self._added.values() for name in program.files}
+        written = {p.relative_to(self._staging.files).as_posix() for p in self._staging.files.rglob("*") if p.is_file()}
+        shared = self._entries(written - claimed - set(_NOT_VOUCHED_FOR))
+        kept = dict(self.existing.files) if self.existing else {}
+        return Manifest(
+            checkpoint=self.existing.checkpoint if self.existing else self._checkpoint,
+            programs=self.programs,
+            files=dict(sorted({**kept, **shared}.items())),
+        )

@@ -1,0 +1,76 @@
+"""One folder per backend: how a model is lowered to it, and the runner that executes the result.
+
+A backend's module offers what ``Backend`` lists; it is imported when it is asked for, so that a runtime is loaded only
+where it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from lfm2_export.errors import ExportError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+
+    from lfm2_export.artifact import ArtifactWriter
+    from lfm2_export.backends.base import Runner
+    from lfm2_export.backends.program import Estimate, ExportedProgram, ExportRequest
+    from lfm2_export.checkpoint import Checkpoint
+    from lfm2_export.config import ModelConfig
+    from lfm2_export.manifest import Program
+    from lfm2_export.models.loading import WeightSource
+
+BACKENDS = ("onnx", "executorch")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FullPrecision:
+    """Logits [T, V] of each row without quantized activations; ``exact``: only rounding in float32 is left."""
+
+    logits: tuple[np.ndarray, ...]
+    exact: bool
+
+
+class Backend(Protocol):
+    """What a backend's module offers. ``KL_TOLERANCE``: how far (mean KL divergence) int8 activations may take a
+    quantized program from the eager model with the same weights."""
+
+    SCHEMES: tuple[str, ...]
+    KL_TOLERANCE: float
+
+    def estimate(self, request: ExportRequest) -> Estimate:
+        """What the export will need; refuses what cannot be lowered, before any work."""
+
+    def export_program(self, request: ExportRequest) -> ExportedProgram:
+        """Writes the program's files below ``request.folder``."""
+
+    def runtime_files(self, checkpoint: Checkpoint, writer: ArtifactWriter) -> None:
+        """Writes the files by which other runtimes find the backend's programs in the artifact."""
+
+    def load_runner(self, folder: Path, program: Program, *, threads: int | None = None) -> Runner:
+        """A runner on one program of an artifact."""
+
+    def stored_weights(self, folder: Path, program: Program, config: ModelConfig) -> WeightSource:
+        """What the program computes with, read back from its files: float32 values under the published names."""
+
+    def score_at_full_precision(
+        self, folder: Path, program: Program, rows: Sequence[np.ndarray], *, threads: int | None = None
+    ) -> FullPrecision | None:
+        """Logits of every position with kernels that leave activations alone; None where there is no such choice."""
+
+
+def get_backend(name: str) -> Backend:
+    """A backend's module.
+
+    Raises:
+        ExportError: there is no such backend; the message lists those that there are.
+    """
+    if name not in BACKENDS:
+        raise ExportError(f"backend {name!r} is unknown; known backends: {', '.join(BACKENDS)}")
+    return importlib.import_module(f"lfm2_export.backends.{name}")

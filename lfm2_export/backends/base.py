@@ -1,0 +1,175 @@
+"""What every backend offers to the rest: the Runner protocol and the state that it hands out.
+
+In: token ids, row by row. Out: logits as float32. Generation, benchmarks, parity and the transformers class know
+runners by this protocol alone, so a new backend needs nothing from them. No backend is imported here.
+
+Shape suffixes: B rows of a batch, T new tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from lfm2_export.errors import ContextLimitError, RunnerError
+
+# One list of token ids per row; an int64 array [B, T] is one too.
+TokenRows = Sequence[Sequence[int]] | Sequence[np.ndarray] | np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Snapshot:
+    """A copy of a runner's whole state: it outlives the runner's own and can be restored any number of times.
+
+    ``tensors`` by ``past_name``: conv states [B, L-1, hidden], keys and values [B, kv_heads, max(lengths), head_dim]
+    (trimmed: they fit a runner of any capacity). ``lengths`` int64 [B]: tokens held per row.
+    """
+
+    program_id: str
+    lengths: np.ndarray
+    tensors: Mapping[str, np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Mark:
+    """A place in a runner's current state to come back to, far smaller than a Snapshot.
+
+    It holds the conv states only; keys and values stay in the runner, where later tokens never touch earlier ones. It
+    therefore dies with that state (``reset``, ``restore``, ``reorder``, or a ``rewind`` to an earlier place).
+    """
+
+    lengths: np.ndarray
+    conv: Mapping[str, np.ndarray] = field(repr=False)
+
+
+@runtime_checkable
+class Runner(Protocol):
+    """Runs one exported program and keeps its state between calls. Not safe for use by two threads at once.
+
+    Every method checks its arguments first: a RunnerError or ContextLimitError leaves the state as it was.
+    """
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens that one row can hold."""
+
+    @property
+    def max_batch_size(self) -> int | None:
+        """The most rows that the program takes at once; None where only memory limits them."""
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens held per row, int64 [B]; a copy."""
+
+    @property
+    def can_score(self) -> bool:
+        """Whether the artifact has a graph with the logits of every position."""
+
+    def reset(self, batch_size: int = 1) -> None:
+        """Forgets everything; ``batch_size`` empty rows from here on."""
+
+    def prefill(self, input_ids: TokenRows, *, chunk_size: int | None = None) -> np.ndarray:
+        """Appends one list of tokens to each row (the lists may differ in length).
+
+        Returns:
+            float32 [B, V]: the logits after each row's last token.
+        """
+
+    def prefill_scored(self, input_ids: TokenRows, *, chunk_size: int | None = None) -> list[np.ndarray]:
+        """``prefill`` that returns the logits after every new token: one float32 [T_b, V] per row."""
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Appends one token to each row; returns float32 [B, V]."""
+
+    def score(self, input_ids: TokenRows, *, chunk_size: int | None = None) -> np.ndarray:
+        """The logits after every token of rows of one length, float32 [B, T, V]; leaves the state alone."""
+
+    def snapshot(self) -> Snapshot:
+        """A copy of the state."""
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Replaces the state, the number of rows included, by a copy of ``snapshot``."""
+
+    def mark(self) -> Mark:
+        """The current place, to ``rewind`` to."""
+
+    def rewind(self, mark: Mark) -> None:
+        """Forgets what was appended after ``mark``; a RunnerError where the state has been replaced since."""
+
+    def is_valid(self, mark: Mark) -> bool:
+        """Whether ``rewind(mark)`` is possible."""
+
+    def reorder(self, indices: Sequence[int] | np.ndarray) -> None:
+        """New row i becomes a copy of old row ``indices[i]``: beam search, repeated or dropped rows."""
+
+
+def check_rows(input_ids: TokenRows, batch_size: int, vocab_size: int) -> list[np.ndarray]:
+    """The rows as int64 arrays.
+
+    Raises:
+        RunnerError: another number of rows than the state has, an empty row, or an id that is not in the vocabulary.
+    """
+    if len(input_ids) != batch_size:
+        rows = len(input_ids)
+        raise RunnerError(f"{rows} rows of tokens for a state of {batch_size}; pass one per row or reset({rows}) first")
+    return [_check_row(row, index, vocab_size) for index, row in enumerate(input_ids)]
+
+
+def _check_row(row: Sequence[int] | np.ndarray, index: int, vocab_size: int) -> np.ndarray:
+    tokens = np.asarray(row)
+    if tokens.size == 0:
+        raise RunnerError(
+            f"row {index} is empty; a prompt needs at least one token (the tokenizer's bos, for instance)"
+        )
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise RunnerError(
+            f"row {index}: expected a list of token ids, found {tokens.dtype} values of shape {list(tokens.shape)}"
+        )
+    outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
+    if outside.size:
+        raise RunnerError(
+            f"row {index}: token id {outside[0]} is not in the vocabulary of {vocab_size}; "
+            "use the tokenizer that came with this artifact"
+        )
+    return tokens.astype(np.int64)
+
+
+def check_fits(lengths: np.ndarray, new_tokens: Sequence[int], context_length: int) -> None:
+    """Raises ContextLimitError where a row would hold more than ``context_length`` tokens."""
+    for row, (held, new) in enumerate(zip(lengths.tolist(), new_tokens, strict=True)):
+        if held + new > context_length:
+            after = f" after {held} held" if held else ""
+            raise ContextLimitError(
+                f"row {row}: {new} tokens{after} do not fit the context limit of {context_length}; "
+                "shorten the prompt or start a new conversation"
+            )
+
+
+def check_batch_size(batch_size: int, max_batch_size: int | None) -> None:
+    if batch_size < 1:
+        raise RunnerError(f"batch_size={batch_size}: a state needs at least one row")
+    if max_batch_size is not None and batch_size > max_batch_size:
+        raise RunnerError(f"batch_size={batch_size}: this program takes at most {max_batch_size} rows at once")
+
+
+def check_indices(indices: Sequence[int] | np.ndarray, batch_size: int) -> np.ndarray:
+    """Row numbers as int64 [new B]; a RunnerError where one does not exist."""
+    rows = np.asarray(indices)
+    if rows.ndim != 1 or rows.size == 0 or rows.dtype.kind not in "iu":
+        raise RunnerError(f"reorder needs a list of row numbers, found {indices!r}")
+    if rows.min() < 0 or rows.max() >= batch_size:
+        raise RunnerError(f"reorder: rows {rows.tolist()} of a state that has {batch_size}")
+    return rows.astype(np.int64)

@@ -1,0 +1,65 @@
+"""The ExecuTorch backend: one .pte file for ExecuTorch's LLM runners, XNNPACK for the linear layers.
+
+Exporting and running both import torch and executorch, on first use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from lfm2_export.artifact import ArtifactWriter
+    from lfm2_export.backends.executorch.runner import ExecutorchRunner
+    from lfm2_export.backends.executorch.stored import StoredWeights
+    from lfm2_export.backends.program import Estimate, ExportedProgram, ExportRequest
+    from lfm2_export.checkpoint import Checkpoint
+    from lfm2_export.config import ModelConfig
+    from lfm2_export.manifest import Program
+
+SCHEMES = ("fp32", "8da4w")
+# Activations are int8, one scale a token, at every linear layer.
+KL_TOLERANCE = 2e-3
+
+
+def estimate(request: ExportRequest) -> Estimate:
+    """Disk and memory that an export will need; refuses what does not fit the operators."""
+    from lfm2_export.backends.executorch import export
+
+    return export.estimate(request)
+
+
+def export_program(request: ExportRequest) -> ExportedProgram:
+    """Writes one scheme's .pte, or its two where both ways of running experts were asked for."""
+    from lfm2_export.backends.executorch import export
+
+    return export.export_program(request)
+
+
+def runtime_files(checkpoint: Checkpoint, writer: ArtifactWriter) -> None:
+    """The checkpoint's config, unless the artifact has one that other runtimes' settings were added to."""
+    if writer.existing is None or "config.json" not in writer.existing.files:
+        writer.write_json("config.json", checkpoint.raw_config)
+
+
+def load_runner(folder: Path, program: Program, *, threads: int | None = None) -> ExecutorchRunner:
+    """A runner on the program's file that is fastest here."""
+    from lfm2_export.backends.executorch.runner import ExecutorchRunner
+
+    return ExecutorchRunner.from_program(folder, program, threads=threads)
+
+
+def stored_weights(folder: Path, program: Program, config: ModelConfig) -> StoredWeights:
+    """The weights that the program computes with, read back out of its file."""
+    from lfm2_export.backends.executorch.stored import open_stored
+
+    return open_stored(folder, program, config)
+
+
+def score_at_full_precision(
+    folder: Path, program: Program, rows: Sequence[np.ndarray], *, threads: int | None = None
+) -> None:
+    """There is no such choice: XNNPACK's int4 kernels take int8 activations only."""

@@ -1,0 +1,163 @@
+"""Exports one scheme of a checkpoint as a .pte, and says what the manifest needs to know of it.
+
+In: an ``ExportRequest``. Out: files under ``executorch/`` of its folder and an ``ExportedProgram``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from lfm2_export.backends.executorch.plan import MoeOp, WeightPlan, make_plan
+from lfm2_export.backends.program import Estimate, ExportedProgram, ExportRequest
+from lfm2_export.cache import CacheSpec
+from lfm2_export.errors import ExportError
+from lfm2_export.manifest import MODEL, StoredTensor, TensorSpec
+from lfm2_export.models import get_family
+from lfm2_export.quant.algorithms import get_algorithm
+from lfm2_export.resources import export_memory_needed
+
+FOLDER = "executorch"
+DEFAULT_MAX_CONTEXT = 4096
+BOTH = "both"
+
+
+def estimate(request: ExportRequest) -> Estimate:
+    """Disk and memory that the export will need; refuses what cannot be lowered.
+
+    Raises:
+        QuantizationError: the scheme does not fit this checkpoint.
+        ExportError: a layer or a setting that the operators cannot express.
+    """
+    plans = _plans(request)
+    max_context(request)
+    shapes = get_family(request.checkpoint.config.model_type).tensor_shapes(request.checkpoint.config)
+    largest = max(prod(shape[-2:]) for shape in shapes.values())
+    sizes = [plan.nbytes() for plan in plans.values()]
+    # The weights once as tensors, once in the program that is put together in memory, once more while it is written.
+    return Estimate(disk_bytes=sum(sizes), memory_bytes=export_memory_needed(largest) + 3 * max(sizes))
+
+
+def max_context(request: ExportRequest) -> int:
+    """Positions that the buffers hold: what was asked for, else 4096 or the model's limit.
+
+    Raises:
+        ExportError: not positive, or beyond the model's limit.
+    """
+    limit = request.checkpoint.config.max_position_embeddings
+    asked = request.max_context
+    if asked is None:
+        return min(DEFAULT_MAX_CONTEXT, limit)
+    if not 1 < asked <= limit:
+        raise ExportError(f"--max-context {asked}: pass 2 to {limit}, the model's max_position_embeddings")
+    return asked
+
+
+def export_program(request: ExportRequest) -> ExportedProgram:
+    """Writes the .pte.
+
+    Raises:
+        ExportError, QuantizationError: the checkpoint cannot be lowered under this scheme.
+        CheckpointError: a tensor is damaged.
+    """
+    plans, context = _plans(request), max_context(request)
+    config = request.checkpoint.config
+    cache = CacheSpec.from_config(config, "float32")
+    (request.folder / FOLDER).mkdir(exist_ok=True)
+    made = {name: _export_one(request, plan, cache, context, name) for name, plan in plans.items()}
+    first = next(iter(made.values()))
+    graphs = {_role(index, plan): f"{FOLDER}/{name}" for index, (name, plan) in enumerate(plans.items())}
+    return ExportedProgram(
+        graphs=graphs,
+        files=tuple(graphs.values()),
+        context_length=context,
+        inputs=(
+            TensorSpec(name="tokens", dtype="int64", shape=(1, "sequence_length")),
+            TensorSpec(name="start_pos", dtype="int64", shape=(1,)),
+        ),
+        outputs=(TensorSpec(name="logits", dtype="float32", shape=(1, 1, config.vocab_size)),),
+        cache=cache,
+        options=_options(request, context, plans, made),
+        operators=first.operators,
+        tensors=first.tensors,
+    )
+
+
+def _role(index: int, plan: WeightPlan) -> str:
+    """The first file is what any runtime opens; the other way to run experts is a variant of it."""
+    assert index == 0 or plan.moe_op is not None
+    return MODEL if index == 0 else str(plan.moe_op)
+
+
+def _options(
+    request: ExportRequest, context: int, plans: Mapping[str, WeightPlan], made: Mapping[str, Made]
+) -> dict[str, Any]:
+    """Settings, and per file what was made: its delegates, operators, and where its weights lie."""
+    scheme = next(iter(plans.values())).scheme
+    return {
+        "algorithm": request.algorithm,
+        "max_context": context,
+        "moe_op": {name: str(plan.moe_op) for name, plan in plans.items() if plan.moe_op is not None},
+        "delegates": {name: one.delegates for name, one in made.items()},
+        "operators": {name: dict(one.operators) for name, one in made.items()},
+        "weights": {name: one.places for name, one in made.items()},
+        **scheme.options(),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """One .pte."""
+
+    delegates: int
+    operators: Mapping[str, int]
+    tensors: tuple[StoredTensor, ...]
+    places: Mapping[str, Any]
+
+
+def _export_one(request: ExportRequest, plan: WeightPlan, cache: CacheSpec, context: int, name: str) -> Made:
+    from lfm2_export.backends.executorch.lower import Lowering
+    from lfm2_export.backends.executorch.trace import buffer_positions, make_pte
+    from lfm2_export.backends.executorch.weights import WeightReader
+
+    weights = WeightReader(request.checkpoint, plan, get_algorithm(request.algorithm), request.progress)
+    with torch.device("meta"):
+        causal_lm = get_family(plan.config.model_type).ForCausalLM(plan.config).eval()
+    Lowering(plan.config, weights, buffer_positions(context)).lower_(causal_lm)
+    program = make_pte(causal_lm, plan.config, cache, context)
+    with open(request.folder / FOLDER / name, "wb") as file:
+        program.manager.write_to_file(file)
+    return Made(
+        delegates=program.delegates,
+        operators=program.operators,
+        tensors=weights.records(),
+        places=weights.places(),
+    )
+
+
+def _plans(request: ExportRequest) -> dict[str, WeightPlan]:
+    """By file name, the portable way to run experts first."""
+    wanted: tuple[MoeOp | None, ...] = (_moe_op(request.moe_op),)
+    if request.moe_op == BOTH:
+        wanted = (MoeOp.STOCK, MoeOp.LFM2)
+    config, name = request.checkpoint.config, request.scheme.programs["executorch"]
+    stem, suffix = name.rsplit(".", 1)
+    return {
+        f"{stem}_lfm2.{suffix}" if op is MoeOp.LFM2 else name: make_plan(
+            config, request.scheme, moe_op=op, embedding_bits=request.embedding_bits
+        )
+        for op in wanted
+    }
+
+
+def _moe_op(name: str | None) -> MoeOp | None:
+    offered = (MoeOp.STOCK, MoeOp.LFM2)
+    if name in (None, BOTH):
+        return None
+    if name not in offered:
+        raise ExportError(f"--moe-op {name}: pass one of {', '.join(offered)} or {BOTH}")
+    return MoeOp(name)

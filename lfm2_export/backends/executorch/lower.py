@@ -1,0 +1,244 @@
+"""Replaces the leaf modules of an eager model by ones that ExecuTorch's operators and XNNPACK take.
+
+In: an eager model without weights (on the meta device) and a ``WeightReader``. Out: the same model, in place, with leaf
+modules of the same signatures that hold the weights as the .pte stores them. The model's own forward passes
+(``models/_common.py``) are not copied: what is traced is what was validated.
+
+Whatever XNNPACK can take is written so that it takes it, because every operator between two delegates costs a copy out
+of one and into the other: a mean is a product with a vector, RoPE's turn a product with a small matrix, and B, C and x
+of a short conv are three products instead of one that is cut up. Only the attention's cache, the routers and the
+experts are left outside.
+
+Shape suffixes as in ``models/_layers.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lfm2_export.backends.executorch import ops
+from lfm2_export.backends.executorch.moe import lowered_experts
+from lfm2_export.backends.executorch.weights import CONV, Codes, WeightReader
+from lfm2_export.config import ModelConfig
+from lfm2_export.models import _common as eager
+from lfm2_export.models._layers import rope_angles
+from lfm2_export.models.lfm2_moe import SparseMoeBlock
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutorchLayout:
+    """``start``: position of the call's first token, a symbolic integer; ``cos``, ``sin`` [1, T, 1, H]."""
+
+    start: Any
+    cos: Tensor
+    sin: Tensor
+
+
+class ExecutorchLayoutBuilder(nn.Module):
+    """Cuts the call's rows out of tables for every position of the context."""
+
+    def __init__(self, config: ModelConfig, capacity: int):
+        super().__init__()
+        self.capacity = capacity
+        angles = rope_angles(torch.arange(capacity), config.head_dim, config.rope_theta).repeat(1, 2)
+        self.cos, self.sin = nn.Buffer(angles.cos()), nn.Buffer(angles.sin())
+
+    def forward(
+        self, embeds_BTD: Tensor, attention_mask: None, position_ids: Tensor, past_length: int
+    ) -> ExecutorchLayout:
+        """``position_ids`` int64 [1]: the position of the first token."""
+        start: Any = position_ids[0].item()
+        tokens = embeds_BTD.shape[1]
+        torch._check(start >= 0)
+        torch._check(start < self.capacity)
+        torch._check(start + tokens <= self.capacity)
+        cos, sin = (table.narrow(0, start, tokens)[None, :, None] for table in (self.cos, self.sin))
+        return ExecutorchLayout(start=start, cos=cos, sin=sin)
+
+
+class ExecutorchRMSNorm(nn.Module):
+    """The mean of squares as a product with a vector of 1/width, eps as its bias: XNNPACK has no mean over a row."""
+
+    def __init__(self, weight: Tensor, eps: float):
+        super().__init__()
+        self.weight = nn.Buffer(weight)
+        width = weight.shape[0]
+        self.mean, self.eps = nn.Buffer(torch.full((1, width), 1 / width)), nn.Buffer(torch.tensor([eps]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(F.linear(x * x, self.mean, self.eps)) * self.weight
+
+
+class ExecutorchResidualRMSNorm(ExecutorchRMSNorm):
+    """Adds the residual first."""
+
+    def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        total = x if delta is None else delta + x
+        return super().forward(total), total
+
+
+class ExecutorchLinear(nn.Module):
+    """A linear layer: fp32, or int4 in groups on activations that are quantized to int8 token by token."""
+
+    def __init__(self, weight: Tensor | Codes, bias: Tensor | None):
+        super().__init__()
+        self.bias = None if bias is None else nn.Buffer(bias)
+        self.group_size = weight.group_size if isinstance(weight, Codes) else None
+        if isinstance(weight, Codes):
+            self.weight, self.scale = nn.Buffer(weight.qdata), nn.Buffer(weight.scale)
+            self.zero_point = nn.Buffer(torch.zeros(weight.scale.shape, dtype=torch.int8))
+        else:
+            self.weight = nn.Buffer(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.group_size is None:
+            return F.linear(x, self.weight, self.bias)
+        weight = ops.dequantized_weight(self.weight, self.scale, self.zero_point, self.group_size)
+        return F.linear(ops.rounded_per_token(x), weight, self.bias)
+
+
+class ExecutorchEmbedding(nn.Module):
+    """A plain lookup, or one that dequantizes the rows that it reads."""
+
+    def __init__(self, table: Tensor | Codes):
+        super().__init__()
+        self.scale = nn.Buffer(table.scale) if isinstance(table, Codes) else None
+        self.table = nn.Buffer(table.qdata if isinstance(table, Codes) else table)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.scale is None:
+            return F.embedding(ids, self.table)
+        return ops.embedding(self.table, self.scale, ids)
+
+
+class ExecutorchCausalConv(nn.Module):
+    """The eager convolution without padding to care for."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.weight, self.bias = nn.Buffer(weight), None if bias is None else nn.Buffer(bias)
+
+    def forward(self, x_BTD: Tensor, state: Tensor, layout: ExecutorchLayout) -> tuple[Tensor, Tensor]:
+        window = torch.cat((state, x_BTD), dim=1)
+        y_BTD = F.conv1d(window.mT, self.weight, self.bias, groups=x_BTD.shape[-1]).mT
+        return y_BTD, window[:, x_BTD.shape[1] :]
+
+
+class ExecutorchShortConv(nn.Module):
+    """``in_proj`` as three layers: XNNPACK cannot cut a tensor of dynamic length into three."""
+
+    def __init__(self, parts: list[ExecutorchLinear], conv: ExecutorchCausalConv, out_proj: ExecutorchLinear):
+        super().__init__()
+        self.in_proj = nn.ModuleList(parts)
+        self.conv, self.out_proj = conv, out_proj
+
+    def forward(self, x_BTD: Tensor, state: Tensor, layout: ExecutorchLayout) -> tuple[Tensor, Tensor]:
+        b_BTD, c_BTD, x_BTD = (part(x_BTD) for part in self.in_proj)
+        y_BTD, state = self.conv(b_BTD * x_BTD, state, layout)
+        return self.out_proj(c_BTD * y_BTD), state
+
+
+class ExecutorchAttention(nn.Module):
+    """RoPE, then llama::update_cache and llama::custom_sdpa on buffers [1, capacity, K, H] that stay in place."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        half = config.head_dim // 2
+        turn = torch.zeros(config.head_dim, config.head_dim)
+        turn[:half, half:], turn[half:, :half] = -torch.eye(half), torch.eye(half)
+        self.turn = nn.Buffer(turn)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        past_key: Tensor,
+        past_value: Tensor,
+        layout: ExecutorchLayout,
+        want_weights: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
+        ops.update_cache(self._rotate(k, layout), past_key, layout.start)
+        ops.update_cache(v, past_value, layout.start)
+        y_BTNH = ops.causal_attention(self._rotate(q, layout), past_key, past_value, layout.start)
+        return y_BTNH.flatten(2), past_key, past_value, None
+
+    def _rotate(self, x_BTNH: Tensor, layout: ExecutorchLayout) -> Tensor:
+        return x_BTNH * layout.cos + F.linear(x_BTNH, self.turn) * layout.sin
+
+
+class Lowering:
+    """One way to lower every kind of leaf module, with the weights of one reader."""
+
+    def __init__(self, config: ModelConfig, weights: WeightReader, capacity: int):
+        self.config, self.weights, self.capacity = config, weights, capacity
+
+    def lower_(self, model: eager.DecoderForCausalLM) -> int:
+        """Replaces every leaf module of ``model`` in place; returns how many."""
+        found = list(_leaves(model, ""))
+        for name, module in found:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, self._lowered(name, module))
+        return len(found)
+
+    def _lowered(self, name: str, module: nn.Module) -> nn.Module:
+        read = self.weights.numbers
+        match module:
+            case eager.SequenceLayoutBuilder():
+                return ExecutorchLayoutBuilder(self.config, self.capacity)
+            case eager.ResidualRMSNorm():
+                return ExecutorchResidualRMSNorm(read(f"{name}.weight"), module.eps)
+            case eager.RMSNorm():
+                return ExecutorchRMSNorm(read(f"{name}.weight"), module.eps)
+            case eager.ShortConv():
+                return self._short_conv(name)
+            case eager.GroupedQueryAttention():
+                return ExecutorchAttention(self.config)
+            case nn.Embedding():
+                return ExecutorchEmbedding(self.weights.embedding())
+            case SparseMoeBlock():
+                return lowered_experts(name, self.weights)
+            case nn.Linear():
+                return self._linear(name)
+        raise AssertionError(f"{name}: no lowering for {type(module).__name__}")
+
+    def _short_conv(self, name: str) -> ExecutorchShortConv:
+        width = self.config.hidden_size
+        parts = [self._linear(f"{name}.in_proj", slice(start, start + width)) for start in range(0, 3 * width, width)]
+        kernel = self.weights.numbers(f"{name}.conv.weight", CONV)
+        conv = ExecutorchCausalConv(kernel, self._optional(f"{name}.conv.bias"))
+        return ExecutorchShortConv(parts, conv, self._linear(f"{name}.out_proj"))
+
+    def _linear(self, name: str, rows: slice | None = None) -> ExecutorchLinear:
+        return ExecutorchLinear(self.weights.linear(f"{name}.weight", rows), self._optional(f"{name}.bias", rows))
+
+    def _optional(self, name: str, rows: slice | None = None) -> Tensor | None:
+        return self.weights.numbers(name, rows=rows) if self.weights.has(name) else None
+
+
+_LEAVES = (
+    eager.SequenceLayoutBuilder,
+    eager.RMSNorm,
+    eager.ShortConv,
+    eager.GroupedQueryAttention,
+    nn.Linear,
+    nn.Embedding,
+    SparseMoeBlock,
+)
+
+
+def _leaves(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost modules that have a lowering."""
+    for name, child in module.named_children():
+        if isinstance(child, _LEAVES):
+            yield f"{prefix}{name}", child
+        else:
+            yield from _leaves(child, f"{prefix}{name}.")

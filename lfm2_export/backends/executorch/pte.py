@@ -1,0 +1,162 @@
+"""Reads the container of a .pte: operators, delegates and where its data lies, without ExecuTorch.
+
+In: the path of a .pte. Out: ``PteFile``. A .pte is a flatbuffer (``program.fbs`` of ExecuTorch) followed by segments of
+bytes, with an extended header that says where those begin. Only the few tables that are needed are walked; every offset
+is checked against the file's size, so that a damaged file gives an error and no garbage.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from lfm2_export.errors import ArtifactError, RunnerError
+
+# Bytes 4 to 8: flatbuffers' file identifier, which changes with the format's major version.
+IDENTIFIER, _HEADER_MAGIC = b"ET12", b"eh00"
+_HEADER = struct.Struct("<4sIQQQ")  # magic, length, size of the flatbuffer, where segments begin, their size
+_HEADER_OFFSET = 8
+# Fields by their order in program.fbs.
+_PLANS, _SEGMENTS, _CONSTANTS, _NAMED_DATA = 1, 4, 5, 7
+_PLAN_NAME, _PLAN_OPERATORS, _PLAN_DELEGATES = 0, 6, 7
+
+
+@dataclass(frozen=True)
+class Place:
+    """Bytes of the file. A constant's ``size`` includes the padding behind it."""
+
+    offset: int
+    size: int
+
+
+class PteFile:
+    """The container. Opening it checks identifier and size.
+
+    Raises:
+        ArtifactError: there is no such file.
+        RunnerError: it is no .pte of this format, or not all of one.
+    """
+
+    def __init__(self, path: Path):
+        if not path.is_file():
+            raise ArtifactError(f"{path}: no such program; export the scheme again")
+        self.path, self._size = path, path.stat().st_size
+        with open(path, "rb") as file:
+            head = file.read(_HEADER_OFFSET + _HEADER.size)
+            if len(head) < _HEADER_OFFSET + _HEADER.size or head[4:6] != b"ET":
+                raise RunnerError(f"{path}: is not an ExecuTorch program; export again")
+            if head[4:8] != IDENTIFIER:
+                raise RunnerError(
+                    f"{path}: is of format {head[4:8].decode('ascii', 'replace')}, this version reads "
+                    f"{IDENTIFIER.decode()}; export again, or install the executorch that wrote it"
+                )
+            magic, length, program_size, self._segment_base, segments_size = _HEADER.unpack_from(head, _HEADER_OFFSET)
+            if magic != _HEADER_MAGIC or length < _HEADER.size:
+                raise RunnerError(
+                    f"{path}: has no extended header; it was made by an executorch before 1.0, export again"
+                )
+            wanted = max(program_size, self._segment_base + segments_size if self._segment_base else 0)
+            if self._size < wanted:
+                raise RunnerError(
+                    f"{path}: has {self._size} bytes of {wanted}; it was cut off, copy or export it again"
+                )
+            file.seek(0)
+            self._data = file.read(program_size)
+        self._root = self._offset(0)
+
+    def operators(self, method: str) -> list[str]:
+        """What a method calls, as the runtime names it: "llama::update_cache.out"."""
+        names = []
+        for table in self._tables(self._plan(method), _PLAN_OPERATORS):
+            name, overload = (self._string(table, index) for index in (0, 1))
+            names.append(f"{name}.{overload}" if overload else name)
+        return names
+
+    def delegates(self, method: str) -> list[str]:
+        """The delegates' names, one for each partition."""
+        return [self._string(table, 0) for table in self._tables(self._plan(method), _PLAN_DELEGATES)]
+
+    def methods(self) -> list[str]:
+        return [self._string(plan, _PLAN_NAME) for plan in self._tables(self._root, _PLANS)]
+
+    @cached_property
+    def named_data(self) -> dict[str, Place]:
+        """Blobs by key; XNNPACK's weights are keyed by the SHA-256 of their bytes."""
+        found = {}
+        for table in self._tables(self._root, _NAMED_DATA):
+            found[self._string(table, 0)] = self._segments[self._number(table, 1, "<I")]
+        return found
+
+    @cached_property
+    def constants(self) -> list[Place]:
+        """Constant tensors of the program itself."""
+        table = self._table(self._root, _CONSTANTS)
+        if table is None:
+            return []
+        segment = self._segments[self._number(table, 0, "<I")]
+        start, count = self._vector(table, 1)
+        offsets = [*sorted({self._unpack("<Q", start + 8 * index) for index in range(count)}), segment.size]
+        return [Place(segment.offset + at, following - at) for at, following in pairwise(offsets)]
+
+    def read(self, place: Place, dtype: np.dtype, count: int, skip: int = 0) -> np.ndarray:
+        """``count`` values of a blob from its byte ``skip`` on."""
+        if skip + count * dtype.itemsize > place.size or place.offset + place.size > self._size:
+            raise RunnerError(f"{self.path}: a weight reaches beyond its segment; export again")
+        return np.fromfile(self.path, dtype, count, offset=place.offset + skip)
+
+    @cached_property
+    def _segments(self) -> list[Place]:
+        tables = self._tables(self._root, _SEGMENTS)
+        return [Place(self._segment_base + self._number(t, 0, "<Q"), self._number(t, 1, "<Q")) for t in tables]
+
+    def _plan(self, method: str) -> int:
+        for plan in self._tables(self._root, _PLANS):
+            if self._string(plan, _PLAN_NAME) == method:
+                return plan
+        raise RunnerError(f"{self.path}: has no method {method}; export again")
+
+    # Flatbuffers: a table begins with the distance back to its vtable, which lists where its fields are.
+
+    def _unpack(self, form: str, at: int) -> int:
+        try:
+            value: int = struct.unpack_from(form, self._data, at)[0]
+        except struct.error as error:
+            raise RunnerError(f"{self.path}: its program is damaged ({error}); copy or export it again") from error
+        return value
+
+    def _offset(self, at: int) -> int:
+        return at + self._unpack("<I", at)
+
+    def _field(self, table: int, index: int) -> int | None:
+        vtable = table - self._unpack("<i", table)
+        if 4 + 2 * index >= self._unpack("<H", vtable):
+            return None
+        where = self._unpack("<H", vtable + 4 + 2 * index)
+        return table + where if where else None
+
+    def _number(self, table: int, index: int, form: str) -> int:
+        at = self._field(table, index)
+        return 0 if at is None else self._unpack(form, at)
+
+    def _table(self, table: int, index: int) -> int | None:
+        at = self._field(table, index)
+        return None if at is None else self._offset(at)
+
+    def _vector(self, table: int, index: int) -> tuple[int, int]:
+        """(place of the first element, how many)."""
+        at = self._table(table, index)
+        return (0, 0) if at is None else (at + 4, self._unpack("<I", at))
+
+    def _tables(self, table: int, index: int) -> Iterator[int]:
+        start, count = self._vector(table, index)
+        return (self._offset(start + 4 * place) for place in range(count))
+
+    def _string(self, table: int, index: int) -> str:
+        start, count = self._vector(table, index)
+        return self._data[start : start + count].decode("utf-8", "replace")

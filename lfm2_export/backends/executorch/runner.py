@@ -1,0 +1,299 @@
+"""Runs a .pte on ExecuTorch's Python runtime.
+
+In: token ids of one row. Out: float32 logits; the state stays inside the program. Position 0 empties it there, so a
+reset costs nothing; snapshots go through the program's ``read_state`` and ``write_state``.
+
+Shape suffixes: T new tokens, V vocabulary, S positions that the buffers hold, K key/value heads, H head_dim.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import platform
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lfm2_export.backends.base import (
+    Mark,
+    Snapshot,
+    TokenRows,
+    check_batch_size,
+    check_fits,
+    check_indices,
+    check_rows,
+)
+from lfm2_export.backends.executorch.plan import MoeOp
+from lfm2_export.backends.executorch.session import (
+    FORWARD,
+    READ_STATE,
+    WRITE_STATE,
+    Session,
+    load_kernels,
+    version,
+)
+from lfm2_export.cache import CacheSpec, StateTensor
+from lfm2_export.errors import RunnerError
+from lfm2_export.kernels.build import KernelBuildError
+from lfm2_export.manifest import MODEL
+
+if TYPE_CHECKING:
+    from lfm2_export.manifest import Program
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CHUNK_SIZE = 512
+# Where ExecuTorch's operator for experts is its plain reference.
+_X86 = ("x86_64", "AMD64")
+
+
+class ExecutorchRunner:
+    """The Runner protocol (backends/base.py) for ``executorch/*.pte``: one row.
+
+    Args:
+        path: the program.
+        cache: names, shapes and dtypes of its state.
+        context_length: the most tokens that it may hold.
+        threads: default: every core that this process may use. The pool is one for the whole process.
+        program_id: names the program in snapshots; default: the file's name and size.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        cache: CacheSpec,
+        context_length: int,
+        threads: int | None = None,
+        program_id: str | None = None,
+    ):
+        path = Path(path)
+        self._cache, self._context_length = cache, context_length
+        self._session = Session(path, threads=threads)
+        self._vocab_size = self._session.logits_shape()[-1]
+        self._program_id = program_id or f"{path.name}@{path.stat().st_size}"
+        self._length = 0
+        self._marks: weakref.WeakSet[Mark] = weakref.WeakSet()
+
+    @classmethod
+    def from_program(cls, folder: Path, program: Program, *, threads: int | None = None) -> ExecutorchRunner:
+        """The runner of a program in an artifact's ``folder``, on the file whose experts run fastest here."""
+        _check_version(folder, program)
+        digest = hashlib.sha256("".join(entry.sha256 for _, entry in sorted(program.files.items())).encode())
+        return cls(
+            folder / _fastest(program),
+            cache=program.cache,
+            context_length=program.context_length,
+            threads=threads,
+            program_id=f"{program.backend}/{program.scheme}@{digest.hexdigest()[:16]}",
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
+
+    @property
+    def context_length(self) -> int:
+        return self._context_length
+
+    @property
+    def max_batch_size(self) -> int:
+        return 1
+
+    @property
+    def batch_size(self) -> int:
+        return 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([self._length], dtype=np.int64)
+
+    @property
+    def can_score(self) -> bool:
+        """Token by token: the program returns the last token's logits only."""
+        return True
+
+    @property
+    def cache(self) -> CacheSpec:
+        return self._cache
+
+    @property
+    def program_id(self) -> str:
+        return self._program_id
+
+    @property
+    def threads(self) -> int:
+        return self._session.threads
+
+    def reset(self, batch_size: int = 1) -> None:
+        check_batch_size(batch_size, self.max_batch_size)
+        self._length = 0
+        self._marks.clear()
+
+    def prefill(self, input_ids: TokenRows, *, chunk_size: int | None = None) -> np.ndarray:
+        tokens = self._check_new(input_ids)
+        return self._append(tokens, _check_chunk_size(chunk_size))[-1][None]
+
+    def prefill_scored(self, input_ids: TokenRows, *, chunk_size: int | None = None) -> list[np.ndarray]:
+        tokens = self._check_new(input_ids)
+        _check_chunk_size(chunk_size)
+        return [np.stack(self._append(tokens, 1))]
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        tokens_B = np.asarray(tokens)
+        if tokens_B.ndim != 1:
+            raise RunnerError(f"decode takes one token per row, found shape {list(tokens_B.shape)}")
+        return self._append(self._check_new(tokens_B[:, None]), 1)[-1][None]
+
+    def score(self, input_ids: TokenRows, *, chunk_size: int | None = None) -> np.ndarray:
+        rows = check_rows(input_ids, len(input_ids), self.vocab_size)
+        if len({len(row) for row in rows}) != 1:
+            raise RunnerError("score takes rows of one length; score rows of different length one by one")
+        check_fits(np.zeros(len(rows), dtype=np.int64), [len(row) for row in rows], self._context_length)
+        kept = self._read() if self._length else None
+        length, self._length = self._length, 0
+        try:
+            return np.stack([self._score_row(row) for row in rows])
+        finally:
+            self._length = length
+            if kept is not None:
+                self._session.call(WRITE_STATE, kept)
+
+    def _score_row(self, tokens: np.ndarray) -> np.ndarray:
+        self._length = 0
+        return np.stack(self._append(tokens, 1))
+
+    def snapshot(self) -> Snapshot:
+        state = self._read() if self._length else self._zeros()
+        return Snapshot(program_id=self._program_id, lengths=self.lengths, tensors=self._by_name(state))
+
+    def restore(self, snapshot: Snapshot) -> None:
+        if snapshot.program_id != self._program_id:
+            raise RunnerError(
+                f"snapshot of program {snapshot.program_id}, but this runner has {self._program_id}; "
+                "a state only fits the program that made it"
+            )
+        check_batch_size(len(snapshot.lengths), self.max_batch_size)
+        check_fits(np.zeros_like(snapshot.lengths), snapshot.lengths.tolist(), self._context_length)
+        self._session.call(WRITE_STATE, self._buffers(snapshot.tensors))
+        self._length = int(snapshot.lengths[0])
+        self._marks.clear()
+
+    def mark(self) -> Mark:
+        state = self._by_name(self._read() if self._length else self._zeros())
+        mark = Mark(lengths=self.lengths, conv={t.past_name: state[t.past_name] for t in self._cache.conv})
+        self._marks.add(mark)
+        return mark
+
+    def is_valid(self, mark: Mark) -> bool:
+        return mark in self._marks
+
+    def rewind(self, mark: Mark) -> None:
+        if not self.is_valid(mark):
+            raise RunnerError("this mark is of a state that is no more; restore a snapshot or prefill again")
+        if mark.lengths[0] and self._cache.conv:
+            state = self._read()
+            state[0][:] = np.concatenate([mark.conv[t.past_name] for t in self._cache.conv])
+            self._session.call(WRITE_STATE, state)
+        self._length = int(mark.lengths[0])
+        for other in [m for m in self._marks if (m.lengths > mark.lengths).any()]:
+            self._marks.discard(other)
+
+    def reorder(self, indices: Sequence[int] | np.ndarray) -> None:
+        check_batch_size(len(check_indices(indices, self.batch_size)), self.max_batch_size)
+
+    def _check_new(self, input_ids: TokenRows) -> np.ndarray:
+        (tokens,) = check_rows(input_ids, self.batch_size, self.vocab_size)
+        check_fits(self.lengths, [len(tokens)], self._context_length)
+        return tokens
+
+    def _append(self, tokens: np.ndarray, chunk_size: int) -> list[np.ndarray]:
+        """The logits [V] after each chunk. If one fails, the state counts as it was: what was written is past its end,
+        but for the conv states, which is why they are put back."""
+        before = self._length
+        kept = self._read() if before > 0 and len(tokens) > chunk_size else None
+        try:
+            return [self._run(tokens[i : i + chunk_size]) for i in range(0, len(tokens), chunk_size)]
+        except BaseException:
+            self._length = before
+            if kept is not None:
+                self._session.call(WRITE_STATE, kept)
+            raise
+
+    def _run(self, tokens: np.ndarray) -> np.ndarray:
+        start = np.array([self._length], dtype=np.int64)
+        (logits,) = self._session.call(FORWARD, (np.ascontiguousarray(tokens[None]), start))
+        self._length += len(tokens)
+        return logits[0, 0]
+
+    def _read(self) -> list[np.ndarray]:
+        """The buffers, copied: conv states [layers, L-1, D], then keys and values [1, S, K, H]."""
+        return self._session.call(READ_STATE, ())
+
+    def _zeros(self) -> list[np.ndarray]:
+        return [np.zeros(shape, np.float32) for shape in self._session.output_shapes(READ_STATE)]
+
+    def _by_name(self, buffers: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        """Buffers as the CacheSpec describes the state; keys and values trimmed to the tokens held."""
+        conv, growing = self._split(buffers)
+        found = {t.past_name: conv[i : i + 1].copy() for i, t in enumerate(self._cache.conv)}
+        found |= {t.past_name: _positions_last(b)[:, :, : self._length].copy() for t, b in growing}
+        return {t.past_name: found[t.past_name] for t in self._cache.tensors}
+
+    def _buffers(self, tensors: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """The other way round."""
+        buffers = self._zeros()
+        conv, growing = self._split(buffers)
+        for index, tensor in enumerate(self._cache.conv):
+            conv[index] = tensors[tensor.past_name][0]
+        for tensor, buffer in growing:
+            held = tensors[tensor.past_name]
+            buffer[:, : held.shape[2]] = _positions_last(held)
+        return buffers
+
+    def _split(self, buffers: Sequence[np.ndarray]) -> tuple[np.ndarray, list[tuple[StateTensor, np.ndarray]]]:
+        """(conv states, keys and values with their descriptions)."""
+        first = 1 if self._cache.conv else 0
+        return buffers[0], list(zip(self._cache.growing, buffers[first:], strict=True))
+
+
+def _positions_last(x: np.ndarray) -> np.ndarray:
+    """[1, S, K, H] as [1, K, S, H], and back."""
+    return x.transpose(0, 2, 1, 3)
+
+
+def _fastest(program: Program) -> str:
+    """Our own operator runs experts faster than ExecuTorch's, many times so where that is not optimized (x86); but it
+    has
+    to be built."""
+    stock, ours = program.graphs[MODEL], program.graphs.get(str(MoeOp.LFM2))
+    if ours is None or ours == stock:
+        if platform.machine() in _X86 and list(program.options.get("moe_op", {}).values()) == [MoeOp.STOCK]:
+            logger.warning("%s: on x86 its experts run many times faster exported with --moe-op both", stock)
+        return stock
+    try:
+        return ours if load_kernels() else stock
+    except KernelBuildError as error:
+        logger.warning("%s; running %s instead", error, stock)
+        return stock
+
+
+def _check_version(folder: Path, program: Program) -> None:
+    made, here = program.versions.get("executorch", ""), version()
+    if made and here[:1].isdigit() and made.split(".")[0] != here.split(".")[0]:
+        raise RunnerError(
+            f"{folder / program.graphs['model']}: was made with executorch {made}, here is {here}; "
+            f"install executorch {made.split('.')[0]}, or export again"
+        )
+
+
+def _check_chunk_size(chunk_size: int | None) -> int:
+    if chunk_size is None:
+        return DEFAULT_CHUNK_SIZE
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+        raise RunnerError(f"chunk_size={chunk_size!r}: a prefill takes at least one token at a time")
+    return chunk_size

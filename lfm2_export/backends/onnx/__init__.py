@@ -1,0 +1,70 @@
+"""The ONNX backend: contrib operators of ONNX Runtime, one folder for onnxruntime, onnxruntime-genai and
+Transformers.js.
+
+Exporting imports torch and onnx, running only onnxruntime; each on first use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from lfm2_export.artifact import ArtifactWriter
+    from lfm2_export.backends import FullPrecision
+    from lfm2_export.backends.onnx.runner import OnnxRunner
+    from lfm2_export.backends.onnx.stored import StoredWeights
+    from lfm2_export.backends.program import Estimate, ExportedProgram, ExportRequest
+    from lfm2_export.checkpoint import Checkpoint
+    from lfm2_export.config import ModelConfig
+    from lfm2_export.manifest import Program
+
+SCHEMES = ("fp32", "fp16", "q8", "q4", "q4f16")
+KL_TOLERANCE = 1e-3
+
+
+def estimate(request: ExportRequest) -> Estimate:
+    """Disk and memory that an export will need; refuses what does not fit the operators."""
+    from lfm2_export.backends.onnx import export
+
+    return export.estimate(request)
+
+
+def export_program(request: ExportRequest) -> ExportedProgram:
+    """Writes one program's graphs and data files."""
+    from lfm2_export.backends.onnx import export
+
+    return export.export_program(request)
+
+
+def runtime_files(checkpoint: Checkpoint, writer: ArtifactWriter) -> None:
+    """Writes genai_config.json and config.json for the programs that the artifact will hold."""
+    from lfm2_export.backends.onnx import runtimes
+
+    runtimes.write(checkpoint, writer)
+
+
+def load_runner(folder: Path, program: Program, *, threads: int | None = None) -> OnnxRunner:
+    """A runner on the graph with the fastest CPU kernels that the program has."""
+    from lfm2_export.backends.onnx.runner import OnnxRunner
+
+    return OnnxRunner.from_program(folder, program, threads=threads)
+
+
+def stored_weights(folder: Path, program: Program, config: ModelConfig) -> StoredWeights:
+    """The weights that the program's nodes read, dequantized."""
+    from lfm2_export.backends.onnx import stored
+
+    return stored.open_stored(folder, program, config)
+
+
+def score_at_full_precision(
+    folder: Path, program: Program, rows: Sequence[np.ndarray], *, threads: int | None = None
+) -> FullPrecision | None:
+    """The program's logits at accuracy level 0."""
+    from lfm2_export.backends.onnx import precision
+
+    return precision.score(folder, program, rows, threads=threads)

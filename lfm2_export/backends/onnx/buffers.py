@@ -1,0 +1,151 @@
+"""The state of an ONNX program in memory, bound in place.
+
+In: a CacheSpec, the number of rows and of positions. Out: the OrtValues that a run reads and writes. Keys and values
+are one buffer each, past and present at once: GroupQueryAttention then writes the new positions where they belong
+instead of copying everything (measured: half its time). Conv states are small and replaced as a whole, so each has a
+front (read) and a back (written) that swap once the run has succeeded: a failed run changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from lfm2_export.cache import CacheSpec
+
+# A multiple of what vectorized kernels read at once; also keeps tiny prompts from growing at every step.
+CAPACITY_STEP = 64
+
+
+class StateBuffers:
+    """Rows of state: ``kv`` [B, kv_heads, capacity, head_dim] and ``conv`` [B, L-1, hidden] by past_name.
+
+    ``lengths`` int64 [B] counts the tokens that each row holds; only those positions of ``kv`` mean anything.
+    """
+
+    def __init__(self, spec: CacheSpec, batch_size: int, capacity: int):
+        self.spec = spec
+        self.lengths = np.zeros(batch_size, dtype=np.int64)
+        self.kv = {t.past_name: t.zeros(batch_size, capacity) for t in spec.growing}
+        self.conv = {t.past_name: t.zeros(batch_size) for t in spec.conv}
+        self._back = {name: np.zeros_like(front) for name, front in self.conv.items()}
+        self._capacity = capacity
+        self._bindings: dict[tuple[ort.InferenceSession, bool], ort.IOBinding] = {}
+        self._swapped = False
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def capacity(self) -> int:
+        return self._capacity
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for part in (self.kv, self.conv, self._back) for array in part.values())
+
+    def row(self, index: int) -> StateBuffers:
+        """Row ``index`` as a state of one row on the same memory, but with a length of its own (see ``take_row``)."""
+        rows = slice(index, index + 1)
+        view = object.__new__(StateBuffers)
+        view.spec, view._capacity, view._bindings, view._swapped = self.spec, self._capacity, {}, False
+        view.lengths = self.lengths[rows].copy()
+        # Rows are contiguous in every buffer, so these are views that ONNX Runtime can write to.
+        view.kv = {name: array[rows] for name, array in self.kv.items()}
+        view.conv = {name: array[rows] for name, array in self.conv.items()}
+        view._back = {name: array[rows] for name, array in self._back.items()}
+        return view
+
+    def take_row(self, index: int, view: StateBuffers) -> None:
+        """Makes what ``row(index)`` became this state's row; its keys and values are here already."""
+        self.lengths[index] = view.lengths[0]
+        for name, array in self.conv.items():
+            if view._swapped:
+                array[index] = view.conv[name][0]
+
+    def ensure(self, positions: int, limit: int) -> None:
+        """Makes room for ``positions`` per row, at least doubling (up to ``limit``) so that growing stays rare."""
+        if positions <= self._capacity or not self.kv:
+            return
+        wanted = max(positions, 2 * self._capacity, CAPACITY_STEP)
+        self._resize(min(-(-wanted // CAPACITY_STEP) * CAPACITY_STEP, limit))
+
+    def _resize(self, capacity: int) -> None:
+        used = int(self.lengths.max())
+        for tensor in self.spec.growing:
+            grown = tensor.zeros(self.batch_size, capacity)
+            grown[:, :, :used] = self.kv[tensor.past_name][:, :, :used]
+            self.kv[tensor.past_name] = grown
+        self._capacity = capacity
+        self._bindings.clear()
+
+    def clear(self) -> None:
+        """Empty rows; keys and values need no clearing, since nothing reads past ``lengths``."""
+        self.lengths[:] = 0
+        for array in self.conv.values():
+            array[:] = 0
+
+    def commit(self, new_tokens: np.ndarray) -> None:
+        """Accepts what the last run wrote: the new conv states, and ``new_tokens`` int64 [B] more positions."""
+        self.conv, self._back = self._back, self.conv
+        self._swapped = not self._swapped
+        self.lengths += new_tokens
+
+    def copy_conv(self) -> dict[str, np.ndarray]:
+        return {name: array.copy() for name, array in self.conv.items()}
+
+    def set_place(self, lengths: np.ndarray, conv: Mapping[str, np.ndarray]) -> None:
+        """Goes back to ``lengths`` and ``conv`` of the same rows; the keys and values before them are still there."""
+        self.lengths[:] = lengths
+        for name, array in self.conv.items():
+            array[:] = conv[name]
+
+    def copy_used(self) -> dict[str, np.ndarray]:
+        """Copies of all tensors, keys and values trimmed to the longest row."""
+        used = int(self.lengths.max())
+        return {**self.copy_conv(), **{name: array[:, :, :used].copy() for name, array in self.kv.items()}}
+
+    @classmethod
+    def from_tensors(
+        cls,
+        spec: CacheSpec,
+        tensors: Mapping[str, np.ndarray],
+        lengths: np.ndarray,
+        rows: np.ndarray,
+        capacity: int,
+    ) -> StateBuffers:
+        """A state whose row i is a copy of row ``rows[i]`` of ``tensors``."""
+        state = cls(spec, len(rows), capacity)
+        state.lengths[:] = lengths[rows]
+        used = int(state.lengths.max())
+        for name, array in state.conv.items():
+            np.take(tensors[name], rows, axis=0, out=array)
+        for name, array in state.kv.items():
+            array[:, :, :used] = tensors[name][rows, :, :used]
+        return state
+
+    def binding(self, session: ort.InferenceSession) -> ort.IOBinding:
+        """An IOBinding of ``session`` with every state tensor bound; kept: most steps differ in three values only."""
+        key = (session, self._swapped)
+        if key not in self._bindings:
+            self._bindings[key] = self._bind(session)
+        return self._bindings[key]
+
+    def _bind(self, session: ort.InferenceSession) -> ort.IOBinding:
+        binding = session.io_binding()
+        for tensor in self.spec.tensors:
+            past = (self.kv if tensor.grows else self.conv)[tensor.past_name]
+            present = past if tensor.grows else self._back[tensor.past_name]
+            value = as_ortvalue(past)
+            binding.bind_ortvalue_input(tensor.past_name, value)
+            binding.bind_ortvalue_output(tensor.present_name, value if tensor.grows else as_ortvalue(present))
+        return binding
+
+
+def as_ortvalue(array: np.ndarray) -> Any:
+    """``array`` without a copy. The OrtValue keeps the array, and the IOBinding keeps the OrtValue: both must live."""
+    return ort.OrtValue.ortvalue_from_numpy(array)

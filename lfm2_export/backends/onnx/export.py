@@ -1,0 +1,116 @@
+"""Exports one scheme of a checkpoint as an ONNX program: graphs, data files, and what the manifest says of them.
+
+In: an ``ExportRequest``. Out: files under ``onnx/`` of its folder and an ``ExportedProgram``. Traces first and writes
+weights after, so that what cannot be lowered costs no disk.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+
+import onnx_ir as ir
+
+from lfm2_export.backends.onnx.graphs import Graphs, make_graphs
+from lfm2_export.backends.onnx.plan import Layout, StoredWeight, WeightPlan, make_plan
+from lfm2_export.backends.onnx.weights import CHUNK_VALUES, WeightWriter, attach, data_file_names, place
+from lfm2_export.backends.program import Estimate, ExportedProgram, ExportRequest
+from lfm2_export.cache import CacheSpec
+from lfm2_export.errors import ExportError
+from lfm2_export.manifest import MODEL, TensorSpec
+from lfm2_export.quant.algorithms import get_algorithm
+from lfm2_export.resources import export_memory_needed
+
+FOLDER = "onnx"
+CPU, SCORING = "cpu", "scoring"
+
+
+def estimate(request: ExportRequest) -> Estimate:
+    """Disk and memory that the export will need; refuses widths that do not fit the group size.
+
+    Raises:
+        QuantizationError: the scheme does not fit this checkpoint.
+    """
+    _refuse_executorch_options(request)
+    plan = make_plan(request.checkpoint.config, request.scheme)
+    placements = place(plan, request.checkpoint.config).values()
+    ends = {(there.file, there.offset): there.nbytes for there in placements}
+    return Estimate(
+        disk_bytes=sum(ends.values()), memory_bytes=export_memory_needed(max(map(_held_at_once, plan.values())))
+    )
+
+
+def _refuse_executorch_options(request: ExportRequest) -> None:
+    for option, value in (("--moe-op", request.moe_op), ("--embedding-bits", request.embedding_bits)):
+        if value is not None:
+            raise ExportError(f"{option} {value}: is for .pte programs; pass --backend executorch or leave it out")
+
+
+def _held_at_once(weight: StoredWeight) -> int:
+    """Values of one weight in memory at a time: a whole matrix, one expert's, or a chunk of rows."""
+    matrix = prod(weight.shape[-2:])
+    whole = weight.layout in (Layout.TRANSPOSED, Layout.GATE_UP, Layout.PLAIN)
+    return matrix if whole else min(matrix, CHUNK_VALUES)
+
+
+def export_program(request: ExportRequest) -> ExportedProgram:
+    """Writes graphs and data files.
+
+    Raises:
+        ExportError, QuantizationError: the checkpoint cannot be lowered under this scheme.
+        CheckpointError: a tensor is damaged.
+    """
+    config, scheme = request.checkpoint.config, request.scheme
+    plan = make_plan(config, scheme)
+    cache = CacheSpec.from_config(config, scheme.activation_dtype)
+    graphs = make_graphs(config, plan, cache)
+    placements = place(plan, config)
+    data_files = data_file_names(scheme.file_name, placements)
+    folder = request.folder / FOLDER
+    folder.mkdir(exist_ok=True)
+    for model in graphs.all():
+        attach(model, placements, data_files)
+    paths = [folder / name for name in data_files]
+    quantize = get_algorithm(request.algorithm)
+    tensors = WeightWriter(request.checkpoint, placements, paths, quantize, request.progress).write(plan)
+    names = _save_graphs(graphs, scheme.file_name, folder)
+    return ExportedProgram(
+        graphs={role: f"{FOLDER}/{name}" for role, name in names.items()},
+        files=tuple(f"{FOLDER}/{name}" for name in dict.fromkeys((*names.values(), *data_files))),
+        context_length=config.max_position_embeddings,
+        inputs=_describe(graphs.portable.graph.inputs),
+        outputs=_describe(graphs.portable.graph.outputs),
+        cache=cache,
+        options=_options(request, plan),
+        operators=graphs.operators,
+        tensors=tensors,
+    )
+
+
+def _options(request: ExportRequest, plan: WeightPlan) -> dict[str, object]:
+    return {"algorithm": request.algorithm, "accuracy_level": plan.accuracy_level, **request.scheme.options()}
+
+
+def _save_graphs(graphs: Graphs, file_name: str, folder: Path) -> dict[str, str]:
+    """Writes the graphs beside their data files; returns the file of each role."""
+    stem = file_name.removesuffix(".onnx")
+    roles: dict[str, tuple[str, ir.Model | None]] = {
+        MODEL: (file_name, graphs.portable),
+        CPU: (f"{stem}_cpu.onnx", graphs.cpu),
+        SCORING: (f"{stem}_scoring.onnx", graphs.scoring),
+    }
+    for name, model in roles.values():
+        if model is not None:
+            ir.save(model, folder / name)
+    return {role: name for role, (name, model) in roles.items() if model is not None}
+
+
+def _describe(values: object) -> tuple[TensorSpec, ...]:
+    return tuple(
+        TensorSpec(
+            name=value.name,
+            dtype=value.dtype.numpy().name,
+            shape=tuple(axis if isinstance(axis, int) else str(axis.value) for axis in value.shape),
+        )
+        for value in values  # type: ignore[attr-defined]
+    )

@@ -1,0 +1,219 @@
+"""Rewrites of the traced graph; each does one thing and returns how often it matched.
+
+In: the ``onnx_ir.Model`` of a trace, initializers without values. Out: the same model, in place, smaller and with the
+artifact's names. ``PASSES`` is the order; ``check_operators`` proves that the lowering reached every layer.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+from onnxscript import optimizer
+
+from lfm2_export.backends.onnx.plan import Layout, WeightPlan
+from lfm2_export.cache import BATCH, TOTAL, CacheSpec
+from lfm2_export.config import ModelConfig
+from lfm2_export.errors import ExportError
+from lfm2_export.quant.formats import IntFormat
+
+SEQUENCE = "sequence_length"
+ROOT = "causal_lm."  # the attribute of the traced wrapper, in front of every initializer's name
+
+ROPE_TABLES = {"cos": "rope.cos", "sin": "rope.sin"}
+
+# Outputs that we never read; left unnamed, so that the kernels need not compute them.
+OPTIONAL_OUTPUTS = {"SkipSimplifiedLayerNormalization": (1, 2, 3)}
+
+
+def simplify(model: ir.Model) -> int:
+    """Folds constants and removes what nothing reads. Initializers are hidden meanwhile, for they have no bytes to
+    fold.
+
+    Returns:
+        How many nodes went.
+    """
+    graph = model.graph
+    before = len(graph)
+    hidden = list(graph.initializers.values())
+    for value in hidden:
+        graph.inputs.append(value)
+        del graph.initializers[value.name]
+    tensors = {value.name: value.const_value for value in hidden}
+    for value in hidden:
+        value.const_value = None
+    optimizer.optimize_ir(model, onnx_shape_inference=False)
+    for value in hidden:
+        graph.inputs.remove(value)
+        if value.uses():
+            value.const_value = tensors[value.name]
+            graph.register_initializer(value)
+    return before - len(graph)
+
+
+def drop_unread_outputs(model: ir.Model) -> int:
+    """Unnames optional outputs without a reader."""
+    count = 0
+    for node in model.graph:
+        for index in OPTIONAL_OUTPUTS.get(node.op_type, ()):
+            value = node.outputs[index]
+            if value.name and not value.uses() and not value.is_graph_output():
+                value.name = ""
+                count += 1
+    return count
+
+
+def name_initializers(model: ir.Model, plan: WeightPlan) -> int:
+    """Gives initializers the names that the plan (and so the manifest) uses: the checkpoint's, with a role."""
+    names = {f"{ROOT}{name}": name for stored in plan.values() for name in map(stored.initializer, stored.storage())}
+    names |= {f"{ROOT}model.layout.{table}": table_name for table, table_name in ROPE_TABLES.items()}
+    found = list(model.graph.initializers.values())
+    for value in found:
+        if value.name not in names:
+            if value.name is not None and value.name.startswith(ROOT):
+                raise ExportError(
+                    f"{value.name}: traced but not in the weight plan; this is a defect, please report it"
+                )
+            continue
+        del model.graph.initializers[value.name]
+        value.name = names[value.name]
+        model.graph.register_initializer(value)
+    return len(found)
+
+
+def name_axes(model: ir.Model, cache: CacheSpec) -> int:
+    """Types every input and output with the artifact's axis names; Transformers.js wants exactly ``batch_size``."""
+    inputs: dict[str, tuple[int | str, ...]] = {"input_ids": (BATCH, SEQUENCE), "attention_mask": (BATCH, TOTAL)}
+    inputs |= {tensor.past_name: tensor.shape for tensor in cache.tensors}
+    outputs = {tensor.present_name: tensor.present_shape for tensor in cache.tensors}
+    for value in model.graph.inputs:
+        value.shape = ir.Shape(inputs[value.name])
+    for value in model.graph.outputs:
+        if value.name == "logits":
+            assert value.shape is not None
+            value.shape = ir.Shape((BATCH, 1, value.shape[2]))
+        else:
+            value.shape = ir.Shape(outputs[value.name])
+    return len(inputs) + len(outputs) + 1
+
+
+def strip_debris(model: ir.Model) -> int:
+    """Removes what the exporter leaves: stack traces (paths of this machine), doc strings, shapes with private
+    symbols."""
+    boundary = {*model.graph.inputs, *model.graph.outputs}
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.graph.doc_string = model.doc_string = None
+    count = 0
+    for node in model.graph:
+        count += len(node.metadata_props)
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if value not in boundary:
+                value.shape = value.type = None
+    for value in (*boundary, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    return count
+
+
+def number_nodes(model: ir.Model) -> int:
+    """Short, stable names for nodes and intermediate values, so that the same checkpoint gives the same file."""
+    counts: Counter[str] = Counter()
+    outputs = set(model.graph.outputs)
+    for node in model.graph:
+        counts[node.op_type] += 1
+        node.name = f"{node.op_type}_{counts[node.op_type]}"
+        for index, value in enumerate(node.outputs):
+            if value.name and value not in outputs:
+                value.name = f"{node.name}_out{index}"
+    return sum(counts.values())
+
+
+def allow_int8_experts(model: ir.Model) -> int:
+    """Lets 4-bit QMoE nodes compute with int8 activations (accuracy_level 4): four times as fast on a CPU.
+
+    A pass of its own, on a copy of the graph, because onnxruntime before 1.31 does not know the attribute.
+    """
+    nodes = [n for n in model.graph if n.op_type == "QMoE" and n.attributes["expert_weight_bits"].value == 4]
+    for node in nodes:
+        node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 4)
+    return len(nodes)
+
+
+def score_every_position(model: ir.Model) -> int:
+    """Makes the head read all positions: removes the GatherND that picks each row's last one. Returns 1."""
+    logits = model.graph.outputs[0]
+    picks = [n for n in model.graph if n.op_type == "GatherND" and not any(o.is_graph_output() for o in n.outputs)]
+    if logits.name != "logits" or len(picks) != 1:
+        raise ExportError(f"found {len(picks)} places where the last position is picked; this is a defect, report it")
+    (pick,) = picks
+    hidden = pick.inputs[0]
+    assert hidden is not None
+    pick.outputs[0].replace_all_uses_with(hidden)
+    model.graph.remove(pick, safe=True)
+    _reshape_like(model, logits, hidden)
+    assert logits.shape is not None
+    logits.shape = ir.Shape((BATCH, SEQUENCE, logits.shape[2]))
+    common_passes.RemoveUnusedNodesPass()(model)
+    return len(picks)
+
+
+def _reshape_like(model: ir.Model, logits: ir.Value, hidden: ir.Value) -> None:
+    """Where a Gemm makes the logits, the Reshape behind it has the single position of the trace as a constant."""
+    reshape = logits.producer()
+    if reshape is not None and reshape.op_type == "Cast":  # fp16 programs
+        assert reshape.inputs[0] is not None
+        reshape = reshape.inputs[0].producer()
+    if reshape is None or reshape.op_type != "Reshape":
+        return
+    assert logits.shape is not None
+    width = ir.Value(name="vocab_size", const_value=ir.tensor([logits.shape[2]], ir.DataType.INT64))
+    model.graph.register_initializer(width)
+    size = ir.node("Shape", [hidden], {"start": 0, "end": 2}, name="hidden_size")
+    shape = ir.node("Concat", [size.outputs[0], width], {"axis": 0}, name="logits_shape")
+    for node in (size, shape):
+        node.outputs[0].name = f"{node.name}_out0"
+    model.graph.insert_before(reshape, [size, shape])
+    reshape.replace_input_with(1, shape.outputs[0])
+
+
+def _producer_of_first_input(node: ir.Node) -> ir.Node | None:
+    value = node.inputs[0]
+    return None if value is None else value.producer()
+
+
+def expected_operators(config: ModelConfig, plan: WeightPlan) -> dict[str, int]:
+    """How often each fused operator must stand in the graph of this model under this plan."""
+    quantized = [w for w in plan.values() if isinstance(w.format, IntFormat)]
+    experts = len(config.moe_layers)
+    quantized_experts = sum(w.layout is Layout.DOWN for w in quantized)
+    attention = len(config.attention_layers)
+    plain_rope = config.head_dim % 16 != 0 or plan.activation_dtype == "float16"
+    return {
+        "GroupQueryAttention": attention,
+        "RotaryEmbedding": 2 * attention * plain_rope,
+        "CausalConvWithState": len(config.conv_layers),
+        "SimplifiedLayerNormalization": 1 + 2 * attention,  # the first norm has nothing to add; q and k norms
+        "SkipSimplifiedLayerNormalization": 2 * config.num_hidden_layers,
+        "MatMulNBits": sum(w.layout is Layout.MATMUL for w in quantized),
+        "GatherBlockQuantized": sum(w.layout is Layout.TABLE for w in quantized),
+        "QMoE": quantized_experts,
+        "MoE": experts - quantized_experts,
+    }
+
+
+def check_operators(model: ir.Model, expected: Mapping[str, int]) -> dict[str, int]:
+    """Counts the fused operators.
+
+    Raises:
+        ExportError: a count differs, so some layer was not lowered as planned.
+    """
+    counts = Counter(node.op_type for node in model.graph)
+    wrong = [f"{op}: {counts[op]} instead of {n}" for op, n in expected.items() if counts[op] != n]
+    if wrong:
+        raise ExportError(f"the lowered graph has {'; '.join(wrong)}; this is a defect, please report it")
+    return {op: counts[op] for op in expected}

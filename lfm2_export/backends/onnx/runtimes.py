@@ -1,0 +1,125 @@
+"""The two files that let other runtimes open the artifact's folder as it is.
+
+In: the model's config, the checkpoint's generation settings and the ONNX programs that the folder holds. Out:
+``genai_config.json`` for onnxruntime-genai, and ``config.json`` with a ``transformers.js_config`` section for
+Transformers.js. Both name the preferred program.
+
+Sources: onnxruntime-genai 0.18's config reader and its builder's ``make_genai_config``; Transformers.js 4.3's
+``configs.js`` and ``utils/model-loader.js``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lfm2_export.artifact import ArtifactWriter
+from lfm2_export.cache import CONV_STATE, KEY_STATE, VALUE_STATE, StateTensor
+from lfm2_export.checkpoint import Checkpoint
+from lfm2_export.config import ModelConfig
+from lfm2_export.manifest import MODEL, Program
+
+# A cache of 128k tokens is 3 GB of fp32 on the 8B, and genai allocates max_length at once.
+GENAI_MAX_LENGTH = 32768
+# WebGPU's QMoE takes neither the zero points nor the separate routing weights of the other schemes.
+WEBGPU_SCHEME = "q4f16"
+
+
+def write(checkpoint: Checkpoint, writer: ArtifactWriter) -> None:
+    """Writes both files for the ONNX programs that the artifact will hold, the preferred one first."""
+    programs = [program for program in writer.programs if program.backend == "onnx"]
+    config = checkpoint.config
+    path = checkpoint.path / "generation_config.json"
+    generation = json.loads(path.read_bytes()) if path.is_file() else {}
+    writer.write_json("genai_config.json", genai_config(config, generation, programs[0]))
+    writer.write_json("config.json", transformers_js_config(checkpoint.raw_config, config, programs))
+    _embed_chat_template(checkpoint.path, writer)
+
+
+def _embed_chat_template(folder: Path, writer: ArtifactWriter) -> None:
+    """Transformers.js looks for the template in tokenizer_config.json alone; elsewhere chat_template.jinja wins."""
+    template, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if template.is_file() and settings.is_file():
+        found = json.loads(settings.read_bytes())
+        writer.write_json("tokenizer_config.json", {**found, "chat_template": template.read_text(encoding="utf-8")})
+
+
+def genai_config(config: ModelConfig, generation: Mapping[str, Any], program: Program) -> dict[str, Any]:
+    """``genai_config.json``: the graph with the fast CPU kernels, in-place KV buffers, the model's sampling
+    defaults."""
+    eos = list(_eos(config, generation))
+    return {
+        "model": {
+            "type": config.model_type,
+            "bos_token_id": config.bos_token_id,
+            "eos_token_id": eos,
+            "pad_token_id": config.pad_token_id if config.pad_token_id is not None else (eos or [0])[0],
+            "context_length": config.max_position_embeddings,
+            "vocab_size": config.vocab_size,
+            "decoder": {
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "filename": program.graphs.get("cpu", program.graphs[MODEL]),
+                "head_size": config.head_dim,
+                "hidden_size": config.hidden_size,
+                "num_attention_heads": config.num_attention_heads,
+                "num_hidden_layers": config.num_hidden_layers,
+                "num_key_value_heads": config.num_key_value_heads,
+                "layer_types": list(config.layer_types),
+                "conv_cache_size": config.conv_L_cache - 1,
+                "inputs": {"input_ids": "input_ids", "attention_mask": "attention_mask", **_names("past")},
+                "outputs": {"logits": "logits", **_names("present")},
+            },
+        },
+        "search": _search(config, generation),
+    }
+
+
+def _names(side: str) -> dict[str, str]:
+    """Templates of the state's names, from the one place that makes them."""
+    kinds = {"key": KEY_STATE, "value": VALUE_STATE, "conv": CONV_STATE}
+    templates = {key: StateTensor.names("%d", kind) for key, kind in kinds.items()}
+    index = 0 if side == "past" else 1
+    return {f"{side}_{key}_names": names[index] for key, names in templates.items()}
+
+
+def _eos(config: ModelConfig, generation: Mapping[str, Any]) -> tuple[int, ...]:
+    found = generation.get("eos_token_id")
+    if found is None:
+        return config.eos_token_id
+    return tuple(found) if isinstance(found, list) else (found,)
+
+
+def _search(config: ModelConfig, generation: Mapping[str, Any]) -> dict[str, Any]:
+    defaults = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
+    chosen = {key: value if generation.get(key) is None else generation[key] for key, value in defaults.items()}
+    return {
+        "max_length": min(config.max_position_embeddings, GENAI_MAX_LENGTH),
+        "min_length": 0,
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        "past_present_share_buffer": True,
+        **chosen,
+    }
+
+
+def transformers_js_config(
+    raw_config: Mapping[str, Any], config: ModelConfig, programs: Sequence[Program]
+) -> dict[str, Any]:
+    """``config.json`` as the checkpoint has it, plus what Transformers.js needs: layer kinds, dtypes, data files."""
+    section: dict[str, Any] = {
+        "dtype": programs[0].scheme,
+        "use_external_data_format": {_name(p.graphs[MODEL]): _data_files(p) for p in programs},
+    }
+    if WEBGPU_SCHEME in (program.scheme for program in programs):
+        section["device_config"] = {"webgpu": {"dtype": WEBGPU_SCHEME}}
+    return {**raw_config, "layer_types": list(config.layer_types), "transformers.js_config": section}
+
+
+def _name(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _data_files(program: Program) -> int:
+    return sum("_data" in _name(path) for path in program.files)

@@ -1,0 +1,99 @@
+"""Traces a lowered model under fake weights into an ONNX graph without a byte of weight in it.
+
+In: a model's config and a weight plan. Out: an ``onnx_ir.Model`` whose inputs, outputs and axes carry the
+artifact's names and whose initializers have names, shapes and dtypes but no values yet. Cost does not depend on the
+model's width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lfm2_export.backends.onnx import ops
+from lfm2_export.backends.onnx.lower import Lowering
+from lfm2_export.backends.onnx.plan import WeightPlan
+from lfm2_export.cache import CacheSpec
+from lfm2_export.config import ModelConfig
+from lfm2_export.models import get_family
+from lfm2_export.models._common import DecoderForCausalLM, Recorder
+
+OPSET = 21
+
+
+class OnnxProgram(nn.Module):
+    """The traced signature: ids, mask and the state's tensors in; logits [B, 1, V] and the new state out."""
+
+    def __init__(self, causal_lm: DecoderForCausalLM, cache: CacheSpec):
+        super().__init__()
+        self.causal_lm, self.cache = causal_lm, cache
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, state: list[Tensor]) -> tuple[Tensor, ...]:
+        model = self.causal_lm.model
+        stream = model.embed_tokens(input_ids)
+        layout = model.layout(stream, attention_mask, None, 0)
+        past = {tensor.past_name: value for tensor, value in zip(self.cache.tensors, state, strict=True)}
+        recorder = Recorder(hidden_states=False, attentions=False, router_logits=False)
+        hidden, present = model.run_layers(stream, past, layout, recorder)
+        last = ops.gather_rows(hidden, layout.last)
+        logits = self.causal_lm.lm_head(last).float()
+        return (logits, *(present[tensor.past_name] for tensor in self.cache.tensors))
+
+
+def trace(config: ModelConfig, plan: WeightPlan, cache: CacheSpec) -> ir.Model:
+    """The ONNX graph of a model, initializers without values."""
+    with FakeTensorMode(allow_non_fake_inputs=False), torch.no_grad():
+        causal_lm = get_family(config.model_type).ForCausalLM(config).eval()
+        Lowering(config, plan).lower_(causal_lm)
+        program = OnnxProgram(causal_lm, cache)
+        arguments = _example_inputs(cache)
+        exported = torch.export.export(program, arguments, dynamic_shapes=_dynamic_shapes(cache), strict=False)
+        return _to_onnx(exported, cache)
+
+
+def _example_inputs(cache: CacheSpec) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Fake inputs; sizes that equal no other, so that no axis is taken for another one."""
+    batch, tokens, past = 2, 5, 6
+    state = [
+        torch.zeros(tensor.concrete_shape(batch, past), dtype=getattr(torch, tensor.dtype)) for tensor in cache.tensors
+    ]
+    ids = torch.zeros(batch, tokens, dtype=torch.long)
+    return ids, torch.ones(batch, past + tokens, dtype=torch.long), state
+
+
+def _dynamic_shapes(cache: CacheSpec) -> tuple[object, ...]:
+    dynamic = torch.export.Dim.DYNAMIC
+    state = [{axis: dynamic for axis, size in enumerate(t.shape) if isinstance(size, str)} for t in cache.tensors]
+    return {0: dynamic, 1: dynamic}, {0: dynamic, 1: dynamic}, state
+
+
+def _to_onnx(exported: torch.export.ExportedProgram, cache: CacheSpec) -> ir.Model:
+    names = ["input_ids", "attention_mask", *(t.past_name for t in cache.tensors)]
+    outputs = ["logits", *(t.present_name for t in cache.tensors)]
+    with _quiet():
+        program = torch.onnx.export(
+            exported, dynamo=True, opset_version=OPSET, optimize=False, input_names=names, output_names=outputs
+        )
+    assert program is not None
+    return program.model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints its steps and warns of our own dynamic axes; nothing there is for a user."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logging.disable(previous)

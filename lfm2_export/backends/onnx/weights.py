@@ -1,0 +1,245 @@
+"""Streams a checkpoint's weights through the quantizer into a program's data file, one tensor or expert at a time.
+
+In: a checkpoint, a ``WeightPlan`` and an algorithm. Out: external data files, the place of every initializer in
+them, and a record of every tensor's format and quantization error. The places follow from the plan alone, so they
+are known, and the disk can be checked, before anything is read. Peak memory is a few matrices, whatever the model's
+size.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from lfm2_export.backends.onnx.packing import pack_rows
+from lfm2_export.backends.onnx.passes import ROPE_TABLES
+from lfm2_export.backends.onnx.plan import Layout, StoredWeight, WeightPlan
+from lfm2_export.checkpoint import Checkpoint, check_finite
+from lfm2_export.config import ModelConfig
+from lfm2_export.manifest import StoredTensor
+from lfm2_export.models._common import rope_tables
+from lfm2_export.quant.formats import (
+    FloatFormat,
+    IntFormat,
+    QuantizedTensor,
+    StorageError,
+    storage_error,
+    to_float,
+)
+
+# onnxruntime maps external tensors; a large one must start where every platform can map (Windows: 64 KiB).
+LARGE, LARGE_ALIGNMENT, SMALL_ALIGNMENT = 1 << 20, 1 << 16, 64
+# A browser cannot hold an ArrayBuffer of 2 GiB or more, so a data file ends before that.
+MAX_FILE_BYTES = 2_000_000_000
+# Rows are read and quantized in pieces of about this many values: 16 MiB of fp32.
+CHUNK_VALUES = 1 << 22
+
+Quantize = Callable[..., QuantizedTensor]
+Report = Callable[[int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where one initializer lies: ``file`` is the index of the data file."""
+
+    file: int
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def data_file_names(program: str, placements: Mapping[str, Placement]) -> list[str]:
+    """``model_q4.onnx_data``, ``model_q4.onnx_data_1``, ...: as Transformers.js looks for them."""
+    count = 1 + max(placement.file for placement in placements.values())
+    return [f"{program}_data" + (f"_{index}" if index else "") for index in range(count)]
+
+
+def place(plan: WeightPlan, config: ModelConfig) -> dict[str, Placement]:
+    """The place of every initializer, in the plan's order; weights that share bytes share their place."""
+    placements: dict[str, Placement] = {}
+    cursor = _Cursor()
+    for weight in plan.values():
+        for role, (shape, dtype) in weight.storage().items():
+            if weight.same_bytes_as is None:
+                placements[weight.initializer(role)] = cursor.take(shape, dtype)
+    for weight in plan.values():
+        if weight.same_bytes_as is not None:
+            owner = plan[weight.same_bytes_as]
+            for role, (shape, dtype) in weight.storage().items():
+                there = placements[owner.initializer(role)]
+                placements[weight.initializer(role)] = Placement(
+                    file=there.file, offset=there.offset, shape=shape, dtype=dtype
+                )
+    if config.attention_layers:
+        for name in ROPE_TABLES.values():
+            shape = (config.max_position_embeddings, config.head_dim // 2)
+            placements[name] = cursor.take(shape, np.dtype(plan.activation_dtype))
+    return placements
+
+
+class _Cursor:
+    """The next free byte."""
+
+    def __init__(self) -> None:
+        self.file, self.offset = 0, 0
+
+    def take(self, shape: tuple[int, ...], dtype: np.dtype) -> Placement:
+        nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        alignment = LARGE_ALIGNMENT if nbytes >= LARGE else SMALL_ALIGNMENT
+        start = -(-self.offset // alignment) * alignment
+        if start and start + nbytes > MAX_FILE_BYTES:
+            self.file, start = self.file + 1, 0
+        self.offset = start + nbytes
+        return Placement(file=self.file, offset=start, shape=shape, dtype=dtype)
+
+
+def attach(model: ir.Model, placements: Mapping[str, Placement], files: Sequence[str]) -> int:
+    """Points the graph's initializers at their places; returns how many."""
+    for name, value in model.graph.initializers.items():
+        if name in placements:
+            there = placements[name]
+            value.const_value = ir.ExternalTensor(
+                location=files[there.file],
+                offset=there.offset,
+                length=there.nbytes,
+                dtype=ir.DataType.from_numpy(there.dtype),
+                shape=ir.Shape(there.shape),
+                name=name,
+            )
+    return sum(name in placements for name in model.graph.initializers)
+
+
+class WeightWriter:
+    """Fills data files. ``report`` is told the bytes of checkpoint that each step has consumed."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        placements: Mapping[str, Placement],
+        paths: Sequence[Path],
+        quantize: Quantize,
+        report: Report,
+    ):
+        self.checkpoint, self.placements, self.quantize, self.report = checkpoint, placements, quantize, report
+        self.paths = paths
+
+    def write(self, plan: WeightPlan) -> tuple[StoredTensor, ...]:
+        """Writes every weight of the plan and the rope tables; returns a record of each weight.
+
+        Raises:
+            CheckpointError: a tensor holds NaN or infinity, or its shard changed.
+            QuantizationError: a value does not fit the stored dtype.
+            OSError: the disk is full or fails.
+        """
+        self._files = [os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644) for path in self.paths]
+        try:
+            records = tuple(self._write_weight(weight) for weight in plan.values())
+            self._write_rope(plan)
+        finally:
+            for file in self._files:
+                os.close(file)
+        return records
+
+    def _write_weight(self, weight: StoredWeight) -> StoredTensor:
+        if weight.same_bytes_as is not None:
+            return _record(weight, None)
+        error = StorageError()
+        for first_row, values in self._chunks(weight):
+            error += self._store(weight, first_row, values)
+        return _record(weight, error)
+
+    def _chunks(self, weight: StoredWeight) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, rows of fp32) in file order; the rows of stacked experts are numbered through."""
+        if weight.layout is Layout.GATE_UP:
+            yield from self._gate_up(weight)
+            return
+        rows = weight.shape[-2] if len(weight.shape) > 1 else weight.shape[0]
+        for index, source in enumerate(weight.sources):
+            if weight.layout in (Layout.PLAIN, Layout.TRANSPOSED):
+                yield 0, self._read(source)
+                continue
+            step = max(1, CHUNK_VALUES // weight.shape[-1])
+            for start in range(0, rows, step):
+                yield index * rows + start, self._read(source, slice(start, min(start + step, rows)))
+
+    def _gate_up(self, weight: StoredWeight) -> Iterator[tuple[int, np.ndarray]]:
+        """w1 and w3 of one expert at a time, their rows interleaved."""
+        _, rows, columns = weight.shape
+        for expert in range(weight.shape[0]):
+            both = np.empty((rows, columns), np.float32)
+            both[0::2] = self._read(weight.sources[2 * expert])
+            both[1::2] = self._read(weight.sources[2 * expert + 1])
+            yield expert * rows, both
+
+    def _read(self, source: str, rows: slice | None = None) -> np.ndarray:
+        values = self.checkpoint.read(source, rows)
+        check_finite(source, values)
+        info = self.checkpoint.tensors[source]
+        self.report(values.size * info.nbytes // max(info.count, 1))
+        return values
+
+    def _store(self, weight: StoredWeight, first_row: int, values: np.ndarray) -> StorageError:
+        if isinstance(weight.format, FloatFormat):
+            stored = to_float(values, weight.format, fqn=weight.name)
+            self._put(weight, "weight", first_row, stored)
+            return _cast_error(values, stored)
+        quantized = self.quantize(values, weight.format, fqn=weight.name)
+        for role, array in pack_rows(quantized).items():
+            self._put(weight, role, first_row, array)
+        return storage_error(values, quantized)
+
+    def _put(self, weight: StoredWeight, role: str, first_row: int, array: np.ndarray) -> None:
+        there = self.placements[weight.initializer(role)]
+        if weight.layout is Layout.TRANSPOSED:
+            array = array.T
+        array = np.ascontiguousarray(array, there.dtype)
+        row_bytes = array.nbytes // array.shape[0]
+        _write_all(self._files[there.file], array, there.offset + first_row * row_bytes)
+
+    def _write_rope(self, plan: WeightPlan) -> None:
+        config = self.checkpoint.config
+        if not config.attention_layers:
+            return
+        for name, table in zip(ROPE_TABLES.values(), rope_tables(config), strict=True):
+            there = self.placements[name]
+            _write_all(self._files[there.file], table.numpy().astype(there.dtype), there.offset)
+
+
+def _write_all(file: int, array: np.ndarray, offset: int) -> None:
+    view = np.ascontiguousarray(array).data.cast("B")
+    while view:
+        done = os.pwrite(file, view, offset)
+        view, offset = view[done:], offset + done
+
+
+def _cast_error(values: np.ndarray, stored: np.ndarray) -> StorageError:
+    if stored.dtype == values.dtype:
+        return StorageError()
+    return storage_error(values.reshape(values.shape[0], -1), stored.reshape(values.shape[0], -1))
+
+
+def _record(weight: StoredWeight, error: StorageError | None) -> StoredTensor:
+    form, reason = weight.format, weight.reason
+    if weight.same_bytes_as is not None:
+        reason = f"shares the bytes of {weight.same_bytes_as}"
+    granularity = None
+    if isinstance(form, IntFormat):
+        kind = "symmetric" if form.symmetric else "with zero points"
+        granularity = f"group {form.group_size}, {kind}, {form.scale_dtype} scales"
+    return StoredTensor(
+        name=weight.name,
+        shape=weight.shape,
+        dtype=form.dtype,
+        granularity=granularity,
+        error=None if error is None else error.relative_rms,
+        reason=reason or None,
+    )

@@ -1,0 +1,56 @@
+"""What goes into a backend's export and what comes out of it.
+
+In: an open checkpoint, a scheme, options, a folder. Out: files in that folder and ``ExportedProgram``, from which the
+pipeline makes the manifest's entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lfm2_export.cache import CacheSpec
+from lfm2_export.checkpoint import Checkpoint
+from lfm2_export.manifest import StoredTensor, TensorSpec
+from lfm2_export.quant.schemes import Scheme
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest:
+    """One program to make. ``algorithm`` names a quantization algorithm; ``max_context`` limits buffers of fixed size;
+    ``moe_op`` says how experts run and ``embedding_bits`` how wide the token table is, None leaves both to the backend;
+    ``progress`` is told how many bytes of the checkpoint each step consumed."""
+
+    checkpoint: Checkpoint
+    scheme: Scheme
+    folder: Path
+    algorithm: str
+    progress: Callable[[int], None]
+    max_context: int | None = None
+    moe_op: str | None = None
+    embedding_bits: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What an export needs: bytes of disk for its files and bytes of memory at its peak."""
+
+    disk_bytes: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedProgram:
+    """What an export made. ``files`` are relative to the request's folder; the rest is as in ``manifest.Program``."""
+
+    graphs: Mapping[str, str]
+    files: tuple[str, ...]
+    context_length: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    cache: CacheSpec
+    options: Mapping[str, Any]
+    operators: Mapping[str, int]
+    tensors: tuple[StoredTensor, ...]

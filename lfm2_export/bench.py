@@ -1,0 +1,123 @@
+"""How fast a program loads, prefills and decodes here, and what memory it takes.
+
+In: an artifact's program. Out: medians over rounds. Prompts are fixed pseudo-random tokens: speed depends on their
+number, and routers spread random tokens over all experts, as long text does. Figures are of this machine at this
+moment: compare them only with others of the same run.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lfm2_export.artifact import Artifact
+from lfm2_export.backends.base import Runner
+from lfm2_export.errors import GenerationError
+from lfm2_export.runners import load_runner
+
+_SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchResult:
+    """``load_s`` from the call to a runner that is ready; rates in tokens per second, medians over ``rounds``.
+
+    ``first_token_s``: load, prefill of the prompt and one token. ``peak_memory_bytes``: the most that this process
+    held, Python included. ``artifact_bytes``: the program's files.
+    """
+
+    program: str
+    threads: int | None
+    prompt_tokens: int
+    new_tokens: int
+    rounds: int
+    load_s: float
+    first_token_s: float
+    prefill_tps: float
+    decode_tps: float
+    peak_memory_bytes: int
+    state_bytes: int
+    artifact_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure(
+    path: str | Path,
+    *,
+    backend: str | None = None,
+    scheme: str | None = None,
+    prompt_tokens: int = 512,
+    new_tokens: int = 128,
+    threads: int | None = None,
+    rounds: int = 3,
+) -> BenchResult:
+    """Loads a program and times it.
+
+    Raises:
+        ArtifactError, RunnerError: the program cannot be loaded.
+        GenerationError: the counts are not positive or do not fit the context.
+    """
+    artifact = Artifact.open(path, verify=False)
+    program = artifact.program(backend, scheme)
+    _check_counts(prompt_tokens, new_tokens, rounds, program.context_length)
+    started = time.perf_counter()
+    runner = load_runner(artifact, backend=program.backend, scheme=program.scheme, threads=threads)
+    load_s = time.perf_counter() - started
+    prompt = np.random.default_rng(_SEED).integers(0, runner.vocab_size, prompt_tokens).tolist()
+    times = [_round(runner, prompt, new_tokens) for _ in range(rounds)]
+    prefill_s, decode_s = (statistics.median(column) for column in zip(*times, strict=True))
+    return BenchResult(
+        program=str(program),
+        threads=threads,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        rounds=rounds,
+        load_s=load_s,
+        first_token_s=load_s + times[0][0],
+        prefill_tps=prompt_tokens / prefill_s,
+        decode_tps=new_tokens / decode_s,
+        peak_memory_bytes=peak_memory(),
+        state_bytes=program.cache.fixed_bytes() + program.cache.bytes_per_token() * (prompt_tokens + new_tokens),
+        artifact_bytes=sum(entry.bytes for entry in program.files.values()),
+    )
+
+
+def _check_counts(prompt_tokens: int, new_tokens: int, rounds: int, context_length: int) -> None:
+    for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("rounds", rounds)):
+        if value < 1:
+            raise GenerationError(f"{name}={value}: at least 1 is needed")
+    if prompt_tokens + new_tokens > context_length:
+        raise GenerationError(
+            f"{prompt_tokens} prompt tokens and {new_tokens} new ones do not fit the context of {context_length}; "
+            "ask for fewer"
+        )
+
+
+def _round(runner: Runner, prompt: list[int], new_tokens: int) -> tuple[float, float]:
+    """Seconds of one prefill and of ``new_tokens`` decode steps; tokens are not chosen, so only the program is
+    timed."""
+    runner.reset()
+    started = time.perf_counter()
+    runner.prefill([prompt])
+    prefilled = time.perf_counter()
+    for step in range(new_tokens):
+        runner.decode([prompt[step % len(prompt)]])
+    return prefilled - started, time.perf_counter() - prefilled
+
+
+def peak_memory() -> int:
+    """The most memory that this process held at once, in bytes; 0 where the system does not tell."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,23 @@
+"""The verbs of the command line, one class each, in the order in which the help lists them."""
+
+from __future__ import annotations
+
+from lfm2_export.commands.base import Command, version_text
+from lfm2_export.commands.check import BenchCommand, ParityCommand
+from lfm2_export.commands.demo import DemoCommand
+from lfm2_export.commands.export import ExportCommand
+from lfm2_export.commands.show import InspectCommand, SupportCommand
+from lfm2_export.commands.talk import ChatCommand, RunCommand
+
+COMMANDS: tuple[Command, ...] = (
+    ExportCommand(),
+    RunCommand(),
+    ChatCommand(),
+    ParityCommand(),
+    BenchCommand(),
+    InspectCommand(),
+    SupportCommand(),
+    DemoCommand(),
+)
+
+__all__ = ["COMMANDS", "version_text"]

@@ -1,0 +1,58 @@
+"""What every verb is, and arguments that several of them share."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+from typing import Protocol
+
+from lfm2_export import __version__
+
+_RUNTIMES = ("onnxruntime", "onnxruntime-genai", "executorch", "torch", "transformers", "onnx", "onnxscript", "numpy")
+
+
+class Command(Protocol):
+    """One verb: its arguments, and what it does with them."""
+
+    name: str
+    help: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+
+    def run(self, options: argparse.Namespace) -> int:
+        """Returns the exit code."""
+
+
+def add_artifact(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("artifact", metavar="DIR", help="a folder that `lfm2-export export` wrote")
+    add_program_choice(parser)
+
+
+def add_program_choice(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backend", help="which backend's program (default: onnx where the folder has it)")
+    parser.add_argument("--scheme", help="which scheme's program (default: the preferred one in the folder)")
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=int, help="CPU threads (default: every core)")
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub checkpoint")
+    parser.add_argument("--offline", action="store_true", help="take Hub checkpoints from the local cache only")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def version_text() -> str:
+    """Our version and that of every runtime found, a line each."""
+    lines = [f"lfm2-export {__version__}", f"python {platform.python_version()}"]
+    for package in _RUNTIMES:
+        try:
+            lines.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"{package} not installed")
+    return "\n".join(lines)

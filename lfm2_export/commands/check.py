@@ -1,0 +1,91 @@
+"""``lfm2-export parity`` and ``bench``: is the program the model, and how fast is it here."""
+
+from __future__ import annotations
+
+import argparse
+
+from lfm2_export import console
+from lfm2_export.commands.base import add_artifact, add_json, add_source, add_threads
+from lfm2_export.resources import human_bytes
+
+
+class ParityCommand:
+    name = "parity"
+    help = "compare an artifact with the eager model it was made of; exit code 1 below tolerance"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        add_artifact(parser)
+        parser.add_argument("checkpoint", metavar="CHECKPOINT", help="what the artifact was made of")
+        parser.add_argument("--text", metavar="FILE", help="text that the checkpoint was not trained on")
+        parser.add_argument("--report", metavar="FILE.html", help="also write a page with all figures")
+        add_source(parser)
+        add_json(parser)
+
+    def run(self, options: argparse.Namespace) -> int:
+        from lfm2_export.parity import measure_parity
+
+        with console.busy("comparing with the eager model") as doing:
+            report = measure_parity(
+                options.artifact,
+                options.checkpoint,
+                backend=options.backend,
+                scheme=options.scheme,
+                text=options.text,
+                revision=options.revision,
+                offline=options.offline,
+                record=True,
+                progress=doing,
+            )
+        if options.report:
+            report.write_html(options.report)
+        if options.json:
+            console.print_json(report.to_json())
+        else:
+            print_parity(report)
+        return 0 if report.passed else 1
+
+
+def print_parity(report: object) -> None:
+    """One table: what was compared, the figure, its tolerance, the verdict."""
+    console.print_table("parity", report.COLUMNS, report.rows())  # type: ignore[attr-defined]
+
+
+class BenchCommand:
+    name = "bench"
+    help = "time loading, prefill and decode, and measure peak memory"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        add_artifact(parser)
+        parser.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="default: 512")
+        parser.add_argument("--new-tokens", type=int, default=128, metavar="N", help="default: 128")
+        parser.add_argument("--rounds", type=int, default=3, metavar="N", help="medians over N rounds (default: 3)")
+        add_threads(parser)
+        add_json(parser)
+
+    def run(self, options: argparse.Namespace) -> int:
+        from lfm2_export.bench import measure
+
+        with console.busy("measuring"):
+            result = measure(
+                options.artifact,
+                backend=options.backend,
+                scheme=options.scheme,
+                prompt_tokens=options.prompt_tokens,
+                new_tokens=options.new_tokens,
+                threads=options.threads,
+                rounds=options.rounds,
+            )
+        if options.json:
+            console.print_json(result.to_json())
+            return 0
+        rows = [
+            ("load", f"{result.load_s:.2f} s"),
+            ("to the first token", f"{result.first_token_s:.2f} s"),
+            (f"prefill of {result.prompt_tokens} tokens", f"{result.prefill_tps:.1f} tokens/s"),
+            (f"decode of {result.new_tokens} tokens", f"{result.decode_tps:.1f} tokens/s"),
+            ("peak memory", human_bytes(result.peak_memory_bytes)),
+            ("state", human_bytes(result.state_bytes)),
+            ("program on disk", human_bytes(result.artifact_bytes)),
+        ]
+        console.print_table(f"{result.program}, medians of {result.rounds}", ("what", "measured"), rows)
+        return 0

@@ -1,0 +1,96 @@
+"""``lfm2-export export``: a checkpoint in, an artifact out."""
+
+from __future__ import annotations
+
+import argparse
+
+from lfm2_export import console
+from lfm2_export.commands.base import add_json, add_source
+from lfm2_export.manifest import Program
+from lfm2_export.resources import human_bytes
+
+
+class ExportCommand:
+    name = "export"
+    help = "export a checkpoint to an artifact"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "checkpoint", metavar="CHECKPOINT", help="a directory, a Hub id, or a bundled name (tiny-moe, tiny-dense)"
+        )
+        parser.add_argument(
+            "--output", "-o", metavar="DIR", required=True, help="a new folder, or an artifact to add to"
+        )
+        parser.add_argument("--backend", default="onnx", help="onnx (default) or executorch")
+        parser.add_argument(
+            "--scheme", default="q4", help="one or several, with commas: q4 (default), q8, fp16, fp32, ..."
+        )
+        parser.add_argument("--group-size", type=int, metavar="N", help="weights that share a scale (default: 32)")
+        parser.add_argument(
+            "--exclude",
+            action="append",
+            default=[],
+            metavar="PATTERN",
+            help="leave tensors of this name unquantized (* and ? as in a shell); may be repeated",
+        )
+        parser.add_argument(
+            "--algorithm",
+            default="refit",
+            help="refit (default: least squared error) or round (plain rounding, faster)",
+        )
+        parser.add_argument(
+            "--max-context", type=int, metavar="N", help="positions that a .pte program's buffers hold (default: 4096)"
+        )
+        parser.add_argument(
+            "--moe-op",
+            choices=("stock", "lfm2", "both"),
+            help="how a .pte runs quantized experts: ExecuTorch's operator (default), ours, or a file for each",
+        )
+        parser.add_argument(
+            "--embedding-bits",
+            type=int,
+            choices=(4, 8),
+            metavar="N",
+            help="bits of a .pte's quantized token table: 8 (default) or 4",
+        )
+        add_source(parser)
+        add_json(parser)
+
+    def run(self, options: argparse.Namespace) -> int:
+        from lfm2_export.pipeline import export
+
+        with console.export_progress() as progress:
+            artifact = export(
+                options.checkpoint,
+                backend=options.backend,
+                scheme=[name for name in options.scheme.split(",") if name],
+                output=options.output,
+                group_size=options.group_size,
+                exclude=options.exclude,
+                algorithm=options.algorithm,
+                max_context=options.max_context,
+                moe_op=options.moe_op,
+                embedding_bits=options.embedding_bits,
+                revision=options.revision,
+                offline=options.offline,
+                progress=progress,
+            )
+        if options.json:
+            programs = [{"backend": p.backend, "scheme": p.scheme, "bytes": _bytes(p)} for p in artifact.programs]
+            console.print_json({"artifact": str(artifact.path), "programs": programs})
+        else:
+            print_programs(str(artifact.path), artifact.programs)
+        return 0
+
+
+def print_programs(title: str, programs: tuple[Program, ...]) -> None:
+    """The programs of an artifact as a table."""
+    rows = [
+        (p.backend, p.scheme, p.graphs["model"], human_bytes(_bytes(p)), f"{p.cache.bytes_per_token():,}")
+        for p in programs
+    ]
+    console.print_table(title, ("backend", "scheme", "file", "size", "state bytes per token"), rows)
+
+
+def _bytes(program: Program) -> int:
+    return sum(entry.bytes for entry in program.files.values())

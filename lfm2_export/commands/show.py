@@ -1,0 +1,90 @@
+"""``lfm2-export inspect`` and ``support``: what something is, what can be done."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from typing import Any
+
+from lfm2_export import console
+from lfm2_export.commands.base import add_json, add_source
+from lfm2_export.resources import human_bytes
+
+
+class InspectCommand:
+    name = "inspect"
+    help = "show parameters, layers, bytes per part and state size of an artifact or a checkpoint"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("what", metavar="DIR|CHECKPOINT", help="an artifact's folder, or a checkpoint")
+        add_source(parser)
+        add_json(parser)
+
+    def run(self, options: argparse.Namespace) -> int:
+        from lfm2_export.inspection import inspect
+
+        found = inspect(options.what, revision=options.revision, offline=options.offline)
+        if options.json:
+            console.print_json(found)
+        elif found["kind"] == "checkpoint":
+            _print_checkpoint(found)
+        else:
+            _print_artifact(found)
+        return 0
+
+
+def _print_checkpoint(found: dict[str, Any]) -> None:
+    layers = found["layers"]
+    rows = [
+        ("family", found["family"]),
+        ("parameters", f"{found['parameters']:,} ({found['active_parameters']:,} for one token)"),
+        ("layers", f"{layers['conv']} conv, {layers['attention']} attention; {found['moe_layers']} with experts"),
+        ("stored as", ", ".join(f"{dtype} ({n} tensors)" for dtype, n in found["dtypes"].items())),
+        ("size", human_bytes(found["bytes"])),
+        ("state (fp32)", f"{found['state_bytes_per_token']:,} bytes per token and {found['state_bytes_fixed']:,} more"),
+        ("context", f"{found['context_length']:,} tokens"),
+    ]
+    console.print_table(found["name"], ("what", "value"), rows)
+    parts = [(part, f"{v['parameters']:,}", human_bytes(v["bytes"])) for part, v in found["parts"].items()]
+    console.print_table("parts", ("part", "parameters", "size"), parts)
+
+
+def _print_artifact(found: dict[str, Any]) -> None:
+    console.print_table(
+        f"{found['name']}: {found['family']}, made of {found['checkpoint']}",
+        ("program", "file", "size", "weights", "largest error", "state bytes per token"),
+        [_program_row(program) for program in found["programs"]],
+    )
+
+
+def _program_row(program: dict[str, Any]) -> tuple[str, ...]:
+    total = sum(program["weights_by_dtype"].values())
+    weights = ", ".join(f"{dtype} {n / total:.1%}" for dtype, n in sorted(program["weights_by_dtype"].items()))
+    worst = program["largest_error"]
+    return (
+        f"{program['backend']} {program['scheme']}",
+        program["graphs"]["model"],
+        human_bytes(program["bytes"]),
+        weights,
+        f"{worst['relative_error']:.3f} {worst['tensor']}" if worst and worst["relative_error"] else "none",
+        f"{program['state_bytes_per_token']:,}",
+    )
+
+
+class SupportCommand:
+    name = "support"
+    help = "list what can be exported: families, schemes, backends, as tested"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        add_json(parser)
+
+    def run(self, options: argparse.Namespace) -> int:
+        from lfm2_export.support import supported
+
+        rows = [asdict(row) for row in supported()]
+        if options.json:
+            console.print_json({"supported": rows})
+        else:
+            columns = ("family", "backend", "scheme", "file", "opened in tests by")
+            console.print_table("support", columns, [tuple(row.values()) for row in rows])
+        return 0

@@ -1,0 +1,215 @@
+"""``lfm2-export run`` and ``chat``: text in, text out, on any artifact."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lfm2_export import console
+from lfm2_export.artifact import Artifact
+from lfm2_export.backends.base import Runner
+from lfm2_export.chat import Chat
+from lfm2_export.commands.base import add_artifact, add_json, add_threads
+from lfm2_export.errors import GenerationError, Lfm2ExportError
+from lfm2_export.generation import TokenEvent, generate
+from lfm2_export.generation_config import GenerationConfig
+from lfm2_export.manifest import Program
+from lfm2_export.runners import load_runner
+from lfm2_export.text import StreamDecoder, Tokenizer
+
+_CHAT_HELP = "/again: another reply   /reset: forget everything   /exit or Ctrl-D: leave   Ctrl-C: stop a reply"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """All that generating text takes."""
+
+    program: Program
+    runner: Runner
+    tokenizer: Tokenizer
+    config: GenerationConfig
+
+
+def add_generation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="stop after N tokens (default: 512)")
+    parser.add_argument("--temperature", type=float, help="0: always the likeliest token")
+    parser.add_argument("--top-k", type=int, help="choose among the k likeliest")
+    parser.add_argument("--top-p", type=float, help="choose among the likeliest that add up to p")
+    parser.add_argument("--min-p", type=float, help="drop what is below min_p times the likeliest")
+    parser.add_argument("--repetition-penalty", type=float, help="above 1: avoid tokens that were there")
+    parser.add_argument("--seed", type=int, help="make sampling repeatable")
+    parser.add_argument("--system", metavar="TEXT", help="system message")
+
+
+def open_for_text(options: argparse.Namespace) -> Opened:
+    """Loads program, tokenizer and the checkpoint's generation settings, overridden by the options."""
+    artifact = Artifact.open(options.artifact, verify=False)
+    program = artifact.program(options.backend, options.scheme)
+    config = generation_settings(artifact.path).override(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        seed=options.seed,
+    )
+    with console.busy(f"loading {program}"):
+        runner = load_runner(artifact, backend=program.backend, scheme=program.scheme, threads=options.threads)
+        tokenizer = Tokenizer.from_dir(artifact.path)
+    return Opened(program=program, runner=runner, tokenizer=tokenizer, config=config)
+
+
+def generation_settings(folder: Path) -> GenerationConfig:
+    """The settings that came with the checkpoint."""
+    path = folder / "generation_config.json"
+    return GenerationConfig.from_file(path) if path.is_file() else GenerationConfig()
+
+
+class RunCommand:
+    name = "run"
+    help = "generate text from one prompt"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        add_artifact(parser)
+        parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to say; - reads standard input")
+        parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
+        add_generation(parser)
+        add_threads(parser)
+        add_json(parser)
+
+    def run(self, options: argparse.Namespace) -> int:
+        opened = open_for_text(options)
+        prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+        ids = encode_prompt(opened.tokenizer, prompt, raw=options.raw, system=options.system)
+        started = time.perf_counter()
+        events = generate(opened.runner, [ids], opened.config)
+        timed = _Timed(events, started)
+        if options.json:
+            console.print_json(_collect(opened, ids, timed))
+        else:
+            for piece in stream_text(opened.tokenizer, timed):
+                print(piece, end="", flush=True)
+            print(flush=True)
+            console.note(f"{opened.program}: {timed.summary(len(ids))}")
+        return 0
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str, *, raw: bool, system: str | None = None) -> list[int]:
+    """A prompt's tokens: as a user's message where there is a chat template, else the bare text.
+
+    Raises:
+        GenerationError: the prompt is empty, or a system message is given where no template takes it.
+    """
+    if not prompt.strip():
+        raise GenerationError("--prompt is empty; give some text to answer or continue")
+    if raw or not tokenizer.has_chat_template:
+        if system is not None:
+            raise GenerationError("--system needs a chat template; leave out --raw, or put the text into --prompt")
+        return tokenizer.encode(prompt)
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    return tokenizer.encode_chat([*messages, {"role": "user", "content": prompt}])
+
+
+def stream_text(tokenizer: Tokenizer, events: Iterator[TokenEvent]) -> Iterator[str]:
+    """The text of a single row as it grows, never half a character."""
+    decoder = StreamDecoder(tokenizer)
+    for event in events:
+        if event.finish_reason != "stop":
+            yield decoder.push(event.token)
+    yield decoder.finish()
+
+
+class _Timed(Iterator[TokenEvent]):
+    """Passes events on and remembers them with the time."""
+
+    def __init__(self, events: Iterator[TokenEvent], started: float):
+        self._events, self._started = events, started
+        self.prefill_s = time.perf_counter() - started
+        self.tokens: list[int] = []
+        self.finish_reason: str | None = None
+
+    def __next__(self) -> TokenEvent:
+        event = next(self._events)
+        self.tokens.append(event.token)
+        self.finish_reason = event.finish_reason
+        self.decode_s = time.perf_counter() - self._started - self.prefill_s
+        return event
+
+    def summary(self, prompt_tokens: int) -> str:
+        rate = len(self.tokens) / max(self.decode_s, 1e-9)
+        return (
+            f"{prompt_tokens} prompt tokens in {self.prefill_s:.2f} s, {len(self.tokens)} new ones at {rate:.1f} per s,"
+            f" ended by {self.finish_reason}"
+        )
+
+
+def _collect(opened: Opened, ids: list[int], timed: _Timed) -> dict[str, Any]:
+    text = "".join(stream_text(opened.tokenizer, timed))
+    return {
+        "program": str(opened.program),
+        "text": text,
+        "tokens": timed.tokens,
+        "prompt_tokens": len(ids),
+        "finish_reason": timed.finish_reason,
+        "prefill_s": timed.prefill_s,
+        "decode_s": timed.decode_s,
+    }
+
+
+class ChatCommand:
+    name = "chat"
+    help = "talk to an artifact; the conversation's state is kept between turns"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        add_artifact(parser)
+        add_generation(parser)
+        add_threads(parser)
+
+    def run(self, options: argparse.Namespace) -> int:
+        opened = open_for_text(options)
+        if not opened.tokenizer.has_chat_template:
+            raise GenerationError(f"{options.artifact}: has no chat template; use `lfm2-export run --raw`")
+        chat = Chat(opened.runner, opened.tokenizer, opened.config, system=options.system)
+        console.note(f"{opened.program}   {_CHAT_HELP}")
+        while (line := _read_line()) is not None:
+            if not _answer(chat, line.strip()):
+                break
+        return 0
+
+
+def _read_line() -> str | None:
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except (EOFError, KeyboardInterrupt):
+        return None
+
+
+def _answer(chat: Chat, line: str) -> bool:
+    """One turn; False to leave. A turn that fails is told and does not end the conversation."""
+    if line in ("/exit", "/quit"):
+        return False
+    try:
+        if line == "/reset":
+            chat.clear()
+        elif line.startswith("/") and line != "/again":
+            console.note(_CHAT_HELP)
+        elif line:
+            _print_reply(chat.regenerate() if line == "/again" else chat.send(line))
+    except Lfm2ExportError as error:
+        console.error(str(error))
+    return True
+
+
+def _print_reply(pieces: Iterator[str]) -> None:
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        pieces.close()  # type: ignore[attr-defined]
+    print(flush=True)

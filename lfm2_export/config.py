@@ -1,0 +1,239 @@
+"""What a model is and what an export should do, as frozen dataclasses; no heavy import.
+
+In: the raw ``config.json`` of a checkpoint (through a family's ``parse_config``) or a caller's options.
+Out: ``ModelConfig``, every value resolved and checked once, so that nothing downstream looks at raw JSON.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lfm2_export.errors import ConfigError
+
+CONV = "conv"
+FULL_ATTENTION = "full_attention"
+
+# What transformers still accepts for older names.
+_LAYER_TYPE_ALIASES = {"attention": FULL_ATTENTION}
+
+_ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+
+_LARGEST = sys.float_info.max  # NaN compares false, infinity is above, integers compare exactly
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One model of either family; the names are those of ``Lfm2Config`` and ``Lfm2MoeConfig``.
+
+    ``intermediate_size`` is the width that the dense MLPs really have (after ``block_auto_adjust_ff_dim``). A dense
+    model has ``num_dense_layers == num_hidden_layers`` and ``num_experts == 0``. ``use_cache`` and ``output_*`` say
+    what the eager forward does where its caller does not.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    layer_types: tuple[str, ...]
+    conv_L_cache: int
+    conv_bias: bool
+    norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    num_dense_layers: int
+    moe_intermediate_size: int = 0
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    use_expert_bias: bool = False
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    bos_token_id: int | None = None
+    eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    use_cache: bool = True
+    output_hidden_states: bool = False
+    output_attentions: bool = False
+    output_router_logits: bool = False
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        return tuple(i for i, kind in enumerate(self.layer_types) if kind == FULL_ATTENTION)
+
+    @property
+    def conv_layers(self) -> tuple[int, ...]:
+        return tuple(i for i, kind in enumerate(self.layer_types) if kind == CONV)
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        return tuple(range(self.num_dense_layers, self.num_hidden_layers))
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """A value as an error message shows it: one line, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to spell out integers of thousands of digits
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
+class Fields:
+    """Typed access to a raw config; an error names the file's key, its value and what is allowed."""
+
+    def __init__(self, raw: Mapping[str, Any], place: str = "config.json"):
+        self.raw = raw
+        self.place = place
+
+    def fail(self, key: str, value: object, expected: str) -> ConfigError:
+        return ConfigError(f"{self.place}: {key}={shown(value)} is not supported; expected {expected}")
+
+    def _get(self, key: str, default: object) -> Any:
+        value = self.raw.get(key)
+        return default if value is None else value
+
+    def integer(self, key: str, default: object, *, low: int = 1, high: int = 2**31 - 1) -> int:
+        value = self._get(key, default)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise self.fail(key, value, f"an integer from {low} to {high}")
+        return value
+
+    def number(self, key: str, default: object, *, above: float = 0.0) -> float:
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:
+            raise self.fail(key, value, "a finite number")
+        if value <= above:
+            raise self.fail(key, value, f"a number above {above:g}")
+        return float(value)
+
+    def boolean(self, key: str, default: object) -> bool:
+        value = self._get(key, default)
+        if not isinstance(value, bool):
+            raise self.fail(key, value, "true or false")
+        return value
+
+    def token_id(self, key: str, default: int | None, vocab_size: int) -> int | None:
+        value = self.raw.get(key, default)
+        return None if value is None else self._token(key, value, vocab_size)
+
+    def token_ids(self, key: str, default: int, vocab_size: int) -> tuple[int, ...]:
+        value = self.raw.get(key, default)
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        return tuple(self._token(key, v, vocab_size) for v in values)
+
+    def _token(self, key: str, value: object, vocab_size: int) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < vocab_size:
+            raise self.fail(key, value, f"a token id from 0 to {vocab_size - 1} (vocab_size)")
+        return value
+
+    def integers(self, key: str, *, low: int, high: int) -> list[int] | None:
+        value = self.raw.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(type(v) is int and low <= v <= high for v in value):
+            raise self.fail(key, value, f"a list of integers from {low} to {high}")
+        return value
+
+
+def check_layer_types(fields: Fields, kinds: Sequence[object], num_hidden_layers: int) -> tuple[str, ...]:
+    """The layer kinds as a tuple.
+
+    Raises:
+        ConfigError: the list has another length than ``num_hidden_layers`` or names an unknown kind.
+    """
+    if not isinstance(kinds, list):
+        raise fields.fail("layer_types", kinds, 'a list of "conv" and "full_attention"')
+    kinds = [_LAYER_TYPE_ALIASES.get(kind, kind) if isinstance(kind, str) else kind for kind in kinds]
+    for index, kind in enumerate(kinds):
+        if kind not in (CONV, FULL_ATTENTION):
+            raise fields.fail(f"layer_types[{index}]", kind, '"conv" or "full_attention"')
+    if len(kinds) != num_hidden_layers:
+        raise ConfigError(
+            f"{fields.place}: layer_types has {len(kinds)} entries but num_hidden_layers={num_hidden_layers}; "
+            "they must agree"
+        )
+    return tuple(str(kind) for kind in kinds)
+
+
+def rope_theta(fields: Fields, default: float) -> float:
+    """The base of RoPE: from ``rope_scaling``, ``rope_parameters`` or the top-level ``rope_theta``, in this order.
+
+    The order is that of transformers 5; there ``rope_scaling``, an older name, replaces ``rope_parameters`` as a whole.
+    Anything but plain RoPE on the whole head is refused: no published LFM2 uses it, and lowering it as plain RoPE would
+    be wrong at every position.
+    """
+    place = "rope_scaling" if fields.raw.get("rope_scaling") else "rope_parameters"
+    parameters = fields.raw.get(place)
+    if parameters is None:
+        parameters = {}
+    if not isinstance(parameters, Mapping):
+        raise fields.fail(place, parameters, "an object")
+    inner = Fields(parameters, f"{fields.place}: {place}")
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind != "default":
+        raise inner.fail("rope_type", kind, '"default"')
+    for source in (inner, fields):
+        factor = source.raw.get("partial_rotary_factor")
+        if factor is not None and factor != 1.0:
+            raise source.fail("partial_rotary_factor", factor, "1.0")
+    for key in parameters:
+        if key not in _ROPE_KEYS:
+            raise inner.fail(key, parameters[key], f"only {', '.join(_ROPE_KEYS)}")
+    if parameters.get("rope_theta") is not None:
+        return inner.number("rope_theta", default)
+    return fields.number("rope_theta", default)
+
+
+def common_fields(fields: Fields, *, hidden_size: int) -> dict[str, Any]:
+    """The values that both families read alike, checked; keyword arguments for ``ModelConfig``.
+
+    Defaults are those of transformers; ``hidden_size`` is the family's own.
+    """
+    vocab_size = fields.integer("vocab_size", 65536)
+    hidden_size = fields.integer("hidden_size", hidden_size)
+    num_attention_heads = fields.integer("num_attention_heads", 32)
+    num_key_value_heads = fields.integer("num_key_value_heads", 8)
+    if num_attention_heads % num_key_value_heads:
+        raise ConfigError(
+            f"{fields.place}: num_attention_heads={num_attention_heads} is not a multiple of "
+            f"num_key_value_heads={num_key_value_heads}; grouped-query attention needs whole groups"
+        )
+    if fields.raw.get("head_dim") is None and hidden_size % num_attention_heads:
+        raise ConfigError(
+            f"{fields.place}: hidden_size={hidden_size} is not a multiple of "
+            f"num_attention_heads={num_attention_heads}; state head_dim"
+        )
+    head_dim = fields.integer("head_dim", hidden_size // num_attention_heads)
+    if head_dim % 2:
+        raise fields.fail("head_dim", head_dim, "an even number (RoPE turns pairs)")
+    tied = fields.boolean("tie_word_embeddings", True)
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": fields.integer("num_hidden_layers", 32, high=10_000),
+        "num_attention_heads": num_attention_heads,
+        "num_key_value_heads": num_key_value_heads,
+        "head_dim": head_dim,
+        "conv_L_cache": fields.integer("conv_L_cache", 3, low=2, high=1024),
+        "conv_bias": fields.boolean("conv_bias", False),
+        "norm_eps": fields.number("norm_eps", 1e-5),
+        "rope_theta": rope_theta(fields, 1_000_000.0),
+        "max_position_embeddings": fields.integer("max_position_embeddings", 128_000),
+        # tie_embedding is the older name and wins where both stand, as in transformers.
+        "tie_word_embeddings": fields.boolean("tie_embedding", tied),
+        "bos_token_id": fields.token_id("bos_token_id", 1, vocab_size),
+        "eos_token_id": fields.token_ids("eos_token_id", 2, vocab_size),
+        "pad_token_id": fields.token_id("pad_token_id", 0, vocab_size),
+        "use_cache": fields.boolean("use_cache", True),
+        "output_hidden_states": fields.boolean("output_hidden_states", False),
+        "output_attentions": fields.boolean("output_attentions", False),
+    }

@@ -1,0 +1,158 @@
+"""The prefill and decode loop, for any runner; no torch.
+
+In: a runner, prompts as token ids, settings. Out: tokens as they are chosen, or whole completions. Rows of a batch
+end separately; a row that has ended is dropped from the runner's state, so it costs nothing while the others go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from lfm2_export.backends.base import Runner, TokenRows, check_fits, check_rows
+from lfm2_export.errors import GenerationError
+from lfm2_export.generation_config import GenerationConfig
+from lfm2_export.sampling import Sampler
+
+FinishReason = Literal["stop", "length", "context"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenEvent:
+    """One chosen token of one row; ``finish_reason`` is set on the row's last one.
+
+    "stop": it is a stop token. "length": ``max_new_tokens`` reached. "context": the context is full.
+    """
+
+    row: int
+    token: int
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What one prompt led to; ``tokens`` includes the stop token."""
+
+    tokens: list[int]
+    finish_reason: FinishReason
+    prompt_tokens: int
+
+
+def generate(
+    runner: Runner, prompts: TokenRows, config: GenerationConfig, *, chunk_size: int | None = None
+) -> Iterator[TokenEvent]:
+    """Continues every prompt; the runner's former state is replaced.
+
+    The prompts are checked and prefilled before this returns; tokens are computed as the result is iterated over.
+    More prompts than the runner takes at once run one group after the other.
+
+    Raises:
+        RunnerError: a prompt is empty or has an id outside the vocabulary.
+        ContextLimitError: a prompt is longer than the context.
+        GenerationError: no prompts, or a stop token outside the vocabulary.
+    """
+    rows = _check_prompts(runner, prompts, config)
+    size = runner.max_batch_size or len(rows)
+    first = _start(runner, rows[:size], 0, config, chunk_size)
+    return _run_groups(runner, rows, size, config, chunk_size, first)
+
+
+def complete(
+    runner: Runner, prompts: TokenRows, config: GenerationConfig, *, chunk_size: int | None = None
+) -> list[Completion]:
+    """``generate`` until every row has ended; one Completion per prompt, in order."""
+    tokens: list[list[int]] = [[] for _ in prompts]
+    reasons: dict[int, FinishReason] = {}
+    for event in generate(runner, prompts, config, chunk_size=chunk_size):
+        tokens[event.row].append(event.token)
+        if event.finish_reason:
+            reasons[event.row] = event.finish_reason
+    return [
+        Completion(tokens=new, finish_reason=reasons[row], prompt_tokens=len(prompts[row]))
+        for row, new in enumerate(tokens)
+    ]
+
+
+def continue_from(
+    runner: Runner,
+    logits_BV: np.ndarray,
+    histories: TokenRows,
+    config: GenerationConfig,
+    *,
+    first_row: int = 0,
+) -> Iterator[TokenEvent]:
+    """The decode loop alone: chooses from ``logits_BV``, what the runner returned last for its present rows.
+
+    ``histories``: all tokens of each row so far, for the repetition penalty. The last token of each row is chosen but
+    not fed to the runner. Where several rows end at different times, the runner keeps the rows that ended last.
+    """
+    samplers = [
+        Sampler(config, runner.vocab_size, history, row) for row, history in enumerate(histories, start=first_row)
+    ]
+    active = list(range(len(samplers)))
+    for step in range(1, config.max_new_tokens + 1):
+        lengths = runner.lengths
+        tokens = [samplers[row].choose(logits) for row, logits in zip(active, logits_BV, strict=True)]
+        reasons = [
+            _finish_reason(token, step, int(held), runner.context_length, config)
+            for token, held in zip(tokens, lengths, strict=True)
+        ]
+        for row, token, reason in zip(active, tokens, reasons, strict=True):
+            yield TokenEvent(row=first_row + row, token=token, finish_reason=reason)
+        going_on = [i for i, reason in enumerate(reasons) if reason is None]
+        if not going_on:
+            return
+        if len(going_on) < len(active):
+            runner.reorder(going_on)
+            active = [active[i] for i in going_on]
+        logits_BV = runner.decode([tokens[i] for i in going_on])
+
+
+def _finish_reason(
+    token: int, step: int, held: int, context_length: int, config: GenerationConfig
+) -> FinishReason | None:
+    if token in config.stop_token_ids:
+        return "stop"
+    if step == config.max_new_tokens:
+        return "length"
+    return "context" if held == context_length else None
+
+
+def _start(
+    runner: Runner,
+    rows: Sequence[np.ndarray],
+    first_row: int,
+    config: GenerationConfig,
+    chunk_size: int | None,
+) -> Iterator[TokenEvent]:
+    runner.reset(len(rows))
+    token_rows = [row.tolist() for row in rows]
+    logits_BV = runner.prefill(token_rows, chunk_size=chunk_size)
+    return continue_from(runner, logits_BV, token_rows, config, first_row=first_row)
+
+
+def _run_groups(
+    runner: Runner,
+    rows: Sequence[np.ndarray],
+    size: int,
+    config: GenerationConfig,
+    chunk_size: int | None,
+    first: Iterator[TokenEvent],
+) -> Iterator[TokenEvent]:
+    yield from first
+    for start in range(size, len(rows), size):
+        yield from _start(runner, rows[start : start + size], start, config, chunk_size)
+
+
+def _check_prompts(runner: Runner, prompts: TokenRows, config: GenerationConfig) -> list[np.ndarray]:
+    if len(prompts) == 0:
+        raise GenerationError("no prompt to continue; pass at least one list of token ids")
+    rows = check_rows(prompts, len(prompts), runner.vocab_size)
+    check_fits(np.zeros(len(rows), dtype=np.int64), [len(row) for row in rows], runner.context_length)
+    for token in config.stop_token_ids:
+        if token >= runner.vocab_size:
+            raise GenerationError(f"stop token {token} is not in the vocabulary of {runner.vocab_size}; remove it")
+    return rows

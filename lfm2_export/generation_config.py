@@ -1,0 +1,144 @@
+"""How tokens are chosen and when generation ends, as one frozen dataclass.
+
+In: the checkpoint's ``generation_config.json`` and what the caller overrides. Out: values that were checked once.
+Names, defaults and meaning are those of transformers' GenerationConfig, so that one file says the same thing to both;
+the one difference is ``max_new_tokens`` (transformers stops at 20 tokens unless told otherwise).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lfm2_export.errors import GenerationError
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MAX_NEW_TOKENS = 512
+
+_FROM_FILE = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
+# In the file, but about something else than choosing tokens.
+_NOT_OURS = {"eos_token_id", "bos_token_id", "pad_token_id", "transformers_version", "_from_model_config"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """Settings of one generation.
+
+    With ``do_sample`` False or ``temperature`` 0 the likeliest token is taken (greedy); only ``repetition_penalty``
+    then changes the scores. ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and ``repetition_penalty`` 1 switch the respective
+    step off. With ``seed`` None every run differs.
+
+    Raises:
+        GenerationError: a value is out of range.
+    """
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.do_sample, bool):
+            raise _error("do_sample", self.do_sample, "true or false")
+        _check_number("temperature", self.temperature, lambda v: v >= 0, "0 (greedy) or a positive number")
+        _check_number("top_p", self.top_p, lambda v: 0 < v <= 1, "a number above 0 and up to 1 (off)")
+        _check_number("min_p", self.min_p, lambda v: 0 <= v <= 1, "a number from 0 (off) to 1")
+        _check_number("repetition_penalty", self.repetition_penalty, lambda v: v > 0, "a number above 0 (1: off)")
+        _check_integer("top_k", self.top_k, 0, "0 (off) or a positive integer")
+        _check_integer("max_new_tokens", self.max_new_tokens, 1, "a positive integer")
+        for token in self.stop_token_ids:
+            _check_integer("stop_token_ids", token, 0, "token ids")
+        if self.seed is not None:
+            _check_integer("seed", self.seed, 0, "an integer from 0 up")
+
+    @property
+    def greedy(self) -> bool:
+        return not self.do_sample or self.temperature == 0
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], *, place: str = "generation_config.json") -> GenerationConfig:
+        """Reads the contents of a ``generation_config.json``.
+
+        What it does not state, or states as null, has the default. Keys that we do not know are left out, and logged.
+        """
+        if unknown := sorted(k for k in raw if k not in _FROM_FILE and k not in _NOT_OURS and raw[k] is not None):
+            logger.info("%s: not used here: %s", place, ", ".join(unknown))
+        known = {key: raw[key] for key in _FROM_FILE if raw.get(key) is not None}
+        stops = raw.get("eos_token_id")
+        stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+        try:
+            return cls(**known, stop_token_ids=tuple(stops))
+        except GenerationError as error:
+            raise GenerationError(f"{place}: {error}") from error
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> GenerationConfig:
+        """Reads ``generation_config.json``, or the defaults where there is no such file."""
+        path = Path(path)
+        if not path.exists():
+            return cls()
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise GenerationError(f"{path}: not valid JSON ({error}); restore the file or export again") from error
+        if not isinstance(raw, dict):
+            raise GenerationError(f"{path}: a JSON object expected, found {type(raw).__name__}")
+        return cls.from_dict(raw, place=str(path))
+
+    def override(
+        self,
+        *,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        max_new_tokens: int | None = None,
+        stop_token_ids: tuple[int, ...] | None = None,
+        seed: int | None = None,
+    ) -> GenerationConfig:
+        """A copy with everything replaced that is not None.
+
+        Asking for a temperature, top_k, top_p, min_p or seed asks for sampling, unless ``do_sample`` is given too.
+        """
+        if do_sample is None and any(v is not None for v in (temperature, top_k, top_p, min_p, seed)):
+            do_sample = True
+        options: dict[str, Any] = {
+            "do_sample": do_sample,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "max_new_tokens": max_new_tokens,
+            "stop_token_ids": stop_token_ids,
+            "seed": seed,
+        }
+        return replace(self, **{name: value for name, value in options.items() if value is not None})
+
+
+def _error(name: str, value: object, expected: str) -> GenerationError:
+    return GenerationError(f"{name}={value!r} is not usable; expected {expected}")
+
+
+def _check_number(name: str, value: object, in_range: Callable[[float], bool], expected: str) -> None:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and in_range(value):
+        return
+    raise _error(name, value, expected)
+
+
+def _check_integer(name: str, value: object, low: int, expected: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise _error(name, value, expected)

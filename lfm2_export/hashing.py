@@ -1,0 +1,95 @@
+"""SHA-256 of files, and a memory of which files were hashed before.
+
+In: paths. Out: hex digests. Hashing a 5 GB artifact at every load would take seconds, so a digest is remembered in the
+user's cache folder next to the file's size, times and inode, and taken from there while all of them are unchanged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+# A file that changed less than this before it was hashed may change again without its times moving (kernels and file
+# systems keep them in coarse steps, FAT in steps of two seconds), so its digest is not remembered.
+_SETTLED_NS = 2_000_000_000
+
+_THREADS = 4
+
+
+def sha256_file(path: Path) -> str:
+    """The hex SHA-256 of a file's bytes, streamed."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_files(paths: Iterable[Path], *, remembered: bool = False) -> dict[Path, str]:
+    """Hex SHA-256 by path, several files at a time; ``remembered`` takes known digests from the user's cache."""
+    unique = list(dict.fromkeys(paths))
+    digest = _remembered_sha256 if remembered else sha256_file
+    with ThreadPoolExecutor(max_workers=min(_THREADS, os.cpu_count() or 1)) as pool:
+        return dict(zip(unique, pool.map(digest, unique), strict=True))
+
+
+def cache_folder() -> Path:
+    """Where this package keeps what it can make again: ``$XDG_CACHE_HOME/lfm2-export``."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "lfm2-export"
+
+
+def _remembered_sha256(path: Path) -> str:
+    resolved = path.resolve()
+    stamp = _stamp(resolved)
+    record = _record_path(resolved)
+    known = _read_record(record)
+    if known is not None and known.get("stamp") == stamp and isinstance(known.get("sha256"), str):
+        return known["sha256"]
+    started = time.time_ns()
+    digest = sha256_file(resolved)
+    settled = started - max(stamp["mtime_ns"], stamp["ctime_ns"]) > _SETTLED_NS
+    if settled and _stamp(resolved) == stamp:
+        _write_record(record, {"path": str(resolved), "stamp": stamp, "sha256": digest})
+    return digest
+
+
+def _stamp(path: Path) -> dict[str, int]:
+    status = path.stat()
+    return {
+        "bytes": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+        "ctime_ns": status.st_ctime_ns,
+        "inode": status.st_ino,
+        "device": status.st_dev,
+    }
+
+
+def _record_path(path: Path) -> Path:
+    return cache_folder() / "sha256" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()}.json"
+
+
+def _read_record(record: Path) -> dict | None:
+    try:
+        known = json.loads(record.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return known if isinstance(known, dict) else None
+
+
+def _write_record(record: Path, known: dict) -> None:
+    """Best effort: a cache folder that cannot be written costs time, not correctness."""
+    try:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=record.parent)
+        with open(descriptor, "w", encoding="utf-8") as file:
+            json.dump(known, file)
+        os.replace(name, record)
+    except OSError as error:
+        logger.debug("digest not remembered in %s: %s", record, error)

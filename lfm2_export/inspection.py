@@ -1,0 +1,83 @@
+"""What a checkpoint or an artifact is, in numbers: parameters, layers, bytes per part, state bytes per token of
+context.
+
+In: a folder, Hub id or bundled name. Out: a JSON-like dict; the CLI prints it. Reads headers and manifests, no weights.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from lfm2_export.artifact import Artifact
+from lfm2_export.cache import CacheSpec
+from lfm2_export.manifest import MANIFEST, Program
+
+
+def inspect(name: str | Path, *, revision: str | None = None, offline: bool = False) -> dict[str, Any]:
+    """Describes an artifact (a folder with a manifest) or else a checkpoint.
+
+    Raises:
+        Lfm2ExportError: it is neither, or damaged.
+    """
+    if (Path(name) / MANIFEST).is_file():
+        return _artifact(Artifact.open(name))
+    return _checkpoint(str(name), revision, offline)
+
+
+def _checkpoint(name: str, revision: str | None, offline: bool) -> dict[str, Any]:
+    from lfm2_export.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(name, revision=revision, offline=offline)
+    config = checkpoint.config
+    cache = CacheSpec.from_config(config)
+    return {
+        "kind": "checkpoint",
+        "name": checkpoint.name,
+        "family": config.model_type,
+        "parameters": checkpoint.parameter_count,
+        "active_parameters": checkpoint.active_parameter_count,
+        "bytes": checkpoint.total_bytes,
+        "dtypes": dict(Counter(info.dtype for info in checkpoint.tensors.values())),
+        "layers": {"conv": len(config.conv_layers), "attention": len(config.attention_layers)},
+        "moe_layers": len(config.moe_layers),
+        "parts": {part: {"parameters": n, "bytes": size} for part, (n, size) in checkpoint.parts().items()},
+        "state_bytes_per_token": cache.bytes_per_token(),
+        "state_bytes_fixed": cache.fixed_bytes(),
+        "context_length": config.max_position_embeddings,
+    }
+
+
+def _artifact(artifact: Artifact) -> dict[str, Any]:
+    record = artifact.manifest.checkpoint
+    return {
+        "kind": "artifact",
+        "name": str(artifact.path),
+        "family": record.model_type,
+        "checkpoint": str(record),
+        "programs": [_program(program) for program in artifact.programs],
+    }
+
+
+def _program(program: Program) -> dict[str, Any]:
+    dtypes: Counter[str] = Counter()
+    for tensor in program.tensors:
+        count = 1
+        for size in tensor.shape:
+            count *= size
+        dtypes[tensor.dtype] += count
+    worst = max(program.tensors, key=lambda tensor: tensor.error or 0.0, default=None)
+    return {
+        "backend": program.backend,
+        "scheme": program.scheme,
+        "graphs": dict(program.graphs),
+        "bytes": sum(entry.bytes for entry in program.files.values()),
+        "weights_by_dtype": dict(dtypes),
+        "largest_error": None if worst is None else {"tensor": worst.name, "relative_error": worst.error},
+        "operators": dict(program.operators),
+        "state_bytes_per_token": program.cache.bytes_per_token(),
+        "state_bytes_fixed": program.cache.fixed_bytes(),
+        "context_length": program.context_length,
+        "parity": program.parity,
+    }

@@ -1,0 +1,1 @@
+"""Our C++ operators for ExecuTorch: sources, building, packing of weights, and their declarations for PyTorch."""

@@ -1,0 +1,152 @@
+// Which kernels this processor runs. The translation units that exist are named by LFM2_HAVE_* from CMakeLists.txt.
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+#if defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+
+namespace lfm2 {
+namespace {
+
+#if defined(LFM2_HAVE_AVX512VNNI)
+bool has_avx512vnni() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+#endif
+
+#if defined(LFM2_HAVE_AVX2)
+bool has_avx2() {
+  // F16C came with Ivy Bridge, before AVX2 and FMA, and GCC 10's __builtin_cpu_supports does not know its name.
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+#endif
+
+#if defined(LFM2_HAVE_AVXVNNI)
+bool has_avxvnni() {
+  if (!has_avx2()) {
+    return false;
+  }
+  uint32_t eax = 7, ebx = 0, ecx = 1, edx = 0;  // leaf 7, subleaf 1: EAX bit 4
+  __asm__("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
+  return (eax >> 4) & 1;
+}
+#endif
+
+#if defined(__aarch64__) && defined(__APPLE__)
+bool has_feature(const char* name) {
+  int value = 0;
+  size_t size = sizeof value;
+  return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
+}
+#endif
+
+#if defined(LFM2_HAVE_NEONDOT)
+bool has_neondot() {
+#if defined(__APPLE__)
+  return has_feature("hw.optional.arm.FEAT_DotProd");
+#else
+  return (getauxval(AT_HWCAP) >> 20) & 1;  // HWCAP_ASIMDDP
+#endif
+}
+#endif
+
+#if defined(LFM2_HAVE_NEONI8MM)
+bool has_neoni8mm() {
+#if defined(__APPLE__)
+  return has_feature("hw.optional.arm.FEAT_I8MM");
+#else
+  return (getauxval(AT_HWCAP2) >> 13) & 1;  // HWCAP2_I8MM
+#endif
+}
+#endif
+
+bool always() {
+  return true;
+}
+
+struct Candidate {
+  const Kernels* kernels;
+  bool (*runs_here)();
+};
+
+constexpr Candidate kFastestFirst[] = {
+#if defined(LFM2_HAVE_AVX512VNNI)
+    {&kAvx512VnniKernels, has_avx512vnni},
+#endif
+#if defined(LFM2_HAVE_AVXVNNI)
+    {&kAvxVnniKernels, has_avxvnni},
+#endif
+#if defined(LFM2_HAVE_AVX2)
+    {&kAvx2Kernels, has_avx2},
+#endif
+#if defined(LFM2_HAVE_NEONI8MM)
+    {&kNeonI8mmKernels, has_neoni8mm},
+#endif
+#if defined(LFM2_HAVE_NEONDOT)
+    {&kNeonDotKernels, has_neondot},
+#endif
+    {&kScalarKernels, always},
+};
+
+constexpr int kCandidates = sizeof kFastestFirst / sizeof kFastestFirst[0];
+
+const Kernels* fastest() {
+  for (const Candidate& candidate : kFastestFirst) {
+    if (candidate.runs_here()) {
+      return candidate.kernels;
+    }
+  }
+  return &kScalarKernels;
+}
+
+const Kernels* chosen() {
+  const char* name = std::getenv("LFM2_KERNELS");
+  if (name == nullptr || *name == '\0') {
+    return fastest();
+  }
+  if (const Kernels* kernels = kernels_by_name(name)) {
+    return kernels;
+  }
+  std::fprintf(stderr, "LFM2_KERNELS=%s: unknown here, or not for this processor; using %s\n", name, fastest()->name);
+  return fastest();
+}
+
+}  // namespace
+
+const Kernels& best_kernels() {
+  static const Kernels* const kernels = chosen();
+  return *kernels;
+}
+
+const Kernels* kernels_by_name(const char* name) {
+  for (const Candidate& candidate : kFastestFirst) {
+    if (std::strcmp(candidate.kernels->name, name) == 0) {
+      return candidate.runs_here() ? candidate.kernels : nullptr;
+    }
+  }
+  return nullptr;
+}
+
+const char* const* runnable_kernels() {
+  static const char* names[kCandidates + 1] = {};
+  if (names[0] == nullptr) {
+    int count = 0;
+    for (const Candidate& candidate : kFastestFirst) {
+      if (candidate.runs_here()) {
+        names[count++] = candidate.kernels->name;
+      }
+    }
+  }
+  return names;
+}
+
+}  // namespace lfm2

@@ -1,0 +1,114 @@
+"""The artifact's README: what it is, how to run it in each runtime, and its figures; only what the manifest knows.
+
+In: the checkpoint's record and the programs. Out: Markdown with the front matter that the Hub reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lfm2_export.checkpoint import Checkpoint
+from lfm2_export.manifest import CheckpointRecord, Program
+from lfm2_export.resources import human_bytes
+
+_RUN = {
+    "onnx": """## Run it
+
+```
+pip install lfm2-export
+lfm2-export run . --prompt "What is C. elegans?"
+```
+
+onnxruntime-genai opens the folder as it is (`og.Model(".")`). So does Transformers.js:
+
+```js
+import { pipeline } from "@huggingface/transformers";
+const generator = await pipeline("text-generation", "<this folder or repository>", { dtype: "DTYPE" });
+```
+""",
+    "executorch": """## Run it
+
+```
+pip install "lfm2-export[executorch]"
+lfm2-export run . --backend executorch --prompt "What is C. elegans?"
+```
+""",
+}
+
+
+def render(record: CheckpointRecord, programs: Sequence[Program], checkpoint: Checkpoint) -> str:
+    """The whole card."""
+    backends = dict.fromkeys(program.backend for program in programs)
+    sections = [_front_matter(record, checkpoint), _title(record, checkpoint), _programs(programs)]
+    sections += [_RUN[backend].replace("DTYPE", _js_dtype(programs)) for backend in backends]
+    figures = _figures(programs)
+    return "\n".join([*sections, *([figures] if figures else []), _licence(checkpoint)])
+
+
+def _js_dtype(programs: Sequence[Program]) -> str:
+    return next((program.scheme for program in programs if program.backend == "onnx"), "q4")
+
+
+def _front_matter(record: CheckpointRecord, checkpoint: Checkpoint) -> str:
+    base = f"base_model: {record.name}\n" if record.revision else ""
+    licence = "license: other\n" if any(p.name.startswith("LICENSE") for p in checkpoint.files()) else ""
+    return (
+        f"---\n{licence}{base}library_name: transformers.js\npipeline_tag: text-generation\ntags: [lfm2, onnx]\n---\n"
+    )
+
+
+def _title(record: CheckpointRecord, checkpoint: Checkpoint) -> str:
+    total, active = checkpoint.parameter_count, checkpoint.active_parameter_count
+    used = f", {active / 1e6:,.1f} M of them for one token" if active != total else ""
+    return (
+        f"# {record} for on-device runtimes\n\n"
+        f"Exported by lfm2-export from a `{record.model_type}` checkpoint with {total / 1e6:,.1f} M parameters{used}. "
+        "`lfm2_export.json` lists every file with its hash and every tensor with its quantization error.\n"
+    )
+
+
+def _programs(programs: Sequence[Program]) -> str:
+    rows = [
+        f"| {program.backend} | {program.scheme} | `{program.graphs['model']}` | "
+        f"{human_bytes(sum(entry.bytes for entry in program.files.values()))} | {program.context_length:,} |"
+        for program in programs
+    ]
+    head = "| Backend | Scheme | File | Size with weights | Context |\n|---|---|---|---|---|"
+    return "\n".join(["## Programs\n", head, *rows, ""])
+
+
+def _figures(programs: Sequence[Program]) -> str:
+    """Parity figures, where ``lfm2-export parity`` has recorded them."""
+    rows = []
+    for program in programs:
+        hops = program.parity or {}
+        lowering, cost = hops.get("lowering", {}), hops.get("quantization", {})
+        if lowering or cost:
+            cells = (
+                _figure(lowering, "max_abs_error", ".1e"),
+                _figure(lowering, "kl", ".1e"),
+                _figure(cost, "kl", ".4f"),
+                _figure(cost, "top1_agreement", ".1%"),
+                _figure(cost, "perplexity", ".2f"),
+            )
+            rows.append(f"| {program} | {' | '.join(cells)} |")
+    if not rows:
+        return ""
+    head = (
+        "| Program | Lowering: max error | Lowering: KL | Quantization: KL | Same top token | Perplexity |\n"
+        "|---|---|---|---|---|---|"
+    )
+    return "\n".join(["## Parity with the eager model\n", head, *rows, ""])
+
+
+def _figure(figures: Mapping[str, Any], name: str, form: str) -> str:
+    value = figures.get(name)
+    return "-" if value is None else format(value, form)
+
+
+def _licence(checkpoint: Checkpoint) -> str:
+    names = [path.name for path in checkpoint.files() if path.name.startswith("LICENSE")]
+    if not names:
+        return "## Licence\n\nThe checkpoint came without a licence file; its licence applies to this artifact.\n"
+    return f"## Licence\n\nThat of the base model: see `{names[0]}`.\n"

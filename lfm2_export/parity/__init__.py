@@ -1,0 +1,69 @@
+"""Is an exported program the model? Measured in three hops that are reported apart, each with a control that must fail.
+
+In: an artifact and the checkpoint that it was made of. Out: ``ParityReport``.
+
+    1 model          transformers' eager model and ours                    parity/model.py
+    2 lowering       ours with the artifact's weights and the artifact     parity/lowering.py
+    3 quantization   the checkpoint's model and the artifact               parity/quantization.py
+
+At most two fp32 copies of the model are in memory at a time: ours and transformers', later ours and the artifact's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lfm2_export.parity.hops import measure
+from lfm2_export.parity.report import ParityReport, ProgramParity
+
+__all__ = ["ParityReport", "ProgramParity", "measure_parity"]
+
+DEFAULT_MAX_TOKENS = 4096
+
+
+def measure_parity(
+    artifact: str | Path,
+    checkpoint: str | Path,
+    *,
+    backend: str | None = None,
+    scheme: str | Sequence[str] | None = None,
+    text: str | Path | None = None,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    revision: str | None = None,
+    offline: bool = False,
+    threads: int | None = None,
+    record: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> ParityReport:
+    """Compares programs of an artifact with the checkpoint that they were made of.
+
+    Args:
+        artifact: its folder.
+        checkpoint: a directory, a Hub id, or a bundled name.
+        backend, scheme: which programs (one scheme or several); default: all.
+        text: a UTF-8 file that the checkpoint was not trained on; default: the bundled held-out text.
+        max_tokens: how much of the text is used.
+        threads: of the runner; default: every core.
+        record: whether to write the figures into the artifact's manifest and model card.
+        progress: told what is measured next.
+
+    Raises:
+        ArtifactError: no such artifact or program, files were changed, or it was made of another checkpoint.
+        CheckpointError: the checkpoint cannot be opened or is damaged.
+        ResourceError: the memory is too small for two fp32 copies of the model.
+        Lfm2ExportError: the text cannot be read or is too short.
+    """
+    return measure(
+        Path(artifact),
+        str(checkpoint),
+        backend=backend,
+        schemes=(scheme,) if isinstance(scheme, str) else None if scheme is None else tuple(scheme),
+        text=text,
+        max_tokens=max_tokens,
+        revision=revision,
+        offline=offline,
+        threads=threads,
+        record=record,
+        progress=progress or (lambda step: None),
+    )

@@ -1,0 +1,119 @@
+"""The result of ``measure_parity``: verdicts for programs, as JSON, as rows of a table, as lines, as a page.
+
+In: hops. Out: what the CLI prints and the manifest records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lfm2_export.errors import Lfm2ExportError
+from lfm2_export.manifest import Program
+from lfm2_export.parity.figures import Hop, finite
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgramParity:
+    """Hops 2 and 3 of one program."""
+
+    program: Program
+    lowering: Hop
+    quantization: Hop
+
+    @property
+    def hops(self) -> tuple[Hop, Hop]:
+        return self.lowering, self.quantization
+
+    @property
+    def passed(self) -> bool:
+        return all(hop.passed for hop in self.hops)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "backend": self.program.backend,
+            "scheme": self.program.scheme,
+            "passed": self.passed,
+            "lowering": self.lowering.to_json(),
+            "quantization": self.quantization.to_json(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityReport:
+    """Everything that was measured. ``text`` says in words on what."""
+
+    COLUMNS: ClassVar[tuple[str, ...]] = ("program", "hop", "compared", "figure", "tolerance", "verdict")
+
+    artifact: str
+    checkpoint: str
+    text: str
+    model: Hop
+    programs: tuple[ProgramParity, ...]
+    versions: Mapping[str, str]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every figure is within its tolerance and every control fails."""
+        return self.model.passed and all(program.passed for program in self.programs)
+
+    def failures(self) -> list[str]:
+        """One line for each thing that fell short."""
+        lines = list(self.model.failures())
+        for measured in self.programs:
+            lines += [f"{measured.program}, {line}" for hop in measured.hops for line in hop.failures()]
+        return lines
+
+    def rows(self, *, details: bool = False) -> list[tuple[str, ...]]:
+        """Cells by COLUMNS; without ``details``, figures under one tolerance share a row with the worst of them."""
+        return list(self._rows(details))
+
+    def _rows(self, details: bool) -> Iterator[tuple[str, ...]]:
+        for row in self.model.rows(details=details):
+            yield ("", self.model.name, *row)
+        for measured in self.programs:
+            for hop in measured.hops:
+                for row in hop.rows(details=details):
+                    yield (str(measured.program), hop.name, *row)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "passed": self.passed,
+            "artifact": self.artifact,
+            "checkpoint": self.checkpoint,
+            "text": self.text,
+            "model": self.model.to_json(),
+            "programs": [program.to_json() for program in self.programs],
+            "failures": self.failures(),
+            "versions": dict(self.versions),
+        }
+
+    def records(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """What the manifest keeps of each program: the figures that matter and the verdict of each hop."""
+        return {
+            measured.program.key: {
+                hop.name: {**finite(hop.summary), "passed": hop.passed} for hop in (self.model, *measured.hops)
+            }
+            for measured in self.programs
+        }
+
+    def to_html(self) -> str:
+        """One page that needs nothing else."""
+        from lfm2_export.parity.page import render
+
+        return render(self)
+
+    def write_html(self, path: str | Path) -> None:
+        """Writes the page.
+
+        Raises:
+            Lfm2ExportError: the file cannot be written.
+        """
+        try:
+            Path(path).write_text(self.to_html(), encoding="utf-8")
+        except OSError as error:
+            raise Lfm2ExportError(
+                f"{path}: the report cannot be written ({error.strerror}); give another file"
+            ) from error

@@ -1,0 +1,174 @@
+"""From a checkpoint to an artifact: the only file that names every stage.
+
+In: a checkpoint, a backend, one or more schemes, a folder. Out: an ``Artifact``: all of it, or nothing and what was
+there before. What can be refused is refused before the first weight is read: names, widths, disk, memory, the
+output folder.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import platform
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from lfm2_export import model_card
+from lfm2_export.artifact import Artifact, ArtifactWriter
+from lfm2_export.backends import Backend, get_backend
+from lfm2_export.backends.program import ExportedProgram, ExportRequest
+from lfm2_export.background import Background
+from lfm2_export.checkpoint import Checkpoint, open_checkpoint
+from lfm2_export.errors import ExportError
+from lfm2_export.manifest import CheckpointRecord, Program
+from lfm2_export.progress import Progress
+from lfm2_export.quant.algorithms import DEFAULT_ALGORITHM
+from lfm2_export.quant.schemes import Scheme, get_scheme
+from lfm2_export.resources import check_disk, check_memory, disk_needed
+
+logger = logging.getLogger(__name__)
+
+# Everything whose version may change what an export contains.
+_PACKAGES = (
+    "lfm2-export",
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime",
+    "numpy",
+    "executorch",
+    "torchao",
+)
+
+
+def export(
+    checkpoint: str | Path,
+    *,
+    backend: str = "onnx",
+    scheme: str | Sequence[str] = "q4",
+    output: str | Path,
+    group_size: int | None = None,
+    exclude: Sequence[str] = (),
+    algorithm: str = DEFAULT_ALGORITHM,
+    max_context: int | None = None,
+    moe_op: str | None = None,
+    embedding_bits: int | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Exports a checkpoint under one or more schemes into a folder.
+
+    Args:
+        checkpoint: a directory, a Hub id, or a bundled name ("tiny-moe", "tiny-dense").
+        scheme: one name or several.
+        output: a folder that does not exist, is empty, or is an artifact of the same checkpoint, which is added to.
+        group_size: weights that share a scale; default: the scheme's.
+        exclude: patterns of tensor names (as in ``fnmatch``) to leave unquantized.
+        algorithm: how integer weights are fitted: "refit" (least squared error) or "round" (plain rounding, faster).
+        max_context: positions that programs with buffers of fixed size hold (executorch).
+        moe_op: how a .pte runs quantized experts: "stock" (default: ExecuTorch's operator), "lfm2" (ours) or "both".
+        embedding_bits: how wide a .pte's quantized token table is: 8 (default) or 4.
+
+    Raises:
+        Lfm2ExportError: the matching kind; nothing is left behind and what was there is unchanged.
+    """
+    lowering = get_backend(backend)
+    schemes = [_customized(one, group_size, exclude) for one in _schemes(lowering, backend, scheme)]
+    opened = open_checkpoint(checkpoint, revision=revision, offline=offline)
+    progress = progress or Progress()
+    record = Background(lambda: CheckpointRecord.of(opened))
+    with ArtifactWriter(output, record.result) as writer:
+        requests = [
+            ExportRequest(
+                checkpoint=opened,
+                scheme=one,
+                folder=writer.root,
+                algorithm=algorithm,
+                max_context=max_context,
+                moe_op=moe_op,
+                embedding_bits=embedding_bits,
+                progress=progress.advance,
+            )
+            for one in schemes
+        ]
+        _check_resources(lowering, requests, writer.folder)
+        # Hashing reads every shard: it runs beside the export, once nothing cheap can refuse the work any more.
+        record.start()
+        for request in requests:
+            progress.start(f"{backend} {request.scheme.name}", opened.total_bytes)
+            made = lowering.export_program(request)
+            writer.add_program(_program(backend, request.scheme, made), made.files)
+        _copy_companions(opened, writer)
+        lowering.runtime_files(opened, writer)
+        writer.write_text("README.md", model_card.render(record.result(), writer.programs, opened))
+        return writer.commit()
+
+
+def _schemes(lowering: Backend, backend: str, scheme: str | Sequence[str]) -> list[Scheme]:
+    names = [scheme] if isinstance(scheme, str) else list(scheme)
+    if not names:
+        raise ExportError("no scheme was given; pass --scheme q4, for instance")
+    found = [get_scheme(name) for name in dict.fromkeys(names)]
+    for one in found:
+        if one.name not in lowering.SCHEMES:
+            raise ExportError(
+                f"scheme {one.name!r} is not for backend {backend}; its schemes: {', '.join(lowering.SCHEMES)}"
+            )
+    return found
+
+
+def _customized(scheme: Scheme, group_size: int | None, exclude: Sequence[str]) -> Scheme:
+    grouped = scheme if group_size is None or not scheme.has_groups else scheme.with_group_size(group_size)
+    return grouped.with_exclude(exclude)
+
+
+def _check_resources(lowering: Backend, requests: Iterable[ExportRequest], folder: Path) -> None:
+    estimates = [lowering.estimate(request) for request in requests]
+    check_disk(folder, disk_needed(estimate.disk_bytes for estimate in estimates))
+    check_memory(max(estimate.memory_bytes for estimate in estimates))
+
+
+def _program(backend: str, scheme: Scheme, made: ExportedProgram) -> Program:
+    return Program(
+        backend=backend,
+        scheme=scheme.name,
+        graphs=made.graphs,
+        files={},
+        context_length=made.context_length,
+        inputs=made.inputs,
+        outputs=made.outputs,
+        cache=made.cache,
+        options=made.options,
+        operators=made.operators,
+        tensors=made.tensors,
+        versions=versions(),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Python's version and that of every package that takes part and is installed."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            logger.debug("%s is not installed", package)
+    return found
+
+
+def _copy_companions(checkpoint: Checkpoint, writer: ArtifactWriter) -> None:
+    """Tokenizer, template, generation settings and licence, as they are; runtimes need a generation config."""
+    for path in checkpoint.files():
+        writer.copy(path)
+    if not (checkpoint.path / "generation_config.json").is_file():
+        config = checkpoint.config
+        settings = {
+            "bos_token_id": config.bos_token_id,
+            "eos_token_id": list(config.eos_token_id),
+            "pad_token_id": config.pad_token_id,
+        }
+        writer.write_text("generation_config.json", json.dumps(settings, indent=2) + "\n")

@@ -1,0 +1,22 @@
+"""How long work tells its caller what it is doing; the CLI draws bars from it, a library caller may ignore it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+def _ignore_start(label: str, total: int) -> None:
+    pass
+
+
+def _ignore_advance(amount: int) -> None:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """``start(label, total)`` begins a step of so many bytes, ``advance(amount)`` says how many more are done."""
+
+    start: Callable[[str, int], None] = _ignore_start
+    advance: Callable[[int], None] = _ignore_advance

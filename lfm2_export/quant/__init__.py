@@ -1,0 +1,1 @@
+"""Quantization with numpy alone: formats, schemes as data, and one file per algorithm."""

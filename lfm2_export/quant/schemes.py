@@ -1,0 +1,228 @@
+"""Schemes as data: which format each kind of weight gets, what runs in which dtype, and what the program is called.
+
+In: a scheme's name, and per weight its published name and its class. Out: the weight's format and the reason for it,
+which goes into the manifest: no layer is left unquantized silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+from lfm2_export.errors import QuantizationError
+from lfm2_export.quant.formats import FloatFormat, IntFormat, WeightFormat
+
+
+class TensorClass(StrEnum):
+    """What a weight is to a scheme. ``SMALL``: norms, conv kernels and biases."""
+
+    LINEAR = "linear"
+    EXPERTS = "experts"
+    EMBEDDING = "embedding"
+    HEAD = "head"
+    ROUTER = "router"
+    EXPERT_BIAS = "expert_bias"
+    SMALL = "small"
+
+
+NEVER_QUANTIZED: Mapping[TensorClass, str] = MappingProxyType(
+    {
+        TensorClass.ROUTER: "a router decides between experts, and a small error picks another one",
+        TensorClass.EXPERT_BIAS: "expert biases decide between experts",
+        TensorClass.SMALL: "norms, conv kernels and biases are small",
+    }
+)
+
+_FORMAT_FIELDS = ("linear", "experts", "embedding", "head", "sensitive")
+
+
+class FormatChoice(NamedTuple):
+    """A weight's format, and why it is that one."""
+
+    format: WeightFormat
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """Formats by class of weight, and how the program runs.
+
+    ``embedding`` is also the head's where the two are tied. ``sensitive``: the format of the weights that match
+    ``sensitive_patterns``, whatever their class; weights that match ``exclude`` stay in the activations' dtype.
+    Patterns are published names with ``*`` and ``?`` as in a shell. ``programs``: the program's file per backend.
+    ``accuracy_level``: MatMulNBits' and QMoE's, 4 allows int8 activations inside the kernels. The state has the
+    activations' dtype; logits are always float32.
+    """
+
+    name: str
+    linear: WeightFormat
+    experts: WeightFormat
+    embedding: WeightFormat
+    head: WeightFormat
+    sensitive: WeightFormat
+    activation_dtype: Literal["float32", "float16"]
+    accuracy_level: Literal[0, 4]
+    programs: Mapping[str, str]
+    sensitive_patterns: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        return tuple(self.programs)
+
+    @property
+    def file_name(self) -> str:
+        """The ONNX program's file.
+
+        Raises:
+            QuantizationError: the scheme has none.
+        """
+        if "onnx" not in self.programs:
+            raise QuantizationError(f"scheme {self.name} is not for onnx; pass --backend {self.backends[0]}")
+        return self.programs["onnx"]
+
+    @property
+    def has_groups(self) -> bool:
+        return bool(self._int_formats())
+
+    def with_group_size(self, group_size: int) -> Scheme:
+        """The scheme with every integer format in groups of ``group_size``.
+
+        Raises:
+            QuantizationError: the size is not supported, or the scheme has no groups.
+        """
+        changed: dict[str, Any] = {
+            name: replace(format, group_size=group_size) for name, format in self._int_formats().items()
+        }
+        if not changed:
+            raise QuantizationError(f"scheme {self.name} has no groups; leave --group-size out")
+        return replace(self, **changed)
+
+    def with_exclude(self, patterns: Iterable[str]) -> Scheme:
+        """The scheme with the weights that match ``patterns`` left in the activations' dtype."""
+        return replace(self, exclude=(*self.exclude, *patterns))
+
+    def format_for(self, fqn: str, kind: TensorClass) -> FormatChoice:
+        """The format of the weight ``fqn``, a published name."""
+        plain = FloatFormat(dtype=self.activation_dtype)
+        if kind in NEVER_QUANTIZED:
+            return FormatChoice(plain, f"never quantized: {NEVER_QUANTIZED[kind]}")
+        if pattern := _first_match(fqn, self.exclude):
+            return FormatChoice(plain, f"excluded by --exclude {pattern}")
+        if pattern := _first_match(fqn, self.sensitive_patterns):
+            return FormatChoice(self.sensitive, f"sensitive: {pattern}")
+        return FormatChoice(getattr(self, kind.value), f"scheme {self.name}: {kind.value}")
+
+    def options(self) -> dict[str, Any]:
+        """What the manifest says of the scheme beside its name."""
+        formats = {name: getattr(self, name).to_json() for name in _FORMAT_FIELDS}
+        return {"formats": formats, "sensitive": list(self.sensitive_patterns), "exclude": list(self.exclude)}
+
+    def _int_formats(self) -> dict[str, IntFormat]:
+        return {name: found for name in _FORMAT_FIELDS if isinstance(found := getattr(self, name), IntFormat)}
+
+
+def check_patterns(patterns: Iterable[str], fqns: Iterable[str]) -> None:
+    """Refuses ``--exclude`` patterns that match none of the weights: a typo would otherwise pass unseen.
+
+    Raises:
+        QuantizationError: with all such patterns.
+    """
+    names = list(fqns)
+    idle = [pattern for pattern in patterns if not any(fnmatchcase(fqn, pattern) for fqn in names)]
+    if idle:
+        raise QuantizationError(f"--exclude {' '.join(idle)}: matches no weight; `lfm2-export inspect` lists them")
+
+
+def get_scheme(name: str) -> Scheme:
+    """The scheme of that name.
+
+    Raises:
+        QuantizationError: there is none; the message lists those that are.
+    """
+    if name not in SCHEMES:
+        raise QuantizationError(f"scheme {name!r} is unknown; known schemes: {', '.join(SCHEMES)}")
+    return SCHEMES[name]
+
+
+def _first_match(fqn: str, patterns: Iterable[str]) -> str | None:
+    return next((pattern for pattern in patterns if fnmatchcase(fqn, pattern)), None)
+
+
+def _float_scheme(name: str, dtype: Literal["float32", "float16"], programs: dict[str, str]) -> Scheme:
+    plain = FloatFormat(dtype=dtype)
+    return Scheme(
+        name=name,
+        linear=plain,
+        experts=plain,
+        embedding=plain,
+        head=plain,
+        sensitive=plain,
+        activation_dtype=dtype,
+        accuracy_level=0,
+        programs=MappingProxyType(programs),
+    )
+
+
+# Measured on the bundled checkpoints (KL to fp32 over 6,144 held-out tokens, everything else as q4): the short
+# convs' out_proj are a twentieth of the weights and a fifth to a quarter of the damage, more per byte than any
+# other class but the mixture's few dense w2. Experts, half of the weights, do 4 % of it; the tied embedding in int8
+# does 0 to 2 %.
+Q4_SENSITIVE = ("*.conv.out_proj.weight",)
+
+
+def _onnx_int_scheme(name: str, bits: Literal[4, 8], activations: Literal["float32", "float16"], file: str) -> Scheme:
+    """MatMulNBits wants scales in the activations' dtype; QMoE takes float16 ones with either, which saves half a bit
+    a weight where most of the weights are. Its WebGPU kernel, for which q4f16 is meant, takes no zero points."""
+    int8 = IntFormat(bits=8, symmetric=True, signed_scale=True, scale_dtype=activations)
+    linear = int8 if bits == 8 else IntFormat(bits=4, symmetric=False, scale_dtype=activations)
+    no_zero_points = linear.symmetric or activations == "float16"
+    return Scheme(
+        name=name,
+        linear=linear,
+        experts=replace(linear, scale_dtype="float16", symmetric=no_zero_points, signed_scale=no_zero_points),
+        embedding=int8,
+        head=int8,
+        sensitive=int8,
+        activation_dtype=activations,
+        accuracy_level=4,
+        programs=MappingProxyType({"onnx": file}),
+        sensitive_patterns=Q4_SENSITIVE if bits == 4 else (),
+    )
+
+
+def _executorch_int4_scheme() -> Scheme:
+    """Symmetric with positive scales: XNNPACK takes no others, and keeps them as bfloat16. Experts have float16
+    ones, which both operators for them hold exactly."""
+    int8 = IntFormat(bits=8, symmetric=True)
+    int4 = IntFormat(bits=4, symmetric=True, scale_dtype="bfloat16")
+    return Scheme(
+        name="8da4w",
+        linear=int4,
+        experts=replace(int4, scale_dtype="float16"),
+        embedding=int8,
+        head=int4,
+        sensitive=int4,
+        activation_dtype="float32",
+        accuracy_level=4,
+        programs=MappingProxyType({"executorch": "model_8da4w.pte"}),
+    )
+
+
+SCHEMES: Mapping[str, Scheme] = MappingProxyType(
+    {
+        scheme.name: scheme
+        for scheme in (
+            _float_scheme("fp32", "float32", {"onnx": "model.onnx", "executorch": "model_fp32.pte"}),
+            _float_scheme("fp16", "float16", {"onnx": "model_fp16.onnx"}),
+            _onnx_int_scheme("q8", 8, "float32", "model_quantized.onnx"),
+            _onnx_int_scheme("q4", 4, "float32", "model_q4.onnx"),
+            _onnx_int_scheme("q4f16", 4, "float16", "model_q4f16.onnx"),
+            _executorch_int4_scheme(),
+        )
+    }
+)

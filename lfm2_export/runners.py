@@ -1,0 +1,28 @@
+"""Opens an artifact's program in its runner; needs no torch.
+
+In: a folder, optionally a backend and scheme. Out: a ``Runner`` on the program that was asked for, or the preferred
+one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lfm2_export.artifact import Artifact
+from lfm2_export.backends import get_backend
+from lfm2_export.backends.base import Runner
+
+
+def load_runner(
+    path: str | Path | Artifact, *, backend: str | None = None, scheme: str | None = None, threads: int | None = None
+) -> Runner:
+    """A runner on one program of the artifact at ``path``; files are checked against the manifest first.
+
+    Raises:
+        ArtifactError: no artifact there, no such program in it, or a file is missing or was changed.
+        RunnerError: the runtime cannot load the program.
+    """
+    artifact = path if isinstance(path, Artifact) else Artifact.open(path, verify=False)
+    program = artifact.program(backend, scheme)
+    artifact.verify(program)
+    return get_backend(program.backend).load_runner(artifact.path, program, threads=threads)

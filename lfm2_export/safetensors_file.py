@@ -1,0 +1,260 @@
+"""One safetensors file: its header, checked before anything is believed, and reads of exact byte ranges.
+
+In: a path. Out: ``Shard`` (tensor names with dtype, shape and place in the file) and numpy arrays, read with
+``readinto``. Nothing is memory-mapped: a mapped page counts as resident memory, and a file that shrinks under a map
+kills the process.
+
+Format (https://github.com/huggingface/safetensors#format): 8 bytes little-endian header length N, N bytes of JSON
+``{name: {"dtype", "shape", "data_offsets": [begin, end]}}`` with offsets counted from byte 8 + N, then the data without
+holes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO, TypeGuard
+
+import numpy as np
+
+from lfm2_export.errors import CheckpointError
+
+# The limit of the format's reference implementation; checked before the header is allocated.
+MAX_HEADER_BYTES = 100_000_000
+
+# bfloat16 has no numpy dtype: its bits are read as uint16.
+STORED_DTYPES: dict[str, np.dtype[Any]] = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
+
+# 512 KiB of bf16 and its 1 MiB of fp32 stay in a core's cache: twice as fast as whole tensors.
+_BLOCK_BYTES = 1 << 19
+
+_DOWNLOAD_AGAIN = "download it again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """Where one tensor lies. ``offset`` counts from the start of ``file``; ``dtype`` is BF16, F16 or F32."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def stored_dtype(self) -> np.dtype[Any]:
+        return STORED_DTYPES[self.dtype]
+
+    def rows(self, rows: slice | None) -> TensorInfo:
+        """The part that holds a range of the first axis."""
+        if rows is None:
+            return self
+        start, stop, step = rows.indices(self.shape[0])
+        if step != 1:
+            raise ValueError(f"{self.name}: rows must have step 1, not {step}")
+        return self.part(self.name, (max(stop - start, 0), *self.shape[1:]), start * math.prod(self.shape[1:]))
+
+    def part(self, name: str, shape: tuple[int, ...], first_element: int) -> TensorInfo:
+        """The contiguous tensor of ``shape`` that starts ``first_element`` values into this one."""
+        itemsize = self.stored_dtype.itemsize
+        offset = self.offset + first_element * itemsize
+        return replace(self, name=name, shape=shape, offset=offset, nbytes=math.prod(shape) * itemsize)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """A safetensors file as its header describes it, and the size and time by which a later change is noticed."""
+
+    path: Path
+    bytes: int
+    mtime_ns: int
+    tensors: dict[str, TensorInfo]
+
+
+def read_shard(path: Path) -> Shard:
+    """Reads and checks a file's header.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, altered, or holds dtypes other than BF16, F16 and F32.
+    """
+    try:
+        with open(path, "rb", buffering=0) as file:
+            status = os.fstat(file.fileno())
+            header, data_start = _read_header(path, file, status.st_size)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the file") from error
+    tensors = _parse_header(path, header, data_start)
+    _check_layout(path, tensors, data_start, status.st_size)
+    return Shard(path=path, bytes=status.st_size, mtime_ns=status.st_mtime_ns, tensors=tensors)
+
+
+def read_stored(shard: Shard, info: TensorInfo) -> np.ndarray:
+    """The tensor as stored; bfloat16 as its bits in uint16.
+
+    Raises:
+        CheckpointError: the file changed since its header was read.
+    """
+    out = np.empty(info.shape, info.stored_dtype)
+    flat = out.reshape(-1)
+    done = 0
+    for block in _blocks(shard, info):
+        flat[done : done + block.size] = block
+        done += block.size
+    return out
+
+
+def read_float32(shard: Shard, info: TensorInfo) -> np.ndarray:
+    """The tensor as float32, converted block by block: the stored bytes never stand in memory beside the result.
+
+    Raises:
+        CheckpointError: the file changed since its header was read.
+    """
+    out = np.empty(info.shape, np.float32)
+    flat = out.reshape(-1)
+    bits = flat.view(np.uint32)
+    done = 0
+    for block in _blocks(shard, info):
+        if info.dtype == "BF16":
+            part = bits[done : done + block.size]
+            part[...] = block
+            part <<= 16
+        else:
+            flat[done : done + block.size] = block
+        done += block.size
+    return out
+
+
+def _blocks(shard: Shard, info: TensorInfo) -> Iterator[np.ndarray]:
+    """A tensor's stored values in order, in blocks that share one buffer."""
+    buffer = np.empty(min(_BLOCK_BYTES, max(info.nbytes, 1)), np.uint8)
+    try:
+        with open(info.file, "rb", buffering=0) as file:
+            _check_unchanged(shard, file)
+            file.seek(info.offset)
+            for done in range(0, info.nbytes, _BLOCK_BYTES):
+                block = buffer[: min(_BLOCK_BYTES, info.nbytes - done)]
+                _read_exactly(info, file, block.data)
+                yield block.view(info.stored_dtype)
+            _drop_from_page_cache(file, info.offset, info.nbytes)
+    except OSError as error:
+        raise CheckpointError(f"{info.file}: cannot be read ({error.strerror}); check the disk") from error
+
+
+def _read_exactly(info: TensorInfo, file: BinaryIO, view: memoryview) -> None:
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])  # type: ignore[attr-defined]
+        if not count:
+            raise CheckpointError(f"{info.file}: ends inside {info.name}; {_DOWNLOAD_AGAIN}")
+        done += count
+
+
+def _check_unchanged(shard: Shard, file: BinaryIO) -> None:
+    status = os.fstat(file.fileno())
+    if (status.st_size, status.st_mtime_ns) != (shard.bytes, shard.mtime_ns):
+        raise CheckpointError(f"{shard.path}: was changed while it was being read; leave it alone and start again")
+
+
+def _drop_from_page_cache(file: BinaryIO, offset: int, nbytes: int) -> None:
+    """A weight is read once: its pages need not push out the ones that the machine's other work wants."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+
+def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[bytes, int]:
+    start = file.read(8)
+    if start == b"version ":
+        raise CheckpointError(f"{path}: is a git-lfs pointer, not the weights; run `git lfs pull` in its folder")
+    if len(start) < 8:
+        raise CheckpointError(f"{path}: is truncated ({size} bytes, no header); {_DOWNLOAD_AGAIN}")
+    length = int.from_bytes(start, "little")
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{path}: states a header of {length} bytes, the format allows {MAX_HEADER_BYTES}; "
+            f"it is not a safetensors file or was altered, {_DOWNLOAD_AGAIN}"
+        )
+    if 8 + length > size:
+        raise CheckpointError(
+            f"{path}: is truncated ({size} bytes, its header alone needs {8 + length}); {_DOWNLOAD_AGAIN}"
+        )
+    header = bytearray()
+    while len(header) < length and (piece := file.read(length - len(header))):
+        header += piece
+    return bytes(header), 8 + length
+
+
+def _parse_header(path: Path, header: bytes, data_start: int) -> dict[str, TensorInfo]:
+    try:
+        entries = json.loads(header, object_pairs_hook=_refuse_duplicates)
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, _DuplicateKey) else "not the JSON that the format asks for"
+        raise CheckpointError(f"{path}: its header is damaged ({reason}); {_DOWNLOAD_AGAIN}") from error
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{path}: its header is damaged (not a JSON object); {_DOWNLOAD_AGAIN}")
+    entries.pop("__metadata__", None)
+    return {name: _tensor_info(path, name, entry, data_start) for name, entry in entries.items()}
+
+
+class _DuplicateKey(ValueError):
+    pass
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in entries:
+            raise _DuplicateKey(f"{key} stands there twice")
+        entries[key] = value
+    return entries
+
+
+def _tensor_info(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise CheckpointError(f"{path}: the header's entry {name} is damaged ({str(entry)[:200]}); {_DOWNLOAD_AGAIN}")
+    if dtype not in STORED_DTYPES:
+        raise CheckpointError(
+            f"{path}: {name} is stored as {dtype}; only BF16, F16 and F32 are read: use the unquantized checkpoint"
+        )
+    begin, end = offsets
+    needed = math.prod(shape) * STORED_DTYPES[dtype].itemsize
+    if end - begin != needed:
+        raise CheckpointError(
+            f"{path}: {name} has data_offsets {offsets} ({end - begin} bytes), "
+            f"its shape {shape} in {dtype} needs {needed} bytes; the file was altered, {_DOWNLOAD_AGAIN}"
+        )
+    return TensorInfo(name=name, dtype=dtype, shape=tuple(shape), file=path, offset=data_start + begin, nbytes=needed)
+
+
+def _are_sizes(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(v) is int and 0 <= v < 2**63 for v in value)
+
+
+def _check_layout(path: Path, tensors: dict[str, TensorInfo], data_start: int, size: int) -> None:
+    """The data must follow the header without holes or overlaps and end where the file ends, as the format says."""
+    position = data_start
+    for info in sorted(tensors.values(), key=lambda info: (info.offset, info.nbytes)):
+        if info.offset != position:
+            kind = "overlaps the tensor before it" if info.offset < position else "leaves a hole before it"
+            begin = info.offset - data_start
+            raise CheckpointError(
+                f"{path}: {info.name} at data_offsets [{begin}, {begin + info.nbytes}] {kind}; "
+                f"the file was altered, {_DOWNLOAD_AGAIN}"
+            )
+        position += info.nbytes
+    if position > size:
+        raise CheckpointError(f"{path}: is truncated ({size} bytes of {position}); {_DOWNLOAD_AGAIN}")
+    if position < size:
+        raise CheckpointError(
+            f"{path}: has {size - position} bytes after its last tensor; the file was altered, {_DOWNLOAD_AGAIN}"
+        )

@@ -1,0 +1,138 @@
+"""Where a checkpoint lies: a directory, a bundled name or a Hugging Face Hub id, turned into a local folder.
+
+In: the name that the user gave. Out: ``Source``, a folder that exists and, for a Hub id, the commit that it is.
+Only data files are fetched (JSON, safetensors, templates, licence): code and pickles of a repository stay there.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from lfm2_export.errors import CheckpointError, ResourceError
+
+logger = logging.getLogger(__name__)
+
+ASSETS = Path(__file__).parent / "assets"
+BUNDLED = ("tiny-moe", "tiny-dense")
+
+WEIGHT_PATTERNS = ("config.json", "*.safetensors", "*.safetensors.index.json")
+DATA_PATTERNS = (*WEIGHT_PATTERNS, "*.json", "*.jinja", "LICENSE*", "tokenizer.model")
+# Patterns match across folders; a checkpoint's own files all lie at the top.
+_IGNORED = ("*/*",)
+
+_HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A checkpoint's folder. ``revision`` is the commit of a Hub snapshot, None elsewhere."""
+
+    path: Path
+    revision: str | None = None
+
+
+def resolve(name: str, *, revision: str | None = None, offline: bool = False) -> Source:
+    """Finds a checkpoint by directory, bundled name or Hub id, in this order after the bundled names.
+
+    A bundled name always means the bundled checkpoint: a folder that happens to be called so is ``./tiny-moe``.
+
+    Raises:
+        CheckpointError: there is no such thing, or the Hub could not give it.
+        ResourceError: the download filled the disk.
+    """
+    if name in BUNDLED:
+        return _bundled(name, revision)
+    path = Path(name)
+    if name and path.is_dir():
+        _refuse_revision(name, revision, "a directory")
+        return Source(path=path)
+    if name and path.exists():
+        raise CheckpointError(f"{name}: is a file, not a checkpoint; give the folder that holds config.json")
+    if not _HUB_ID.fullmatch(name):
+        raise CheckpointError(
+            f"{name}: no such directory, and neither a bundled checkpoint ({', '.join(BUNDLED)}) "
+            "nor a Hub id (organization/name); check the spelling"
+        )
+    return _from_hub(name, revision, offline)
+
+
+def _bundled(name: str, revision: str | None) -> Source:
+    _refuse_revision(name, revision, "a bundled checkpoint")
+    if Path(name).is_dir():
+        logger.warning("%s: the bundled checkpoint is taken; for the folder of this name say ./%s", name, name)
+    path = ASSETS / name
+    if not path.is_dir():
+        raise CheckpointError(f"{name}: the bundled checkpoint is missing from {ASSETS}; install lfm2-export again")
+    return Source(path=path)
+
+
+def _refuse_revision(name: str, revision: str | None, kind: str) -> None:
+    if revision is not None:
+        raise CheckpointError(f"{name}: is {kind}, which has no revision {revision}; leave --revision out")
+
+
+def _from_hub(name: str, revision: str | None, offline: bool) -> Source:
+    try:
+        path = _snapshot(name, revision, offline)
+    except Exception as error:  # whatever the Hub's library, its HTTP client or its download engine may raise
+        raise _hub_error(name, revision, offline, error) from error
+    commit = path.name if path.parent.name == "snapshots" and _COMMIT.fullmatch(path.name) else revision
+    return Source(path=path, revision=commit)
+
+
+def _snapshot(name: str, revision: str | None, offline: bool) -> Path:
+    """The snapshot's folder; without network, one that lacks only a licence or template is taken as well."""
+    from huggingface_hub import snapshot_download  # 0.3 s that other sources need not pay
+    from huggingface_hub.errors import IncompleteSnapshotError
+
+    def download(patterns: tuple[str, ...], local_files_only: bool) -> Path:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=list(patterns),
+                ignore_patterns=list(_IGNORED),
+                local_files_only=local_files_only,
+            )
+        )
+
+    try:
+        return download(DATA_PATTERNS, offline)
+    except IncompleteSnapshotError:
+        return download(WEIGHT_PATTERNS, True)
+
+
+def _hub_error(name: str, revision: str | None, offline: bool, error: Exception) -> Exception:
+    """The library's exception as one of ours: one line that says what to do."""
+    from huggingface_hub import constants, errors
+
+    at = f"{name}@{revision}" if revision else name
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError(f"{at}: the disk of {constants.HF_HUB_CACHE} is full; free space or set HF_HOME elsewhere")
+    if isinstance(error, errors.GatedRepoError):
+        return CheckpointError(
+            f"{at}: is gated; accept its terms on https://huggingface.co/{name}, then `hf auth login`"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return CheckpointError(f"{at}: the Hub has no revision {revision}; give a branch, tag or commit of {name}")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return CheckpointError(
+            f"{at}: no such directory or Hub id; check the spelling (a private one needs `hf auth login`)"
+        )
+    if isinstance(error, errors.HFValidationError):
+        return CheckpointError(f"{at}: no such directory, and not a valid Hub id; check the spelling")
+    if isinstance(error, errors.LocalEntryNotFoundError) and not isinstance(error.__cause__, errors.HfHubHTTPError):
+        return CheckpointError(_not_cached(at, offline or bool(constants.HF_HUB_OFFLINE), constants.HF_HUB_CACHE))
+    reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
+    return CheckpointError(f"{at}: the Hub could not give it ({reason}); try again, or give a local directory")
+
+
+def _not_cached(at: str, offline: bool, cache: str) -> str:
+    if offline:
+        return f"{at}: not (completely) in the cache {cache}, and offline; run once without --offline or HF_HUB_OFFLINE"
+    return f"{at}: no such directory, and the Hub cannot be reached (no network) nor is it in the cache {cache}"

@@ -1,0 +1,47 @@
+"""Small random checkpoints of both families for tests; the writer is the benchmarks' own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.synthetic import to_stored, write_header, write_random_checkpoint
+
+__all__ = ["tiny_config", "to_stored", "write_header", "write_random_checkpoint"]
+
+
+def tiny_config(model_type: str = "lfm2_moe", **overrides: Any) -> dict[str, Any]:
+    """The raw config.json of a small model; ``overrides`` replace or add keys, None removes one."""
+    config: dict[str, Any] = {
+        "model_type": model_type,
+        "vocab_size": 131,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "layer_types": ["conv", "full_attention", "conv", "full_attention", "conv"],
+        "conv_L_cache": 3,
+        "conv_bias": False,
+        "norm_eps": 1e-5,
+        "rope_theta": 1_000_000.0,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    if model_type == "lfm2":
+        config |= {"architectures": ["Lfm2ForCausalLM"], "block_auto_adjust_ff_dim": False}
+    else:
+        config |= {
+            "architectures": ["Lfm2MoeForCausalLM"],
+            "moe_intermediate_size": 32,
+            "num_dense_layers": 1,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "use_expert_bias": True,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 1.0,
+        }
+    config |= overrides
+    return {key: value for key, value in config.items() if value is not None}

@@ -1,0 +1,82 @@
+"""Artifacts that many tests read, each exported once whatever the number of test processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+import lfm2_export
+from tests.checkpoints import write_random_checkpoint
+
+# torch reports every traced operator here, at a level that pytest would collect: 30,000 lines an export.
+logging.getLogger("torch.__trace").propagate = False
+
+SCHEMES = ("fp32", "fp16", "q8", "q4", "q4f16")
+
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """A random checkpoint and its artifact."""
+
+    checkpoint: Path
+    artifact: Path
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """``once(name, make)`` is the folder that ``make(folder)`` filled, in whichever test process asked first."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    root.mkdir(exist_ok=True)
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder = root / name
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                unfinished = root / f"{name}.unfinished"
+                shutil.rmtree(unfinished, ignore_errors=True)
+                make(unfinished)
+                unfinished.rename(folder)
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def artifact(once: Once) -> Callable[[str], Path]:
+    """``artifact("tiny-moe")`` is the folder of a bundled checkpoint exported as ``SCHEMES``. Leave it unchanged."""
+
+    def exported(checkpoint: str) -> Path:
+        return once(checkpoint, lambda folder: lfm2_export.export(checkpoint, scheme=SCHEMES, output=folder))
+
+    return exported
+
+
+@pytest.fixture(scope="session")
+def random_artifact(once: Once) -> Callable[..., Exported]:
+    """``random_artifact(config, schemes)``: random weights under a raw config.json, and what they were exported as."""
+
+    def exported(raw_config: Mapping[str, Any], schemes: Sequence[str] = ("fp32",)) -> Exported:
+        key = hashlib.sha256(json.dumps([raw_config, list(schemes)], sort_keys=True).encode()).hexdigest()[:16]
+
+        def make(folder: Path) -> None:
+            # F32, so that the weights are no multiples of 2^-8 that any arithmetic would get right.
+            write_random_checkpoint(folder / "checkpoint", raw_config, seed=0, dtype="F32")
+            lfm2_export.export(folder / "checkpoint", scheme=schemes, output=folder / "artifact")
+
+        folder = once(f"random-{key}", make)
+        return Exported(checkpoint=folder / "checkpoint", artifact=folder / "artifact")
+
+    return exported

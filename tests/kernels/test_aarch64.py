@@ -1,0 +1,99 @@
+"""The phone's instruction set: kernels and runner cross-built for aarch64 and run under qemu.
+
+Needs Debian's g++-aarch64-linux-gnu and qemu-user-static, and executorch's aarch64 wheel, which pip downloads.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from lfm2_export.hashing import cache_folder
+from lfm2_export.kernels import build
+from tests.kernels import toy_program
+
+SYSROOT = "/usr/aarch64-linux-gnu"
+PARTS = ("lib", "include", "share")  # of the wheel
+CROSS = {
+    "CMAKE_SYSTEM_NAME": "Linux",
+    "CMAKE_SYSTEM_PROCESSOR": "aarch64",
+    "CMAKE_CXX_COMPILER": "aarch64-linux-gnu-g++",
+}
+# What a phone of about 2021, of 2018 and of 2016 has.
+PROCESSORS = {"max": "neoni8mm neondot scalar", "cortex-a76": "neondot scalar", "cortex-a72": "scalar"}
+
+
+@pytest.fixture(scope="module")
+def wheel() -> Path:
+    """The aarch64 wheel of the executorch that is installed here, unpacked once."""
+    missing = [tool for tool in ("aarch64-linux-gnu-g++", "qemu-aarch64-static", "cmake") if shutil.which(tool) is None]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not found: apt-get install g++-aarch64-linux-gnu qemu-user-static cmake")
+    version = importlib.metadata.version("executorch").partition("+")[0]
+    folder = cache_folder() / "tests" / f"executorch-{version}-aarch64"
+    if not folder.exists():
+        unpack_wheel(version, folder)
+    return folder / "executorch"
+
+
+def unpack_wheel(version: str, folder: Path) -> None:
+    work = folder.with_name(f"{folder.name}.{os.getpid()}")
+    work.mkdir(parents=True)
+    command = [
+        *(sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(work)),
+        *("--platform", "manylinux_2_28_aarch64", f"executorch=={version}"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        shutil.rmtree(work)
+        pytest.skip(f"no aarch64 wheel of executorch {version}: {done.stderr.strip().splitlines()[-1]}")
+    (archive,) = work.glob("*.whl")
+    with zipfile.ZipFile(archive) as members:
+        wanted = [name for name in members.namelist() if name.startswith(tuple(f"executorch/{d}/" for d in PARTS))]
+        members.extractall(work, wanted)
+    archive.unlink()
+    work.rename(folder)
+
+
+def under_qemu(program: Path, *arguments: str, processor: str = "max") -> str:
+    command = ["qemu-aarch64-static", "-cpu", processor, "-L", SYSROOT, str(program), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def kernels_test(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    work = tmp_path_factory.mktemp("aarch64")
+    definitions = [f"-D{name}={value}" for name, value in CROSS.items()]
+    for command in (
+        ["cmake", "-S", str(Path(__file__).parent), "-B", str(work), *definitions],
+        ["cmake", "--build", str(work), "--target", "kernels_test", "--parallel"],
+    ):
+        subprocess.run(command, check=True, capture_output=True)
+    return work / "kernels_test"
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_each_processor_takes_its_kernels_and_they_give_the_scalar_ones_bits(kernels_test: Path, processor: str):
+    printed = under_qemu(kernels_test, processor=processor)
+    assert f"kernels: {PROCESSORS[processor]}\n0 failures" in printed
+
+
+def test_the_runner_makes_the_same_tokens_on_both_instruction_sets(wheel: Path, tmp_path: Path):
+    toy_program.export_toy(tmp_path / "toy.pte")
+    (tmp_path / "ids.txt").write_text("5 17 200 3 3 99 1")
+    options = {"LFM2_BUILD_RUNNER": "ON", "LFM2_BUILD_OPS": "OFF"} | CROSS
+    runner = build.build(build.RUNNER, tmp_path / "aarch64", options=options, package=wheel)
+    arguments = [str(tmp_path / "toy.pte"), "--ids", str(tmp_path / "ids.txt"), "--max-new-tokens", "60"]
+    here = subprocess.run([build.runner_path(), *arguments], capture_output=True, text=True, check=True).stdout
+    assert len(here.split()) > 8
+    assert under_qemu(runner, *arguments) == here
+    assert under_qemu(runner, *arguments, processor="cortex-a76") == here

@@ -1,0 +1,57 @@
+"""The parts of README.md that the program itself knows: the commands with their options, and the support table.
+
+In: the argument parser and the registries. Out: Markdown between a begin and an end comment. ``python -m
+tests.readme`` writes them; a test compares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import textwrap
+from pathlib import Path
+
+from lfm2_export.cli import build_parser
+from lfm2_export.support import supported
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def commands() -> str:
+    """Every verb with what it takes, as in a manual's synopsis."""
+    verbs = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    lines = [line for name, parser in verbs.choices.items() for line in _synopsis(name, parser)]
+    return "\n".join(["```", *lines, "```"])
+
+
+def _synopsis(name: str, parser: argparse.ArgumentParser) -> list[str]:
+    words = [f"lfm2-export\0{name}", *(_word(a) for a in parser._actions if "--help" not in a.option_strings)]
+    lines = textwrap.wrap(" ".join(words), 112, subsequent_indent="    ", break_on_hyphens=False)
+    return [line.replace("\0", " ") for line in lines]
+
+
+def _word(action: argparse.Action) -> str:
+    if not action.option_strings:
+        return str(action.metavar)
+    value = "" if action.nargs == 0 else f"\0{action.metavar or action.dest.upper()}"
+    word = action.option_strings[0] + value
+    return word if action.required else f"[{word}]"
+
+
+def support() -> str:
+    """The table of ``lfm2-export support``."""
+    rows = [f"| `{r.family}` | {r.backend} | `{r.scheme}` | `{r.file}` | {r.runtimes} |" for r in supported()]
+    return "\n".join(["| Family | Backend | Scheme | File | Opened in tests by |", "|---|---|---|---|---|", *rows])
+
+
+def render(text: str) -> str:
+    """The README with its generated parts made anew."""
+    for name, part in (("help", commands()), ("support", support())):
+        begin, end = rf"<!-- {name}:begin[^>]*-->\n", rf"\n<!-- {name}:end -->"
+        text, count = re.subn(f"({begin}).*?({end})", lambda m, part=part: m[1] + part + m[2], text, flags=re.DOTALL)
+        assert count == 1, f"README.md has {count} parts named {name}"
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(render(README.read_text(encoding="utf-8")), encoding="utf-8")

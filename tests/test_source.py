@@ -1,0 +1,241 @@
+"""Names of checkpoints: bundled, directories, and Hub ids against a small Hub on this machine."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+
+from lfm2_export import source
+from lfm2_export.checkpoint import open_checkpoint
+from lfm2_export.errors import CheckpointError, Lfm2ExportError, ResourceError
+from lfm2_export.source import resolve
+from tests.checkpoints import tiny_config, write_random_checkpoint
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REFUSALS = {
+    "org/nothing": (404, "RepoNotFound"),
+    "org/gated": (403, "GatedRepo"),
+    "org/broken": (500, ""),
+}
+
+
+class FakeHub(BaseHTTPRequestHandler):
+    """As much of the Hub's HTTP interface as a snapshot needs; one repository, ``org/model``."""
+
+    files: dict[str, bytes]
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        for name, (status, code) in REFUSALS.items():
+            if name in path:
+                return self.answer(b"{}", status, {"X-Error-Code": code})
+        if path.endswith(("/revision/main", f"/revision/{COMMIT}")):
+            return self.answer(json.dumps({"id": "org/model", "sha": COMMIT, "siblings": []}).encode())
+        if "/revision/" in path:
+            return self.answer(b"{}", 404, {"X-Error-Code": "RevisionNotFound"})
+        if "/tree/" in path:
+            return self.answer(json.dumps([self.entry(name) for name in self.files]).encode())
+        data = self.files[path.partition(f"/resolve/{COMMIT}/")[2]]
+        return self.answer(data, headers={"ETag": f'"{sha256(data)}"', "X-Repo-Commit": COMMIT})
+
+    def entry(self, name: str) -> dict[str, Any]:
+        data = self.files[name]
+        lfs = {"oid": sha256(data), "size": len(data), "pointerSize": 130}
+        return {"type": "file", "path": name, "size": len(data), "oid": "0" * 40, "lfs": lfs}
+
+    def answer(self, body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for key, value in (headers or {}).items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@pytest.fixture(autouse=True)
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    use_endpoint(monkeypatch, f"http://127.0.0.1:{closed_port()}")
+    return cache
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
+    """A running Hub; the files of ``org/model``, which a test may change."""
+    folder = write_random_checkpoint(tmp_path / "remote", tiny_config("lfm2"), seed=1, shards=2)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files |= {"LICENSE": b"the licence", "tokenizer.json": b"{}", "chat_template.jinja": b"x"}
+    files |= {"modeling_x.py": b"evil", "pytorch_model.bin": b"evil", "onnx/model.safetensors": b"other"}
+    handler = type("Hub", (FakeHub,), {"files": files})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    use_endpoint(monkeypatch, f"http://127.0.0.1:{server.server_port}")
+    yield files
+    server.shutdown()
+    server.server_close()
+
+
+def use_endpoint(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def refusal(name: str, kind: type[Lfm2ExportError] = CheckpointError, **options: Any) -> str:
+    with pytest.raises(kind) as caught:
+        resolve(name, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    print(message)
+    return message
+
+
+def test_a_directory_is_taken_as_it_is(tmp_path: Path) -> None:
+    assert resolve(str(tmp_path)).path == tmp_path
+    assert resolve(str(tmp_path)).revision is None
+
+
+def test_a_bundled_name_wins_over_a_folder_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "assets" / "tiny-moe").mkdir(parents=True)
+    (tmp_path / "here" / "tiny-moe").mkdir(parents=True)
+    monkeypatch.setattr(source, "ASSETS", tmp_path / "assets")
+    monkeypatch.chdir(tmp_path / "here")
+    assert resolve("tiny-moe").path == tmp_path / "assets" / "tiny-moe"
+    assert "for the folder of this name say ./tiny-moe" in caplog.text
+    assert resolve("./tiny-moe").path == Path("tiny-moe")
+    assert "tiny-dense: the bundled checkpoint is missing from" in refusal("tiny-dense")
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./models/x", "../x/y", "nothing", "a/b/c", "", "org/na me"])
+def test_names_that_can_be_no_hub_id_are_refused_without_network(name: str) -> None:
+    message = refusal(name)
+    assert message.startswith(f"{name}: no such directory, and neither a bundled checkpoint (tiny-moe, tiny-dense)")
+    assert "nor a Hub id (organization/name)" in message
+
+
+def test_a_file_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert "is a file, not a checkpoint; give the folder" in refusal(str(tmp_path / "config.json"))
+
+
+def test_a_revision_is_refused_where_there_is_none(tmp_path: Path) -> None:
+    assert f"{tmp_path}: is a directory, which has no revision v1" in refusal(str(tmp_path), revision="v1")
+    assert "tiny-moe: is a bundled checkpoint, which has no" in refusal("tiny-moe", revision="v1")
+
+
+def test_fetches_data_files_from_the_hub_and_nothing_else(hub: dict[str, bytes], hub_cache: Path) -> None:
+    checkpoint = open_checkpoint("org/model")
+    assert checkpoint.revision == COMMIT
+    assert checkpoint.name == "org/model"
+    fetched = {path.relative_to(checkpoint.path).as_posix() for path in checkpoint.path.rglob("*")}
+    print(sorted(fetched))
+    assert fetched == set(hub) - {"modeling_x.py", "pytorch_model.bin", "onnx/model.safetensors"}
+    assert (checkpoint.path / "model-00001-of-00002.safetensors").is_symlink()
+    assert checkpoint.shard_hashes()["model-00001-of-00002.safetensors"] == sha256(
+        hub["model-00001-of-00002.safetensors"]
+    )
+
+
+def test_what_is_cached_opens_offline(hub: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    online = resolve("org/model")
+    use_endpoint(monkeypatch, f"http://127.0.0.1:{closed_port()}")
+    assert resolve("org/model", offline=True) == online
+    assert resolve("org/model", revision=COMMIT, offline=True) == online
+    assert resolve("org/model") == online
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert resolve("org/model") == online
+
+
+def test_a_cache_without_the_licence_opens_offline(hub: dict[str, bytes]) -> None:
+    online = resolve("org/model")
+    (online.path / "LICENSE").unlink()
+    assert resolve("org/model", offline=True) == online
+    (online.path / "model-00002-of-00002.safetensors").unlink()
+    assert "not (completely) in the cache" in refusal("org/model", offline=True)
+
+
+def test_an_altered_file_of_the_cache_is_named(hub: dict[str, bytes]) -> None:
+    checkpoint = open_checkpoint("org/model")
+    path = checkpoint.path / "model-00002-of-00002.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.resolve().write_bytes(raw)
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors: its bytes were altered \(sha256"):
+        open_checkpoint("org/model", offline=True).shard_hashes()
+
+
+def test_not_cached_and_offline(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = (
+        f"org/model: not (completely) in the cache {hub_cache}, and offline; "
+        "run once without --offline or HF_HUB_OFFLINE"
+    )
+    assert refusal("org/model", offline=True) == expected
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert refusal("org/model") == expected
+
+
+def test_no_network(hub_cache: Path) -> None:
+    assert refusal("org/model") == (
+        f"org/model: no such directory, and the Hub cannot be reached (no network) nor is it in the cache {hub_cache}"
+    )
+
+
+def test_hub_refusals_become_one_line_each(hub: dict[str, bytes]) -> None:
+    assert "org/nothing: no such directory or Hub id; check the spelling" in refusal("org/nothing")
+    assert "org/gated: is gated; accept its terms on https://huggingface.co/org/gated" in refusal("org/gated")
+    message = refusal("org/model", revision="v9")
+    assert "org/model@v9: the Hub has no revision v9; give a branch, tag or commit of org/model" in message
+    assert "org/broken: the Hub could not give it (Server error '500" in refusal("org/broken")
+    assert "org/a--b: no such directory, and not a valid Hub id" in refusal("org/a--b")
+
+
+def test_a_full_disk_while_downloading_is_the_machines_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(source, "_snapshot", full)
+    message = refusal("org/model", ResourceError)
+    assert "org/model: the disk of" in message
+    assert "is full; free space or set HF_HOME elsewhere" in message
+
+
+def test_other_failures_keep_their_first_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> Path:
+        raise RuntimeError("proxy says no\nand more")
+
+    monkeypatch.setattr(source, "_snapshot", fail)
+    assert "org/model: the Hub could not give it (proxy says no); try again" in refusal("org/model")
