@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format golden clean
+.PHONY: help demo test lint format golden sanitize clean
 
 help:
-	@echo "make demo    export the bundled checkpoint as fp32 and q4, prove it, generate text from both"
-	@echo "make test    run the tests"
-	@echo "make lint    ruff format and check, mypy"
-	@echo "make golden  write golden_outputs/ anew (after the bundled checkpoints changed)"
+	@echo "make demo      export the bundled checkpoint as fp32 and q4, prove it, generate text from both"
+	@echo "make test      run the tests"
+	@echo "make lint      ruff format and check, mypy"
+	@echo "make sanitize  run the C++ kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make golden    write golden_outputs/ anew (after the bundled checkpoints changed)"
 
 # torch is installed by its exact version and first: a local CPU build is then taken where pip is set up to find one,
 # and no other package can pull in another build.
@@ -40,6 +41,13 @@ format: $(STAMP)
 
 golden: $(STAMP)
 	$(BIN)/python examples/write_golden_outputs.py
+
+# The operator's tests, once more where a stray read or an overflow ends the process.
+sanitize: $(STAMP)
+	$(BIN)/cmake -S tests/kernels -B build/sanitized -DLFM2_SANITIZE=address,undefined \
+	  -DCMAKE_PREFIX_PATH="$$($(BIN)/python -c 'from lfm2_export.kernels import build; print(build.executorch_folder() / "share/cmake")')"
+	$(BIN)/cmake --build build/sanitized --parallel
+	$(BIN)/ctest --test-dir build/sanitized --output-on-failure
 
 clean:
 	rm -rf $(VENV) demo_output build dist *.egg-info

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "executorch", "numpy")
 
 
@@ -56,3 +60,19 @@ assert code == 2, code
     done = subprocess.run([sys.executable, "-c", code, str(artifact("tiny-moe"))], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "pip install 'lfm2-export[export]'" in done.stderr
+
+
+def test_the_wheel_is_pure_and_holds_what_is_no_python(tmp_path: Path) -> None:
+    """Checkpoints, and the kernels' sources, which are built where the wheel is installed."""
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if "No matching distribution found for setuptools" in done.stderr:
+        pytest.skip("setuptools, which builds the wheel, cannot be had here")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    held = set(zipfile.ZipFile(wheel).namelist())
+    package = ROOT / "lfm2_export"
+    wanted = {p for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts and p.name[0] != "."}
+    assert {str(path.relative_to(ROOT)) for path in wanted} <= held
+    assert not [name for name in held if name.startswith(("tests/", "benchmarks/", "examples/"))]

@@ -37,6 +37,20 @@ NEVER_QUANTIZED: Mapping[TensorClass, str] = MappingProxyType(
     }
 )
 
+
+def tensor_class(name: str, shape: tuple[int, ...]) -> TensorClass:
+    """What a published tensor is to a scheme."""
+    if name.startswith(("model.embed_tokens.", "lm_head.")):
+        return TensorClass.EMBEDDING if name.startswith("model.") else TensorClass.HEAD
+    if ".experts." in name:
+        return TensorClass.EXPERTS
+    if name.endswith("feed_forward.gate.weight"):
+        return TensorClass.ROUTER
+    if name.endswith("expert_bias"):
+        return TensorClass.EXPERT_BIAS
+    return TensorClass.LINEAR if len(shape) == 2 else TensorClass.SMALL
+
+
 _FORMAT_FIELDS = ("linear", "experts", "embedding", "head", "sensitive")
 
 

@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
 
-from lfm2_export.backends.onnx.plan import tensor_class
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import ExportError, QuantizationError
 from lfm2_export.models import get_family
 from lfm2_export.quant.formats import FloatFormat, IntFormat, WeightFormat
-from lfm2_export.quant.schemes import FormatChoice, Scheme, TensorClass, check_patterns
+from lfm2_export.quant.schemes import FormatChoice, Scheme, TensorClass, check_patterns, tensor_class
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # XNNPACK's group-wise kernels walk 32 values at a time.
@@ -76,7 +75,7 @@ def make_plan(
     if HEAD not in choices and any(fnmatchcase(EMBEDDING, pattern) for pattern in scheme.exclude):
         head = choices[EMBEDDING]
     _check_linear("lm_head.weight", head.format, (config.vocab_size, config.hidden_size))
-    chosen_op = _moe_op(config, choices, moe_op)
+    chosen_op = _moe_op(config, choices, moe_op, scheme.name)
     return WeightPlan(config=config, scheme=scheme, choices=choices, head=head, moe_op=chosen_op)
 
 
@@ -120,7 +119,9 @@ def _check_linear(name: str, form: WeightFormat, shape: tuple[int, ...]) -> None
         )
 
 
-def _moe_op(config: ModelConfig, choices: dict[str, FormatChoice], asked: MoeOp | None) -> MoeOp | None:
+def _moe_op(
+    config: ModelConfig, choices: dict[str, FormatChoice], asked: MoeOp | None, scheme_name: str
+) -> MoeOp | None:
     if not config.moe_layers:
         if asked is not None:
             raise ExportError(f"--moe-op {asked}: this checkpoint has no experts; leave it out")
@@ -130,8 +131,8 @@ def _moe_op(config: ModelConfig, choices: dict[str, FormatChoice], asked: MoeOp 
     if not is_quantized:
         if asked is not None:
             raise ExportError(
-                f"--moe-op {asked}: the experts are not quantized here, and neither operator takes them as numbers; "
-                "leave it out"
+                f"--moe-op: scheme {scheme_name} leaves the experts unquantized, and neither operator takes them as "
+                "numbers; export that scheme apart, without --moe-op"
             )
         return MoeOp.PLAIN
     op = asked or MoeOp.STOCK

@@ -18,7 +18,7 @@ from lfm2_export.errors import QuantizationError
 from lfm2_export.models import get_family
 from lfm2_export.models.lfm2_moe import expert_prefix
 from lfm2_export.quant.formats import FloatFormat, IntFormat, WeightFormat
-from lfm2_export.quant.schemes import Scheme, TensorClass, check_patterns
+from lfm2_export.quant.schemes import Scheme, TensorClass, check_patterns, tensor_class
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
@@ -114,19 +114,6 @@ def make_plan(config: ModelConfig, scheme: Scheme) -> WeightPlan:
         if isinstance(weight.format, IntFormat):
             weight.format.groups(weight.shape[-1], weight.name)
     return WeightPlan(weights=weights, activation_dtype=scheme.activation_dtype, accuracy_level=scheme.accuracy_level)
-
-
-def tensor_class(name: str, shape: tuple[int, ...]) -> TensorClass:
-    """What a published tensor is to a scheme."""
-    if name.startswith((f"{EMBEDDING}.", f"{HEAD}.")):
-        return TensorClass.EMBEDDING if name.startswith(EMBEDDING) else TensorClass.HEAD
-    if ".experts." in name:
-        return TensorClass.EXPERTS
-    if name.endswith("feed_forward.gate.weight"):
-        return TensorClass.ROUTER
-    if name.endswith("expert_bias"):
-        return TensorClass.EXPERT_BIAS
-    return TensorClass.LINEAR if len(shape) == 2 else TensorClass.SMALL
 
 
 class _Planner:

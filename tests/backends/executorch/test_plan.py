@@ -32,7 +32,7 @@ def test_our_operator_needs_multiples_of_32() -> None:
     ("model_type", "scheme", "options", "expected"),
     [
         ("lfm2", "8da4w", {"moe_op": "lfm2"}, "--moe-op lfm2: this checkpoint has no experts"),
-        ("lfm2_moe", "fp32", {"moe_op": "stock"}, "--moe-op stock: the experts are not quantized"),
+        ("lfm2_moe", "fp32", {"moe_op": "stock"}, "--moe-op: scheme fp32 leaves the experts unquantized"),
         ("lfm2_moe", "8da4w", {"moe_op": "fast"}, "--moe-op fast: pass one of stock, lfm2 or both"),
         ("lfm2", "8da4w", {"embedding_bits": 2}, "--embedding-bits 2: pass one of 4, 8"),
         ("lfm2", "fp32", {"embedding_bits": 4}, "--embedding-bits 4: scheme fp32"),
