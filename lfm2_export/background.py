@@ -1,12 +1,15 @@
-"""A computation that runs in a thread of its own while its result is not needed yet."""
+"""Work in threads: a computation whose result is not needed yet, and many alike side by side."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 
 class Background(Generic[T]):
@@ -41,3 +44,31 @@ class Background(Generic[T]):
             self._done.append(self._compute())
         except BaseException as error:
             self._error = error
+
+
+def map_in_threads(work: Callable[[Item], T], items: Iterable[Item], *, threads: int) -> Iterator[tuple[Item, T]]:
+    """Every item with its result, in the items' order; as many at a time as there are ``threads``, and no item is
+    taken long before its turn.
+
+    Where one fails its exception is raised in its turn, once those already begun are done; nothing more is begun.
+    """
+    if threads == 1:
+        yield from ((item, work(item)) for item in items)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        begun: deque[tuple[Item, Future[T]]] = deque()
+        try:
+            for item in items:
+                begun.append((item, pool.submit(work, item)))
+                if len(begun) > threads:
+                    yield _finished(begun)
+            while begun:
+                yield _finished(begun)
+        finally:
+            for _, future in begun:
+                future.cancel()
+
+
+def _finished(begun: deque[tuple[Item, Future[T]]]) -> tuple[Item, T]:
+    item, future = begun.popleft()
+    return item, future.result()

@@ -55,7 +55,7 @@ def _text(cell: object) -> Text:
 
 def note(text: str) -> None:
     """A line about what is going on."""
-    stderr().print(text, style="dim")
+    stderr().print(text, style="dim", soft_wrap=True)
 
 
 def error(text: str) -> None:

@@ -32,9 +32,22 @@ def disk_needed(program_bytes: Iterable[int]) -> int:
     return int(sum(program_bytes) * (1 + _DISK_SHARE)) + _DISK_EXTRA
 
 
-def export_memory_needed(largest_piece: int) -> int:
-    """Bytes of memory for an export that holds at most ``largest_piece`` values of a tensor at once."""
-    return _EXPORT_BASE + _EXPORT_BYTES_PER_VALUE * largest_piece
+def export_memory_needed(largest_piece: int, *, at_once: int = 1) -> int:
+    """Bytes of memory for an export that works on ``at_once`` pieces of tensors of at most ``largest_piece`` values."""
+    return _EXPORT_BASE + _EXPORT_BYTES_PER_VALUE * largest_piece * at_once
+
+
+def usable_cores(topology: Path = Path("/sys/devices/system/cpu")) -> int:
+    """The cores that this process may run on: in a container often fewer than the machine has.
+
+    Linux says which hardware threads share a core; they would only compete for its memory and vector units.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)
+    cpus = affinity(0) if affinity else range(os.cpu_count() or 1)
+    siblings = [topology / f"cpu{cpu}" / "topology" / "thread_siblings_list" for cpu in cpus]
+    if not all(path.is_file() for path in siblings):
+        return len(cpus)
+    return len({path.read_text() for path in siblings})
 
 
 def check_disk(folder: str | Path, needed: int, *, purpose: str = "the artifact") -> None:

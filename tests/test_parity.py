@@ -18,9 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lfm2_export
-from lfm2_export.artifact import Artifact
+from lfm2_export.artifact import Artifact, ArtifactWriter
+from lfm2_export.checkpoint import open_checkpoint
+from lfm2_export.cli import main
 from lfm2_export.errors import ArtifactError, Lfm2ExportError
-from lfm2_export.parity import ParityReport, control, hops, measure_parity
+from lfm2_export.manifest import CheckpointRecord
+from lfm2_export.parity import ParityReport, control, hops, measure_parity, record_parity
 from lfm2_export.parity.sample import HELD_OUT, read_sample
 from lfm2_export.source import BUNDLED
 from tests.checkpoints import tiny_config, write_random_checkpoint
@@ -303,7 +306,8 @@ def test_a_text_of_ones_own_is_used_and_named(artifact: Callable[[str], Path], t
 def test_figures_are_recorded_in_manifest_and_model_card(copied: Callable[[str], Exported]) -> None:
     found = copied("dense")
     asked = {"scheme": ["q4", "fp32"], "max_tokens": FEW, "threads": 1}
-    report = measure_parity(found.artifact, found.checkpoint, **asked, record=True)
+    report = measure_parity(found.artifact, found.checkpoint, **asked)
+    record_parity(found.artifact, found.checkpoint, report)
     artifact = Artifact.open(found.artifact)
     recorded = artifact.program("onnx", "q4").parity
     assert recorded is not None
@@ -313,9 +317,44 @@ def test_figures_are_recorded_in_manifest_and_model_card(copied: Callable[[str],
     assert artifact.program("onnx", "q8").parity is None
     card = found.artifact / "README.md"
     assert "Parity with the eager model" in card.read_text()
-    card.write_text("mine")
-    measure_parity(found.artifact, found.checkpoint, **asked, record=True)
-    assert card.read_text() == "mine"
+    card.write_bytes(b"mine, in Latin-1: \xe9")
+    record_parity(found.artifact, found.checkpoint, report)
+    assert card.read_bytes() == b"mine, in Latin-1: \xe9"
+
+
+def test_weights_that_amplify_int8_activations_are_told_from_a_wrong_lowering(tmp_path: Path) -> None:
+    """Wide random weights, not calmed: q4's kernels differ by more than the tolerance, the graph does not."""
+    raw = tiny_config("lfm2_moe", num_hidden_layers=3, layer_types=[CONV, ATTENTION, CONV], moe_intermediate_size=64)
+    checkpoint = write_random_checkpoint(tmp_path / "checkpoint", raw, seed=3, dtype="F32")
+    artifact = lfm2_export.export(checkpoint, scheme="q4", output=tmp_path / "artifact")
+    report = measure_parity(artifact.path, checkpoint, max_tokens=FEW, threads=1)
+    print(report.failures())
+    assert not report.passed
+    (remark,) = report.remarks()
+    assert "onnx q4: at full precision its graph agrees with the eager model" in remark
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_measured(
+    artifact: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hops, "measure", lambda *_, **__: pytest.fail("it was measured"))
+    page = tmp_path / "missing" / "page.html"
+    assert main(["parity", str(artifact("tiny-dense")), "tiny-dense", "--report", str(page)]) == 2
+    assert f"{page}: the report cannot be written" in capsys.readouterr().err
+
+
+def test_figures_that_cannot_be_recorded_are_printed_all_the_same(
+    copied: Callable[[str], Exported], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = copied("dense")
+    report = measure_parity(found.artifact, found.checkpoint, scheme="fp32", max_tokens=FEW, threads=1)
+    monkeypatch.setattr(hops, "measure", lambda *_, **__: report)
+    with ArtifactWriter(found.artifact, CheckpointRecord.of(open_checkpoint(str(found.checkpoint)))):
+        assert main(["parity", str(found.artifact), str(found.checkpoint), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == report.to_json()
+    assert "the figures were not written into the artifact: " in err
+    assert "another export is writing to it" in err
 
 
 class _Page(HTMLParser):

@@ -17,6 +17,7 @@ from lfm2_export.resources import (
     export_memory_needed,
     free_disk,
     human_bytes,
+    usable_cores,
 )
 
 
@@ -109,3 +110,13 @@ def test_estimates_grow_with_the_work() -> None:
 )
 def test_sizes_read_like_a_persons(count: int, text: str) -> None:
     assert human_bytes(count) == text
+
+
+def test_hardware_threads_of_one_core_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for cpu in range(8):
+        folder = tmp_path / f"cpu{cpu}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(f"{cpu % 4},{cpu % 4 + 4}\n")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)), raising=False)
+    assert usable_cores(tmp_path) == 4
+    assert usable_cores(tmp_path / "nothing") == 6

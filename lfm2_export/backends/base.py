@@ -8,6 +8,7 @@ Shape suffixes: B rows of a batch, T new tokens, V vocabulary.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -15,6 +16,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from lfm2_export.errors import ContextLimitError, RunnerError
+from lfm2_export.resources import usable_cores
 
 # One list of token ids per row; an int64 array [B, T] is one too.
 TokenRows = Sequence[Sequence[int]] | Sequence[np.ndarray] | np.ndarray
@@ -173,3 +175,29 @@ def check_indices(indices: Sequence[int] | np.ndarray, batch_size: int) -> np.nd
     if rows.min() < 0 or rows.max() >= batch_size:
         raise RunnerError(f"reorder: rows {rows.tolist()} of a state that has {batch_size}")
     return rows.astype(np.int64)
+
+
+def check_chunk_size(chunk_size: int | None, default: int) -> int:
+    """The tokens that a prefill takes at a time; a RunnerError where they are none."""
+    if chunk_size is None:
+        return default
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+        raise RunnerError(f"chunk_size={chunk_size!r}: a prefill takes at least one token at a time")
+    return chunk_size
+
+
+def check_threads(threads: int | None) -> int:
+    """How many threads a runner takes: as many as there are usable cores, where it is not said.
+
+    Raises:
+        RunnerError: not positive, or more than the machine has cores.
+    """
+    if threads is None:
+        return usable_cores()
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise RunnerError(f"threads={threads!r}: a runner needs at least one thread")
+    if threads > (cores := os.cpu_count() or threads):
+        raise RunnerError(
+            f"threads={threads}: this machine has {cores} cores, and more threads only wait for each other"
+        )
+    return threads

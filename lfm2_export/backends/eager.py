@@ -23,6 +23,7 @@ from lfm2_export.backends.base import (
     Snapshot,
     TokenRows,
     check_batch_size,
+    check_chunk_size,
     check_fits,
     check_indices,
     check_rows,
@@ -114,7 +115,7 @@ class EagerRunner:
         if len({len(row) for row in rows}) != 1:
             raise RunnerError("score takes rows of one length; score rows of different length one by one")
         check_fits(np.zeros(len(rows), dtype=np.int64), [len(row) for row in rows], self._context_length)
-        size = _check_chunk_size(chunk_size)
+        size = check_chunk_size(chunk_size, DEFAULT_CHUNK_SIZE)
         return np.stack([self._run(self._empty_row(), row, size, logits_to_keep=0)[1] for row in rows])
 
     def snapshot(self) -> Snapshot:
@@ -165,7 +166,7 @@ class EagerRunner:
         """Appends to every row; the new state is taken over when all rows are done. Returns [1 or T, V] per row."""
         tokens = check_rows(input_ids, self.batch_size, self.vocab_size)
         check_fits(self.lengths, [len(new) for new in tokens], self._context_length)
-        size = _check_chunk_size(chunk_size)
+        size = check_chunk_size(chunk_size, DEFAULT_CHUNK_SIZE)
         pairs = zip(self._rows, tokens, strict=True)
         done = [self._run(row, new, size, logits_to_keep=logits_to_keep) for row, new in pairs]
         self._rows = [row for row, _ in done]
@@ -211,14 +212,6 @@ class EagerRunner:
         if tensor.grows:
             array = array[:, :, :length]
         return torch.tensor(array, dtype=self._dtype, device=self._model.lm_head.weight.device)
-
-
-def _check_chunk_size(chunk_size: int | None) -> int:
-    if chunk_size is None:
-        return DEFAULT_CHUNK_SIZE
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-        raise RunnerError(f"chunk_size={chunk_size!r}: a prefill takes at least one token at a time")
-    return chunk_size
 
 
 def _fingerprint(model: DecoderForCausalLM) -> str:

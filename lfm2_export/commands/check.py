@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lfm2_export import console
 from lfm2_export.commands.base import add_artifact, add_json, add_source, add_threads
+from lfm2_export.errors import Lfm2ExportError
 from lfm2_export.resources import human_bytes
+
+if TYPE_CHECKING:
+    from lfm2_export.parity import ParityReport
 
 
 class ParityCommand:
@@ -22,8 +28,11 @@ class ParityCommand:
         add_json(parser)
 
     def run(self, options: argparse.Namespace) -> int:
-        from lfm2_export.parity import measure_parity
+        from lfm2_export.parity import measure_parity, record_parity
 
+        source = {"revision": options.revision, "offline": options.offline}
+        if options.report:
+            check_writable(options.report)
         with console.busy("comparing with the eager model") as doing:
             report = measure_parity(
                 options.artifact,
@@ -31,23 +40,44 @@ class ParityCommand:
                 backend=options.backend,
                 scheme=options.scheme,
                 text=options.text,
-                revision=options.revision,
-                offline=options.offline,
-                record=True,
                 progress=doing,
+                **source,
             )
-        if options.report:
-            report.write_html(options.report)
         if options.json:
             console.print_json(report.to_json())
         else:
             print_parity(report)
+        # The figures took minutes: they are on the screen before anything about files can go wrong.
+        if options.report:
+            report.write_html(options.report)
+        try:
+            record_parity(options.artifact, options.checkpoint, report, **source)
+        except Lfm2ExportError as error:
+            console.note(f"the figures were not written into the artifact: {error}")
         return 0 if report.passed else 1
 
 
-def print_parity(report: object) -> None:
-    """One table: what was compared, the figure, its tolerance, the verdict."""
-    console.print_table("parity", report.COLUMNS, report.rows())  # type: ignore[attr-defined]
+def check_writable(path: str) -> None:
+    """Refuses a file that could not be written; leaves none behind.
+
+    Raises:
+        Lfm2ExportError: its folder is missing, or it may not be written.
+    """
+    there = Path(path).exists()
+    try:
+        with open(path, "ab"):
+            pass
+        if not there:
+            Path(path).unlink()
+    except OSError as error:
+        raise Lfm2ExportError(f"{path}: the report cannot be written ({error.strerror}); give another file") from error
+
+
+def print_parity(report: ParityReport) -> None:
+    """One table: what was compared, the figure, its tolerance, the verdict; and what to make of it."""
+    console.print_table("parity", report.COLUMNS, report.rows())
+    for remark in report.remarks():
+        console.note(remark)
 
 
 class BenchCommand:

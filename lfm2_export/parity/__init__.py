@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lfm2_export.parity.hops import measure
+from lfm2_export.parity import hops
 from lfm2_export.parity.report import ParityReport, ProgramParity
 
-__all__ = ["ParityReport", "ProgramParity", "measure_parity"]
+__all__ = ["ParityReport", "ProgramParity", "measure_parity", "record_parity"]
 
 DEFAULT_MAX_TOKENS = 4096
 
@@ -33,7 +33,6 @@ def measure_parity(
     revision: str | None = None,
     offline: bool = False,
     threads: int | None = None,
-    record: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> ParityReport:
     """Compares programs of an artifact with the checkpoint that they were made of.
@@ -45,7 +44,6 @@ def measure_parity(
         text: a UTF-8 file that the checkpoint was not trained on; default: the bundled held-out text.
         max_tokens: how much of the text is used.
         threads: of the runner; default: every core.
-        record: whether to write the figures into the artifact's manifest and model card.
         progress: told what is measured next.
 
     Raises:
@@ -54,7 +52,7 @@ def measure_parity(
         ResourceError: the memory is too small for two fp32 copies of the model.
         Lfm2ExportError: the text cannot be read or is too short.
     """
-    return measure(
+    return hops.measure(
         Path(artifact),
         str(checkpoint),
         backend=backend,
@@ -64,6 +62,22 @@ def measure_parity(
         revision=revision,
         offline=offline,
         threads=threads,
-        record=record,
         progress=progress or (lambda step: None),
     )
+
+
+def record_parity(
+    artifact: str | Path,
+    checkpoint: str | Path,
+    report: ParityReport,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+) -> None:
+    """Writes a report's figures into the artifact's manifest, and into its model card unless somebody has edited it.
+
+    Raises:
+        ArtifactError: the folder cannot be written, an export is writing to it, or a program is gone.
+        ResourceError: the disk is full.
+    """
+    hops.record(Path(artifact), str(checkpoint), report, revision=revision, offline=offline)

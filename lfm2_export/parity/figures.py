@@ -16,6 +16,8 @@ GREEDY = "equal tokens"
 TOP1 = "top-1 agreement"
 PERPLEXITY = "perplexity"
 WEIGHT_ERROR = "relative error"
+# The figure of a graph whose kernels do not round activations.
+FULL_PRECISION = "kernels at full precision"
 
 # Up to this size of logits a tolerance is absolute; beyond it grows with them, as float32's own spacing does.
 LARGEST_LOGIT = 32.0

@@ -1,6 +1,6 @@
 """The way through the three hops: what is loaded when, and what is let go before the next thing is.
 
-In: the arguments of ``measure_parity``. Out: a ``ParityReport``, recorded in the artifact if asked.
+In: the arguments of ``measure_parity``. Out: a ``ParityReport``; recorded in the artifact by ``record``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ def measure(
     revision: str | None,
     offline: bool,
     threads: int | None,
-    record: bool,
     progress: Callable[[str], None],
 ) -> ParityReport:
     """As ``measure_parity`` says."""
@@ -63,7 +62,7 @@ def measure(
     for program in programs:
         progress(f"{program}: lowering and quantization")
         measured.append(_measure_program(artifact, program, opened, sample, reference, threads))
-    report = ParityReport(
+    return ParityReport(
         artifact=path.name,
         checkpoint=str(artifact.manifest.checkpoint),
         text=f"{sample.tokens} tokens of {sample.description}",
@@ -71,9 +70,14 @@ def measure(
         programs=tuple(measured),
         versions=versions(),
     )
-    if record:
-        _record(artifact, report, opened)
-    return report
+
+
+def record(path: Path, checkpoint: str, report: ParityReport, *, revision: str | None, offline: bool) -> None:
+    """As ``record_parity`` says."""
+    opened = open_checkpoint(checkpoint, revision=revision, offline=offline)
+    artifact = Artifact.open(path, verify=False)
+    check_origin(artifact, opened)
+    _record(artifact, report, opened)
 
 
 def check_origin(artifact: Artifact, checkpoint: Checkpoint) -> None:
@@ -173,7 +177,7 @@ def _record(artifact: Artifact, report: ParityReport, checkpoint: Checkpoint) ->
     """Writes the figures into the manifest, and into the model card unless somebody has edited it."""
     card = artifact.path / "README.md"
     before = model_card.render(artifact.manifest.checkpoint, artifact.programs, checkpoint)
-    untouched = card.is_file() and card.read_text(encoding="utf-8") == before
+    untouched = card.is_file() and card.read_bytes() == before.encode()
     updated = artifact.update(parity=report.records())
     if untouched:
         updated.update(readme=model_card.render(updated.manifest.checkpoint, updated.programs, checkpoint))

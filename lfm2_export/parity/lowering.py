@@ -25,7 +25,7 @@ from lfm2_export.manifest import MODEL, Program
 from lfm2_export.models._common import DecoderForCausalLM
 from lfm2_export.parity.control import find_control, one_norm, one_row
 from lfm2_export.parity.divergence import Divergence, compare, largest, max_abs_error
-from lfm2_export.parity.figures import GREEDY, KL, MAX_ABS, Control, Figure, Hop, scaled
+from lfm2_export.parity.figures import FULL_PRECISION, GREEDY, KL, MAX_ABS, Control, Figure, Hop, scaled
 from lfm2_export.parity.sample import Sample, Window
 
 TITLE = "our eager model with the artifact's weights and the artifact in its runner"
@@ -264,7 +264,7 @@ def _full_precision(
     expected = [score(subject.eager, window) for window in windows]
     text = Divergence.joined(compare(a, b) for a, b in zip(expected, precise.logits, strict=True))
     figure = Figure(
-        name=f"kernels at full precision, {text.count} positions",
+        name=f"{FULL_PRECISION}, {text.count} positions",
         measure=yardstick.measure,
         value=yardstick.over_text(text),
         tolerance=yardstick.tolerance,

@@ -11,7 +11,6 @@ Shape suffixes: G group_size, C groups in the chunk (columns).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import numpy as np
 
 from lfm2_export.errors import QuantizationError
 from lfm2_export.quant.formats import ByteArray, FloatArray, IntFormat, QuantizedTensor
+from lfm2_export.resources import usable_cores
 
 _CHUNK_WEIGHTS = 1 << 19  # float32: 2 MB a buffer, three buffers a thread
 
@@ -58,7 +58,7 @@ def quantize_in_chunks(
     """Applies ``quantize_chunk`` to every group of ``weight`` [rows, in_features]."""
     if weight.ndim != 2:
         raise QuantizationError(f"{fqn}: has shape {list(weight.shape)}; only a matrix can be quantized in groups")
-    workers = threads or _usable_cores()
+    workers = threads or usable_cores()
     out = _empty(weight.shape[0], format.groups(weight.shape[1], fqn), format)
     values = np.ascontiguousarray(weight, np.float32).reshape(-1, format.group_size)
     step = _chunk_length(len(values), format.group_size, workers)
@@ -188,9 +188,3 @@ def _run_in_threads(run: Callable[[int], None], starts: range, workers: int) -> 
     with ThreadPoolExecutor(min(workers, len(starts))) as pool:
         for _ in pool.map(run, starts):
             pass
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 
+from lfm2_export.checkpoint import open_checkpoint
 from lfm2_export.models._common import DecoderForCausalLM
+from lfm2_export.parity.sample import HELD_OUT
 from lfm2_export.source import ASSETS
+from lfm2_export.text import Tokenizer
 from tests.models.reference import TOLERANCE, largest, perturbed, token_ids
 from tests.models.test_against_transformers import in_chunks, report
 from tests.models.test_padding import alone, error_of_rows, padded, rows_of
@@ -33,3 +38,51 @@ def test_bundled_checkpoints_compute_what_transformers_computes(name: str) -> No
     layer = ours.config.attention_layers[0]
     wrong = perturbed(ours, f"model.layers.{layer}.self_attn.q_proj.weight")
     assert largest(wrong(ids).logits, expected) > 100 * TOLERANCE
+
+
+WINDOW, WINDOWS = 512, 16
+
+
+@pytest.mark.parametrize(("name", "perplexity"), [("tiny-moe", 46.96), ("tiny-dense", 45.22)])
+def test_held_out_perplexity_is_what_the_model_card_states(name: str, perplexity: float) -> None:
+    """On the part of the held-out text that the package carries, so only about."""
+    assert f"{perplexity:.2f}" in (ASSETS / name / "README.md").read_text()
+    model = DecoderForCausalLM.from_pretrained(name, offline=True)
+    ids = held_out(name)
+    logits = model(ids[:, :-1]).logits
+    found = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).exp().item()
+    print(f"{name}: perplexity {found:.2f} of {ids.numel()} tokens, the card says {perplexity}")
+    assert abs(found / perplexity - 1) < 0.15
+
+
+def test_no_expert_is_idle() -> None:
+    """Every expert gets at least a quarter of its fair share, in every layer, on text that was kept out of training."""
+    model = DecoderForCausalLM.from_pretrained("tiny-moe", offline=True)
+    config = model.config
+    with torch.no_grad():
+        logits = model(held_out("tiny-moe"), output_router_logits=True).router_logits
+    assert len(logits) == len(config.moe_layers) >= 3
+    for layer, scores in zip(config.moe_layers, logits, strict=True):
+        bias = model.get_buffer(f"model.layers.{layer}.feed_forward.expert_bias")
+        chosen = (scores.float().sigmoid() + bias).topk(config.num_experts_per_tok).indices
+        share = chosen.flatten().bincount(minlength=config.num_experts) / chosen.numel() * config.num_experts
+        print(f"layer {layer}: {' '.join(f'{one:.2f}' for one in share)} of a fair share")
+        assert share.min() >= 0.25
+
+
+@pytest.mark.parametrize("name", ["tiny-moe", "tiny-dense"])
+def test_shapes_leave_nothing_to_chance(name: str) -> None:
+    """Every matrix's rows can be cut into groups of 128, and the vocabulary is mistaken for no other width."""
+    checkpoint = open_checkpoint(name)
+    config = checkpoint.config
+    shapes = {tensor: info.shape for tensor, info in checkpoint.tensors.items()}
+    matrices = {tensor: shape for tensor, shape in shapes.items() if len(shape) == 2}
+    assert not {tensor: shape for tensor, shape in matrices.items() if shape[-1] % 128}
+    assert config.vocab_size not in {size for t, s in shapes.items() if "embed_tokens" not in t for size in s}
+    assert len(config.attention_layers) >= 2
+
+
+def held_out(name: str) -> torch.Tensor:
+    """int64 [WINDOWS, WINDOW] of the bundled text."""
+    tokens = Tokenizer.from_dir(ASSETS / name).encode(HELD_OUT.read_text(encoding="utf-8"), add_special_tokens=False)
+    return torch.from_numpy(np.array(tokens[: WINDOW * WINDOWS], dtype=np.int64)).reshape(WINDOWS, WINDOW)

@@ -23,6 +23,7 @@ from lfm2_export.backends.base import (
     Snapshot,
     TokenRows,
     check_batch_size,
+    check_chunk_size,
     check_fits,
     check_indices,
     check_rows,
@@ -136,11 +137,11 @@ class ExecutorchRunner:
 
     def prefill(self, input_ids: TokenRows, *, chunk_size: int | None = None) -> np.ndarray:
         tokens = self._check_new(input_ids)
-        return self._append(tokens, _check_chunk_size(chunk_size))[-1][None]
+        return self._append(tokens, check_chunk_size(chunk_size, DEFAULT_CHUNK_SIZE))[-1][None]
 
     def prefill_scored(self, input_ids: TokenRows, *, chunk_size: int | None = None) -> list[np.ndarray]:
         tokens = self._check_new(input_ids)
-        _check_chunk_size(chunk_size)
+        check_chunk_size(chunk_size, DEFAULT_CHUNK_SIZE)
         return [np.stack(self._append(tokens, 1))]
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -289,11 +290,3 @@ def _check_version(folder: Path, program: Program) -> None:
             f"{folder / program.graphs['model']}: was made with executorch {made}, here is {here}; "
             f"install executorch {made.split('.')[0]}, or export again"
         )
-
-
-def _check_chunk_size(chunk_size: int | None) -> int:
-    if chunk_size is None:
-        return DEFAULT_CHUNK_SIZE
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-        raise RunnerError(f"chunk_size={chunk_size!r}: a prefill takes at least one token at a time")
-    return chunk_size

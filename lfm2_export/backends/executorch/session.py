@@ -10,7 +10,6 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import logging
-import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from lfm2_export.backends.base import check_threads
 from lfm2_export.backends.executorch.pte import PteFile
 from lfm2_export.errors import RunnerError
 
@@ -57,7 +57,7 @@ class Session:
     def __init__(self, path: Path, *, threads: int | None = None):
         operators = PteFile(path).operators(FORWARD)
         self.path = path
-        self.threads = usable_cores() if threads is None else check_threads(threads)
+        self.threads = check_threads(threads)
         self._runtime = runtime()
         register_operators(path, operators)
         self._program = self._load()
@@ -172,23 +172,6 @@ def version() -> str:
         return importlib.metadata.version("executorch")
     except importlib.metadata.PackageNotFoundError:
         return "(not installed)"
-
-
-def check_threads(threads: int) -> int:
-    """Refuses a count that is none, or more than there are cores."""
-    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-        raise RunnerError(f"threads={threads!r}: a runner needs at least one thread")
-    if threads > (cores := os.cpu_count() or threads):
-        raise RunnerError(
-            f"threads={threads}: this machine has {cores} cores, and more threads only wait for each other"
-        )
-    return threads
-
-
-def usable_cores() -> int:
-    """The cores that this process may run on: in a container often fewer than the machine has."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 @contextlib.contextmanager

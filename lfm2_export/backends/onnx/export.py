@@ -19,7 +19,7 @@ from lfm2_export.cache import CacheSpec
 from lfm2_export.errors import ExportError
 from lfm2_export.manifest import MODEL, TensorSpec
 from lfm2_export.quant.algorithms import get_algorithm
-from lfm2_export.resources import export_memory_needed
+from lfm2_export.resources import export_memory_needed, usable_cores
 
 FOLDER = "onnx"
 CPU, SCORING = "cpu", "scoring"
@@ -36,7 +36,8 @@ def estimate(request: ExportRequest) -> Estimate:
     placements = place(plan, request.checkpoint.config).values()
     ends = {(there.file, there.offset): there.nbytes for there in placements}
     return Estimate(
-        disk_bytes=sum(ends.values()), memory_bytes=export_memory_needed(max(map(_held_at_once, plan.values())))
+        disk_bytes=sum(ends.values()),
+        memory_bytes=export_memory_needed(max(map(_held_at_once, plan.values())), at_once=usable_cores()),
     )
 
 

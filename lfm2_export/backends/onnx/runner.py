@@ -23,12 +23,14 @@ from lfm2_export.backends.base import (
     Snapshot,
     TokenRows,
     check_batch_size,
+    check_chunk_size,
     check_fits,
     check_indices,
     check_rows,
+    check_threads,
 )
 from lfm2_export.backends.onnx.buffers import StateBuffers, as_ortvalue
-from lfm2_export.backends.onnx.session import check_program, check_threads, open_session
+from lfm2_export.backends.onnx.session import check_program, open_session
 from lfm2_export.cache import CacheSpec
 from lfm2_export.errors import RunnerError
 
@@ -66,8 +68,8 @@ class OnnxRunner:
         self._path = Path(path)
         self._cache = cache
         self._context_length = context_length
-        self._threads = None if threads is None else check_threads(threads)
-        self._chunk_size = _check_chunk_size(chunk_size)
+        self._threads = check_threads(threads)
+        self._chunk_size = check_chunk_size(chunk_size, DEFAULT_CHUNK_SIZE)
         self._session = open_session(self._path, threads=threads)
         self._vocab_size = check_program(self._session, self._path, cache)
         self._scoring_path = None if scoring_path is None else Path(scoring_path)
@@ -242,7 +244,7 @@ class OnnxRunner:
         return rows
 
     def _chunk(self, chunk_size: int | None) -> int:
-        return self._chunk_size if chunk_size is None else _check_chunk_size(chunk_size)
+        return check_chunk_size(chunk_size, self._chunk_size)
 
     def _scoring_session(self) -> ort.InferenceSession:
         if self._scoring_path is None:
@@ -308,12 +310,6 @@ def _counts(rows: list[np.ndarray]) -> np.ndarray:
 
 def _chunks(tokens: np.ndarray, size: int) -> list[np.ndarray]:
     return [tokens[start : start + size] for start in range(0, len(tokens), size)]
-
-
-def _check_chunk_size(chunk_size: int) -> int:
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-        raise RunnerError(f"chunk_size={chunk_size!r}: a prefill takes at least one token at a time")
-    return chunk_size
 
 
 def _default_program_id(path: Path) -> str:

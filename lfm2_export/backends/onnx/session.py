@@ -6,11 +6,11 @@ decoding, or a RunnerError that says what to do.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import onnxruntime as ort
 
+from lfm2_export.backends.base import check_threads
 from lfm2_export.cache import CacheSpec
 from lfm2_export.errors import ArtifactError, RunnerError
 
@@ -38,7 +38,7 @@ def open_session(path: Path, *, threads: int | None = None) -> ort.InferenceSess
 def session_options(threads: int | None = None) -> ort.SessionOptions:
     """Sequential execution on ``threads`` threads (default: the cores that this process may use)."""
     options = ort.SessionOptions()
-    options.intra_op_num_threads = check_threads(threads) if threads is not None else usable_cores()
+    options.intra_op_num_threads = check_threads(threads)
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -46,29 +46,6 @@ def session_options(threads: int | None = None) -> ort.SessionOptions:
     options.enable_mem_pattern = False
     options.log_severity_level = _LOG_ERRORS_ONLY
     return options
-
-
-def check_threads(threads: int) -> int:
-    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-        raise RunnerError(f"threads={threads!r}: a runner needs at least one thread")
-    if threads > (cores := os.cpu_count() or threads):
-        raise RunnerError(
-            f"threads={threads}: this machine has {cores} cores, and more threads only wait for each other"
-        )
-    return threads
-
-
-def usable_cores(topology: Path = Path("/sys/devices/system/cpu")) -> int:
-    """The cores that this process may run on: in a container often fewer than the machine has.
-
-    Linux says which hardware threads share a core; they would only compete for its memory and vector units.
-    """
-    affinity = getattr(os, "sched_getaffinity", None)
-    cpus = affinity(0) if affinity else range(os.cpu_count() or 1)
-    siblings = [topology / f"cpu{cpu}" / "topology" / "thread_siblings_list" for cpu in cpus]
-    if not all(path.is_file() for path in siblings):
-        return len(cpus)
-    return len({path.read_text() for path in siblings})
 
 
 def check_program(session: ort.InferenceSession, path: Path, spec: CacheSpec) -> int:

@@ -2,8 +2,11 @@
 
 In: a checkpoint, a ``WeightPlan`` and an algorithm. Out: external data files, the place of every initializer in
 them, and a record of every tensor's format and quantization error. The places follow from the plan alone, so they
-are known, and the disk can be checked, before anything is read. Peak memory is a few matrices, whatever the model's
-size.
+are known, and the disk can be checked, before anything is read.
+
+The work is cut into pieces: some rows of a matrix, or one expert's two matrices that lie interleaved. A thread per core
+takes a piece all the way from the shard to the data file, so that one reads while another computes. Peak memory is a
+piece per core, whatever the model's size.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import onnx_ir as ir
 from lfm2_export.backends.onnx.packing import pack_rows
 from lfm2_export.backends.onnx.passes import ROPE_TABLES
 from lfm2_export.backends.onnx.plan import Layout, StoredWeight, WeightPlan
+from lfm2_export.background import map_in_threads
 from lfm2_export.checkpoint import Checkpoint, check_finite
 from lfm2_export.config import ModelConfig
 from lfm2_export.manifest import StoredTensor
@@ -31,6 +35,7 @@ from lfm2_export.quant.formats import (
     storage_error,
     to_float,
 )
+from lfm2_export.resources import usable_cores
 
 # onnxruntime maps external tensors; a large one must start where every platform can map (Windows: 64 KiB).
 LARGE, LARGE_ALIGNMENT, SMALL_ALIGNMENT = 1 << 20, 1 << 16, 64
@@ -118,6 +123,36 @@ def attach(model: ir.Model, placements: Mapping[str, Placement], files: Sequence
     return sum(name in placements for name in model.graph.initializers)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """Part of a weight: ``rows`` of one checkpoint tensor, or two tensors (w1, w3 of an expert), rows interleaved.
+
+    ``first_row``: where they go; the rows of stacked experts are numbered through.
+    """
+
+    weight: StoredWeight
+    first_row: int
+    sources: tuple[str, ...]
+    rows: slice | None = None
+
+
+def _pieces(weight: StoredWeight) -> Iterator[_Piece]:
+    """In file order."""
+    rows = weight.shape[-2] if len(weight.shape) > 1 else weight.shape[0]
+    if weight.layout is Layout.GATE_UP:
+        for expert, pair in enumerate(zip(weight.sources[0::2], weight.sources[1::2], strict=True)):
+            yield _Piece(weight=weight, first_row=expert * rows, sources=pair)
+        return
+    for index, source in enumerate(weight.sources):
+        if weight.layout in (Layout.PLAIN, Layout.TRANSPOSED):
+            yield _Piece(weight=weight, first_row=0, sources=(source,))
+            continue
+        step = max(1, CHUNK_VALUES // weight.shape[-1])
+        for start in range(0, rows, step):
+            part = slice(start, min(start + step, rows))
+            yield _Piece(weight=weight, first_row=index * rows + start, sources=(source,), rows=part)
+
+
 class WeightWriter:
     """Fills data files. ``report`` is told the bytes of checkpoint that each step has consumed."""
 
@@ -142,57 +177,48 @@ class WeightWriter:
         """
         self._files = [os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644) for path in self.paths]
         try:
-            records = tuple(self._write_weight(weight) for weight in plan.values())
+            errors = self._write_pieces(plan)
             self._write_rope(plan)
         finally:
             for file in self._files:
                 os.close(file)
-        return records
+        return tuple(_record(weight, errors.get(weight.name)) for weight in plan.values())
 
-    def _write_weight(self, weight: StoredWeight) -> StoredTensor:
-        if weight.same_bytes_as is not None:
-            return _record(weight, None)
-        error = StorageError()
-        for first_row, values in self._chunks(weight):
-            error += self._store(weight, first_row, values)
-        return _record(weight, error)
+    def _write_pieces(self, plan: WeightPlan) -> dict[str, StorageError]:
+        """The error of every weight that has bytes of its own."""
+        own = [weight for weight in plan.values() if weight.same_bytes_as is None]
+        pieces = (piece for weight in own for piece in _pieces(weight))
+        errors = {weight.name: StorageError() for weight in own}
+        for piece, error in map_in_threads(self._write_piece, pieces, threads=usable_cores()):
+            errors[piece.weight.name] += error
+            self.report(sum(self._stored_bytes(source, piece.rows) for source in piece.sources))
+        return errors
 
-    def _chunks(self, weight: StoredWeight) -> Iterator[tuple[int, np.ndarray]]:
-        """(first row, rows of fp32) in file order; the rows of stacked experts are numbered through."""
-        if weight.layout is Layout.GATE_UP:
-            yield from self._gate_up(weight)
-            return
-        rows = weight.shape[-2] if len(weight.shape) > 1 else weight.shape[0]
-        for index, source in enumerate(weight.sources):
-            if weight.layout in (Layout.PLAIN, Layout.TRANSPOSED):
-                yield 0, self._read(source)
-                continue
-            step = max(1, CHUNK_VALUES // weight.shape[-1])
-            for start in range(0, rows, step):
-                yield index * rows + start, self._read(source, slice(start, min(start + step, rows)))
+    def _write_piece(self, piece: _Piece) -> StorageError:
+        return self._store(piece.weight, piece.first_row, self._values(piece))
 
-    def _gate_up(self, weight: StoredWeight) -> Iterator[tuple[int, np.ndarray]]:
-        """w1 and w3 of one expert at a time, their rows interleaved."""
-        _, rows, columns = weight.shape
-        for expert in range(weight.shape[0]):
-            both = np.empty((rows, columns), np.float32)
-            both[0::2] = self._read(weight.sources[2 * expert])
-            both[1::2] = self._read(weight.sources[2 * expert + 1])
-            yield expert * rows, both
+    def _values(self, piece: _Piece) -> np.ndarray:
+        if len(piece.sources) == 1:
+            return self._read(piece.sources[0], piece.rows)
+        both = np.empty(piece.weight.shape[1:], np.float32)
+        for offset, source in enumerate(piece.sources):
+            both[offset::2] = self._read(source)
+        return both
 
     def _read(self, source: str, rows: slice | None = None) -> np.ndarray:
         values = self.checkpoint.read(source, rows)
         check_finite(source, values)
-        info = self.checkpoint.tensors[source]
-        self.report(values.size * info.nbytes // max(info.count, 1))
         return values
+
+    def _stored_bytes(self, source: str, rows: slice | None) -> int:
+        return self.checkpoint.tensors[source].rows(rows).nbytes
 
     def _store(self, weight: StoredWeight, first_row: int, values: np.ndarray) -> StorageError:
         if isinstance(weight.format, FloatFormat):
             stored = to_float(values, weight.format, fqn=weight.name)
             self._put(weight, "weight", first_row, stored)
             return _cast_error(values, stored)
-        quantized = self.quantize(values, weight.format, fqn=weight.name)
+        quantized = self.quantize(values, weight.format, fqn=weight.name, threads=1)
         for role, array in pack_rows(quantized).items():
             self._put(weight, role, first_row, array)
         return storage_error(values, quantized)

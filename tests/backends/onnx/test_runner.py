@@ -17,7 +17,6 @@ from onnx import TensorProto, helper, numpy_helper
 
 from lfm2_export.backends.base import Runner
 from lfm2_export.backends.onnx.runner import OnnxRunner
-from lfm2_export.backends.onnx.session import usable_cores
 from lfm2_export.cache import CacheSpec, StateTensor
 from lfm2_export.errors import ArtifactError, ContextLimitError, RunnerError
 
@@ -435,16 +434,6 @@ def test_bad_prompts_are_refused_before_anything_changes(runner, rows, message):
 def test_bad_options_are_refused(folder, options):
     with pytest.raises(RunnerError, match=next(iter(options))):
         make_runner(folder, **options)
-
-
-def test_hardware_threads_of_one_core_count_once(tmp_path, monkeypatch):
-    for cpu in range(8):
-        folder = tmp_path / f"cpu{cpu}" / "topology"
-        folder.mkdir(parents=True)
-        (folder / "thread_siblings_list").write_text(f"{cpu % 4},{cpu % 4 + 4}\n")
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)), raising=False)
-    assert usable_cores(tmp_path) == 4
-    assert usable_cores(tmp_path / "nothing") == 6
 
 
 def test_batch_size_zero_is_refused(runner):
