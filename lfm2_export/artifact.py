@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from lfm2_export import paths
 from lfm2_export.errors import ArtifactError
 from lfm2_export.hashing import sha256_files
 from lfm2_export.manifest import MANIFEST, CheckpointRecord, FileEntry, Manifest, Program, preference
@@ -38,8 +39,10 @@ class Artifact:
             ArtifactError: the folder or its manifest is missing or damaged, or a file is missing or was changed.
         """
         folder = Path(path)
-        if not folder.is_dir():
-            raise ArtifactError(f"{folder}: no such directory; give the folder that `lfm2-export export` wrote")
+        if not paths.is_folder(folder, ArtifactError):
+            raise ArtifactError(
+                f"{paths.shown(folder)}: no such directory; give the folder that `lfm2-export export` wrote"
+            )
         recover(folder)
         artifact = cls(path=folder, manifest=_read_manifest(folder))
         if verify:
@@ -65,7 +68,7 @@ class Artifact:
 
     def _check_size(self, name: str, entry: FileEntry) -> None:
         path = self.path / name
-        if not path.is_file():
+        if not paths.is_file(path, ArtifactError):
             raise ArtifactError(f"{path}: is missing, but {MANIFEST} names it; export again or bring it back")
         if (size := path.stat().st_size) != entry.bytes:
             raise ArtifactError(
@@ -140,7 +143,8 @@ def _read_manifest(folder: Path) -> Manifest:
     try:
         return Manifest.from_json(path.read_bytes(), str(path))
     except FileNotFoundError as error:
-        kind = "a checkpoint: export it first" if list(folder.glob("*.safetensors")) else "not an artifact"
+        weights = any(name.endswith(".safetensors") for name in paths.names(folder, ArtifactError))
+        kind = "a checkpoint: export it first" if weights else "not an artifact"
         raise ArtifactError(f"{folder}: has no {MANIFEST}; it is {kind}") from error
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read ({error.strerror}); check the file") from error
@@ -149,18 +153,26 @@ def _read_manifest(folder: Path) -> Manifest:
 class ArtifactWriter:
     """Makes an artifact, or adds programs to one of the same checkpoint. Use as a context manager.
 
+    ``into`` names the folders in it that will be written to, so that one that cannot be is refused before any work.
+
     Files are written to ``path(name)``; ``add_program`` claims those that a program needs, the rest is shared.
     ``commit`` puts everything into place at once; without it nothing of this export remains. ``checkpoint`` may be a
     function, called when the record is needed first: hashing takes its time.
 
     Raises:
-        ArtifactError: on entering, where the folder holds something else, another checkpoint's artifact, or is being
-            written to.
+        ArtifactError: on entering, where the folder holds something else, another checkpoint's artifact, cannot be
+            written, or is being written to.
         ResourceError: on leaving, where the disk was full.
     """
 
-    def __init__(self, folder: str | Path, checkpoint: CheckpointRecord | Callable[[], CheckpointRecord]):
-        self._staging = Staging(Path(folder), last=MANIFEST)
+    def __init__(
+        self,
+        folder: str | Path,
+        checkpoint: CheckpointRecord | Callable[[], CheckpointRecord],
+        *,
+        into: Sequence[str] = (),
+    ):
+        self._staging = Staging(Path(folder), last=MANIFEST, into=into)
         self._record = checkpoint
         self._added: dict[tuple[str, str], Program] = {}
         self.existing: Manifest | None = None
@@ -245,10 +257,10 @@ class ArtifactWriter:
         return program
 
     def _entries(self, names: Iterable[str]) -> dict[str, FileEntry]:
-        paths = {name: self._staging.files / name for name in names}
-        digests = sha256_files(paths.values())
+        files = {name: self._staging.files / name for name in names}
+        digests = sha256_files(files.values())
         return {
-            name: FileEntry(bytes=path.stat().st_size, sha256=digests[path]) for name, path in sorted(paths.items())
+            name: FileEntry(bytes=path.stat().st_size, sha256=digests[path]) for name, path in sorted(files.items())
         }
 
     @property

@@ -42,7 +42,10 @@ class _Transcript:
 
 
 class Chat:
-    """One conversation on one runner (another user of the runner costs this one its state, never its correctness).
+    """One conversation on one runner.
+
+    Another user of the runner costs this one its state, never its correctness: a reply that was being written then ends
+    with a GenerationError.
 
     Args:
         runner: a runner of batch size 1 from here on.
@@ -73,6 +76,7 @@ class Chat:
         self._places: list[_Place] = []
         self._transcripts: list[_Transcript] = []
         self._finish_reason: FinishReason | None = None
+        self._turn = 0
         self._prefilled_tokens = 0
 
     @property
@@ -93,12 +97,14 @@ class Chat:
     def clear(self) -> None:
         """Starts over with the system message alone."""
         self._messages, self._transcripts = list(self._system), []
+        self._turn += 1
 
     def send(self, content: str | Message) -> Iterator[str]:
         """The reply to a user's text (or to any message, such as a tool's result), piece by piece.
 
         Raises:
             ContextLimitError: the conversation is longer than the context; it is left as it was.
+            GenerationError: while the reply is read, where the runner was used for something else meanwhile.
         """
         message = {"role": "user", "content": content} if isinstance(content, str) else content
         return self._reply([*self._messages, message])
@@ -122,8 +128,9 @@ class Chat:
         tokens = self._tokenize(text)
         place, logits = self._prefill(tokens)
         self._messages, self._finish_reason = messages, None
+        self._turn += 1
         self._remember(tokens, text)
-        return self._stream(place, logits, text)
+        return self._stream(place, logits, text, self._turn)
 
     def _tokenize(self, text: str) -> list[int]:
         """The prompt's tokens. Replies stay as the model wrote them: their text may have another tokenization."""
@@ -152,21 +159,37 @@ class Chat:
         self._places.append(_Place(tokens=tokens, mark=self._runner.mark(), logits=logits))
         return self._places[-1], logits
 
-    def _stream(self, prompt: _Place, logits: np.ndarray, text: str) -> Iterator[str]:
+    def _stream(self, prompt: _Place, logits: np.ndarray, text: str, turn: int) -> Iterator[str]:
         decoder, reply = StreamDecoder(self._tokenizer), list[int]()
+        self._check_undisturbed(prompt, reply, turn)
         try:
             for event in continue_from(self._runner, logits, [prompt.tokens], self.config):
                 reply.append(event.token)
                 self._finish_reason = event.finish_reason
                 yield decoder.push(event.token)
+                if event.finish_reason is None:
+                    self._check_undisturbed(prompt, reply, turn)
             yield decoder.finish()
         finally:
-            self._record(prompt, text, reply)
+            if turn == self._turn:
+                self._record(prompt, text, reply)
+
+    def _check_undisturbed(self, prompt: _Place, reply: list[int], turn: int) -> None:
+        if turn != self._turn or not self._is_after(prompt, reply):
+            raise GenerationError(
+                f"chat: the runner was used for something else after {len(reply)} tokens of this reply; "
+                "read a reply to its end first, or give every conversation a runner of its own"
+            )
+
+    def _is_after(self, prompt: _Place, reply: list[int]) -> bool:
+        """Whether the runner is where this reply left it: its last token is chosen, but not fed yet."""
+        held = len(prompt.tokens) + max(0, len(reply) - 1)
+        return self._runner.is_valid(prompt.mark) and self._runner.lengths.tolist() == [held]
 
     def _record(self, prompt: _Place, text: str, reply: list[int]) -> None:
         """Takes the reply, a cut short one too, into the conversation and marks its end."""
-        if self._runner.is_valid(prompt.mark):  # nobody else used the runner meanwhile
-            held = (prompt.tokens + reply)[: int(self._runner.lengths[0])]
+        if self._is_after(prompt, reply):
+            held = prompt.tokens + reply[:-1]
             self._places.append(_Place(tokens=held, mark=self._runner.mark()))
         # The template writes the end of a message itself.
         said = reply[:-1] if self._finish_reason == "stop" else reply

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from lfm2_export import paths
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import CheckpointError
 from lfm2_export.hashing import sha256_files
@@ -122,8 +123,9 @@ class Checkpoint:
 
     def files(self) -> list[Path]:
         """Tokenizer, chat template, generation config and licence files, those that exist."""
-        named = [self.path / name for name in COMPANIONS]
-        return [path for path in (*named, *sorted(self.path.glob("LICENSE*"))) if path.is_file()]
+        licences = [name for name in paths.names(self.path, CheckpointError) if name.startswith("LICENSE")]
+        found = [self.path / name for name in (*COMPANIONS, *licences)]
+        return [path for path in found if paths.is_file(path, CheckpointError)]
 
     @cached_property
     def config_sha256(self) -> str:
@@ -219,11 +221,11 @@ def _family(path: Path, raw_config: Mapping[str, Any]) -> Family:
 
 def _open_shards(folder: Path) -> list[Shard]:
     """The weight files' headers, as one file or as the index lists them (one file first, as in transformers)."""
-    if (folder / SINGLE).exists():
+    if paths.exists(folder / SINGLE, CheckpointError):
         return [read_shard(folder / SINGLE)]
-    if (folder / INDEX).exists():
+    if paths.exists(folder / INDEX, CheckpointError):
         return _open_indexed(folder)
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+    pickles = [name for name in paths.names(folder, CheckpointError) if name.endswith(_PICKLES)]
     if pickles:
         raise CheckpointError(
             f"{folder}: holds only pickled weights ({', '.join(pickles[:3])}), which can run code and stay closed; "
@@ -256,7 +258,7 @@ def _check_plain_name(index: Path, file: object) -> None:
 
 def _open_listed(index: Path, file: str) -> Shard:
     path = index.parent / file
-    if not path.exists():
+    if not paths.exists(path, CheckpointError):
         raise CheckpointError(f"{path}: is missing, but {index.name} names it; download it again")
     return read_shard(path)
 

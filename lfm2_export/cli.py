@@ -7,6 +7,7 @@ request was wrong (one line, no traceback), 3 the machine could not do it.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -49,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     # A terminated export must clean up like a failed one.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    # torch's threads beside a runtime's own: those that wait must not take the cores from those that work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = build_parser()
     options = parser.parse_args(arguments)
     if options.version:

@@ -65,7 +65,8 @@ def error(text: str) -> None:
 
 @contextmanager
 def export_progress() -> Iterator[ExportProgress]:
-    """A bar on stderr with the bytes of checkpoint read and the time left."""
+    """A bar on stderr with the bytes of checkpoint read and the time left; nothing where stderr is no terminal."""
+    console = stderr()
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -73,7 +74,7 @@ def export_progress() -> Iterator[ExportProgress]:
         DownloadColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=stderr(), transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         tasks: list[Any] = []
 
         def start(label: str, total: int) -> None:

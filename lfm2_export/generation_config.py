@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,12 +56,13 @@ class GenerationConfig:
         _check_number("top_p", self.top_p, lambda v: 0 < v <= 1, "a number above 0 and up to 1 (off)")
         _check_number("min_p", self.min_p, lambda v: 0 <= v <= 1, "a number from 0 (off) to 1")
         _check_number("repetition_penalty", self.repetition_penalty, lambda v: v > 0, "a number above 0 (1: off)")
-        _check_integer("top_k", self.top_k, 0, "0 (off) or a positive integer")
-        _check_integer("max_new_tokens", self.max_new_tokens, 1, "a positive integer")
-        for token in self.stop_token_ids:
-            _check_integer("stop_token_ids", token, 0, "token ids")
-        if self.seed is not None:
-            _check_integer("seed", self.seed, 0, "an integer from 0 up")
+        top_k = _integer("top_k", self.top_k, 0, "0 (off) or a positive integer")
+        max_new_tokens = _integer("max_new_tokens", self.max_new_tokens, 1, "a positive integer")
+        stops = tuple(_integer("stop_token_ids", token, 0, "token ids") for token in self.stop_token_ids)
+        seed = None if self.seed is None else _integer("seed", self.seed, 0, "an integer from 0 up")
+        integers = {"top_k": top_k, "max_new_tokens": max_new_tokens, "stop_token_ids": stops, "seed": seed}
+        for name, value in integers.items():  # numpy's integers become Python's
+            object.__setattr__(self, name, value)
 
     @property
     def greedy(self) -> bool:
@@ -90,7 +92,9 @@ class GenerationConfig:
             return cls()
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except OSError as error:
+            raise GenerationError(f"{path}: cannot be read ({error.strerror}); check the file") from error
+        except (ValueError, RecursionError) as error:
             raise GenerationError(f"{path}: not valid JSON ({error}); restore the file or export again") from error
         if not isinstance(raw, dict):
             raise GenerationError(f"{path}: a JSON object expected, found {type(raw).__name__}")
@@ -139,6 +143,11 @@ def _check_number(name: str, value: object, in_range: Callable[[float], bool], e
     raise _error(name, value, expected)
 
 
-def _check_integer(name: str, value: object, low: int, expected: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+def _integer(name: str, value: Any, low: int, expected: str) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError as error:
+        raise _error(name, value, expected) from error
+    if isinstance(value, bool) or number < low:
         raise _error(name, value, expected)
+    return number

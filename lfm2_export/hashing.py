@@ -16,6 +16,8 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from lfm2_export.errors import ResourceError
+
 logger = logging.getLogger(__name__)
 
 # A file that changed less than this before it was hashed may change again without its times moving (kernels and file
@@ -40,15 +42,25 @@ def sha256_files(paths: Iterable[Path], *, remembered: bool = False) -> dict[Pat
 
 
 def cache_folder() -> Path:
-    """Where this package keeps what it can make again: ``$XDG_CACHE_HOME/lfm2-export``."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "lfm2-export"
+    """Where this package keeps what it can make again: ``$XDG_CACHE_HOME/lfm2-export``.
+
+    Raises:
+        ResourceError: this user has no home folder, and none is set.
+    """
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "lfm2-export"
+    try:
+        return Path.home() / ".cache" / "lfm2-export"
+    except RuntimeError as error:
+        raise ResourceError(f"cache folder: {error}; set XDG_CACHE_HOME to a folder of your own") from error
 
 
 def _remembered_sha256(path: Path) -> str:
     resolved = path.resolve()
     stamp = _stamp(resolved)
     record = _record_path(resolved)
+    if record is None:
+        return sha256_file(resolved)
     known = _read_record(record)
     if known is not None and known.get("stamp") == stamp and isinstance(known.get("sha256"), str):
         return known["sha256"]
@@ -71,8 +83,14 @@ def _stamp(path: Path) -> dict[str, int]:
     }
 
 
-def _record_path(path: Path) -> Path:
-    return cache_folder() / "sha256" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()}.json"
+def _record_path(path: Path) -> Path | None:
+    """Where a file's digest is remembered; None where there is no place for it, which costs time, not correctness."""
+    try:
+        folder = cache_folder()
+    except ResourceError as error:
+        logger.debug("digests are not remembered: %s", error)
+        return None
+    return folder / "sha256" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()}.json"
 
 
 def _read_record(record: Path) -> dict | None:

@@ -12,7 +12,9 @@ from typing import Any
 
 from lfm2_export.artifact import Artifact
 from lfm2_export.cache import CacheSpec
+from lfm2_export.errors import ArtifactError
 from lfm2_export.manifest import MANIFEST, Program
+from lfm2_export.paths import is_file
 
 
 def inspect(name: str | Path, *, revision: str | None = None, offline: bool = False) -> dict[str, Any]:
@@ -21,7 +23,7 @@ def inspect(name: str | Path, *, revision: str | None = None, offline: bool = Fa
     Raises:
         Lfm2ExportError: it is neither, or damaged.
     """
-    if (Path(name) / MANIFEST).is_file():
+    if is_file(Path(name) / MANIFEST, ArtifactError):
         return _artifact(Artifact.open(name))
     return _checkpoint(str(name), revision, offline)
 

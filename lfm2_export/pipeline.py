@@ -1,25 +1,24 @@
 """From a checkpoint to an artifact: the only file that names every stage.
 
 In: a checkpoint, a backend, one or more schemes, a folder. Out: an ``Artifact``: all of it, or nothing and what was
-there before. What can be refused is refused before the first weight is read: names, widths, disk, memory, the
-output folder.
+there before. What can be refused is refused before the first weight is read: names, widths, companion files, disk,
+memory, the output folder.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import logging
 import platform
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lfm2_export import model_card
+from lfm2_export import companions, model_card
 from lfm2_export.artifact import Artifact, ArtifactWriter
 from lfm2_export.backends import Backend, get_backend
 from lfm2_export.backends.program import ExportedProgram, ExportRequest
 from lfm2_export.background import Background
-from lfm2_export.checkpoint import Checkpoint, open_checkpoint
+from lfm2_export.checkpoint import open_checkpoint
 from lfm2_export.errors import ExportError
 from lfm2_export.manifest import CheckpointRecord, Program
 from lfm2_export.progress import Progress
@@ -66,8 +65,8 @@ def export(
         checkpoint: a directory, a Hub id, or a bundled name ("tiny-moe", "tiny-dense").
         scheme: one name or several.
         output: a folder that does not exist, is empty, or is an artifact of the same checkpoint, which is added to.
-        group_size: weights that share a scale; default: the scheme's.
-        exclude: patterns of tensor names (as in ``fnmatch``) to leave unquantized.
+        group_size: weights that share a scale, in the schemes that have groups; default: the scheme's.
+        exclude: patterns of tensor names (as in ``fnmatch``) to leave unquantized in those schemes.
         algorithm: how integer weights are fitted: "refit" (least squared error) or "round" (plain rounding, faster).
         max_context: positions that programs with buffers of fixed size hold (executorch).
         moe_op: how a .pte runs quantized experts: "stock" (default: ExecuTorch's operator), "lfm2" (ours) or "both".
@@ -77,11 +76,13 @@ def export(
         Lfm2ExportError: the matching kind; nothing is left behind and what was there is unchanged.
     """
     lowering = get_backend(backend)
-    schemes = [_customized(one, group_size, exclude) for one in _schemes(lowering, backend, scheme)]
+    schemes = _customized(_schemes(lowering, backend, scheme), group_size, exclude)
     opened = open_checkpoint(checkpoint, revision=revision, offline=offline)
+    companions.check(opened)
     progress = progress or Progress()
     record = Background(lambda: CheckpointRecord.of(opened))
-    with ArtifactWriter(output, record.result) as writer:
+    # A backend's files lie in the folder of its name.
+    with ArtifactWriter(output, record.result, into=[backend]) as writer:
         requests = [
             ExportRequest(
                 checkpoint=opened,
@@ -102,7 +103,7 @@ def export(
             progress.start(f"{backend} {request.scheme.name}", opened.total_bytes)
             made = lowering.export_program(request)
             writer.add_program(_program(backend, request.scheme, made), made.files)
-        _copy_companions(opened, writer)
+        companions.carry_over(opened, writer)
         lowering.runtime_files(opened, writer)
         writer.write_text("README.md", model_card.render(record.result(), writer.programs, opened))
         return writer.commit()
@@ -121,8 +122,21 @@ def _schemes(lowering: Backend, backend: str, scheme: str | Sequence[str]) -> li
     return found
 
 
-def _customized(scheme: Scheme, group_size: int | None, exclude: Sequence[str]) -> Scheme:
-    grouped = scheme if group_size is None or not scheme.has_groups else scheme.with_group_size(group_size)
+def _customized(schemes: Sequence[Scheme], group_size: int | None, exclude: Sequence[str]) -> list[Scheme]:
+    """The schemes with what was asked for in those that quantize; refused where none of them does."""
+    if not any(scheme.has_groups for scheme in schemes):
+        names = ", ".join(scheme.name for scheme in schemes)
+        given = {"--group-size": group_size, "--exclude": " ".join(exclude) or None}
+        for option, value in given.items():
+            if value is not None:
+                raise ExportError(
+                    f"{option} {value}: scheme {names} quantizes nothing; leave it out or ask for a quantized scheme"
+                )
+    return [_customize(scheme, group_size, exclude) if scheme.has_groups else scheme for scheme in schemes]
+
+
+def _customize(scheme: Scheme, group_size: int | None, exclude: Sequence[str]) -> Scheme:
+    grouped = scheme if group_size is None else scheme.with_group_size(group_size)
     return grouped.with_exclude(exclude)
 
 
@@ -158,17 +172,3 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             logger.debug("%s is not installed", package)
     return found
-
-
-def _copy_companions(checkpoint: Checkpoint, writer: ArtifactWriter) -> None:
-    """Tokenizer, template, generation settings and licence, as they are; runtimes need a generation config."""
-    for path in checkpoint.files():
-        writer.copy(path)
-    if not (checkpoint.path / "generation_config.json").is_file():
-        config = checkpoint.config
-        settings = {
-            "bos_token_id": config.bos_token_id,
-            "eos_token_id": list(config.eos_token_id),
-            "pad_token_id": config.pad_token_id,
-        }
-        writer.write_text("generation_config.json", json.dumps(settings, indent=2) + "\n")

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from lfm2_export import paths
 from lfm2_export.errors import CheckpointError, ResourceError
 
 logger = logging.getLogger(__name__)
@@ -47,11 +49,10 @@ def resolve(name: str, *, revision: str | None = None, offline: bool = False) ->
     """
     if name in BUNDLED:
         return _bundled(name, revision)
-    path = Path(name)
-    if name and path.is_dir():
+    if name and paths.is_folder(name, CheckpointError):
         _refuse_revision(name, revision, "a directory")
-        return Source(path=path)
-    if name and path.exists():
+        return Source(path=Path(name))
+    if name and paths.exists(name, CheckpointError):
         raise CheckpointError(f"{name}: is a file, not a checkpoint; give the folder that holds config.json")
     if not _HUB_ID.fullmatch(name):
         raise CheckpointError(
@@ -63,7 +64,7 @@ def resolve(name: str, *, revision: str | None = None, offline: bool = False) ->
 
 def _bundled(name: str, revision: str | None) -> Source:
     _refuse_revision(name, revision, "a bundled checkpoint")
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         logger.warning("%s: the bundled checkpoint is taken; for the folder of this name say ./%s", name, name)
     path = ASSETS / name
     if not path.is_dir():

@@ -3,11 +3,13 @@
 In: the folder's path and files written under ``Staging.files``. Out: the folder with those files in it. One writer at a
 time holds a lock. A new folder appears by one rename. Into an existing one files are moved one by one under a journal:
 a writer killed before the journal is there leaves the folder as it was, one killed later is finished by whoever opens
-the folder next (``recover``). What a killed writer left behind is removed by the next.
+the folder next (``recover``). What a killed writer left behind is removed by the next. Where not even the first file
+can be moved, the folder stays what it was.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from lfm2_export import paths
 from lfm2_export.errors import ArtifactError, ResourceError
 
 logger = logging.getLogger(__name__)
@@ -32,15 +35,17 @@ class Staging:
     Args:
         folder: where the files shall be in the end; it may or may not exist.
         last: the file that is put into place after all others, so that it never names what is not there yet.
+        into: folders in it that will be written to.
 
     Raises:
         ArtifactError: the folder is a file, cannot be written, or another process is writing to it.
         ResourceError: on leaving, where the disk was full.
     """
 
-    def __init__(self, folder: Path, *, last: str):
-        self.folder = Path(os.path.realpath(folder))
+    def __init__(self, folder: Path, *, last: str, into: Sequence[str] = ()):
+        self.folder = paths.real(folder, ArtifactError)
         self._last = last
+        self._into = tuple(into)
         self._was_empty = False
         self._made_parents: list[Path] = []
         self._lock: _Lock | None = None
@@ -51,7 +56,7 @@ class Staging:
         return self._workspace.new_files
 
     def __enter__(self) -> Staging:
-        if self.folder.exists() and not self.folder.is_dir():
+        if paths.exists(self.folder, ArtifactError) and not self.folder.is_dir():
             raise ArtifactError(f"{self.folder}: is a file; give a folder as --output")
         try:
             self._open()
@@ -64,6 +69,8 @@ class Staging:
 
     def _open(self) -> None:
         self._made_parents = _make_parents(self.folder.parent)
+        for place in (self.folder, *(self.folder / name for name in self._into)):
+            _check_writable(place)
         self._workspace = _workspace(self.folder)
         self._lock = _Lock(self._workspace.lock)
         if not self._lock.acquire():
@@ -80,20 +87,42 @@ class Staging:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._close()
-        if error is not None and (disk_error := _disk_error(error)) is not None:
-            raise self._translate(disk_error) from error
+        if error is not None and (own_error := _disk_error(error) or self._own_error(error)) is not None:
+            raise self._translate(own_error) from error
+
+    def _own_error(self, error: BaseException) -> OSError | None:
+        """An error about a file that was being made here; any other is its raiser's to explain."""
+        name = getattr(error, "filename", None)
+        ours = isinstance(name, str | Path) and Path(name).is_relative_to(self._workspace.root)
+        return error if ours and isinstance(error, OSError) else None
 
     def commit(self, delete: Sequence[str] = ()) -> None:
-        """Puts every file into place and then removes those named in ``delete``; call it once, as the last step."""
+        """Puts every file into place and then removes those named in ``delete``; call it once, as the last step.
+
+        Raises:
+            ArtifactError: a file cannot be put there. Where that is the first one, the folder is as it was.
+            ResourceError: the disk is full.
+        """
+        try:
+            self._commit(delete)
+        except OSError as error:
+            raise self._translate(error) from error
+
+    def _commit(self, delete: Sequence[str]) -> None:
         if self._was_empty and contents(self.folder):
             raise ArtifactError(f"{self.folder}: something else was put there meanwhile; give another --output")
         if not self.folder.exists():
             os.replace(self.files, self.folder)
             return
-        for name in (*_walk(self.files), *delete):
-            _destination(self.folder, name)
-        _write_journal(self._workspace, {"last": self._last, "delete": list(delete)})
-        _finish(self._workspace, self.folder)
+        names = sorted(_walk(self.files))
+        for place in [_destination(self.folder, name) for name in (*names, *delete)]:
+            _check_replaceable(place)
+        _write_journal(self._workspace, {"last": self._last, "delete": list(delete), "files": names})
+        try:
+            _finish(self._workspace, self.folder)
+        except OSError:
+            _drop_unused_journal(self._workspace)
+            raise
 
     def _close(self) -> None:
         if self._lock is not None:
@@ -113,28 +142,37 @@ class Staging:
         try:
             _finish(self._workspace, self.folder)
         except OSError:
-            logger.warning("%s: the new files in %s could not all be put there", self.folder, self._workspace.root)
-        else:
-            shutil.rmtree(self._workspace.root, ignore_errors=True)
+            if not _drop_unused_journal(self._workspace):
+                return
+        shutil.rmtree(self._workspace.root, ignore_errors=True)
 
     def _translate(self, error: OSError) -> ArtifactError | ResourceError:
-        if _disk_error(error) is not None:
+        full = _disk_error(error) is not None
+        if self._lock is not None and os.path.exists(self._workspace.journal):
+            return (ResourceError if full else ArtifactError)(
+                f"{self.folder}: not all new files could be put there ({error.filename2 or error.filename}: "
+                f"{error.strerror}); remove the cause, then open the folder again: {self._workspace.root} has the rest"
+            )
+        if full:
             return ResourceError(
                 f"{self.folder}: the disk cannot take more ({error.strerror}); free space or give another --output; "
                 "what was there before is unchanged"
             )
-        return ArtifactError(f"{self.folder}: cannot be written ({error.strerror}); give another --output")
+        return ArtifactError(f"{paths.shown(self.folder)}: cannot be written ({error.strerror}); give another --output")
 
 
 def recover(folder: Path) -> None:
     """Finishes a commit that was killed halfway, and waits for one that is under way.
 
+    One of which nothing has been done yet, and which cannot be finished here, is left to the next export: the folder
+    is what it was before.
+
     Raises:
-        ArtifactError: such a commit is there but the folder cannot be written.
+        ArtifactError: a commit is half done but the folder cannot be written.
     """
-    folder = Path(os.path.realpath(folder))
+    folder = paths.real(folder, ArtifactError)
     for workspace in (_beside(folder), _inside(folder)):
-        if workspace.journal.exists():
+        if os.path.exists(workspace.journal):  # a name too long for one has none
             _recover(workspace, folder)
 
 
@@ -148,6 +186,11 @@ def _recover(workspace: _Workspace, folder: Path) -> None:
         finally:
             lock.release()
     except OSError as error:
+        if not os.path.exists(workspace.journal):
+            return
+        if _is_unused(workspace):
+            logger.warning("%s: a killed export into it cannot be finished (%s)", folder, error.strerror)
+            return
         raise ArtifactError(
             f"{folder}: an export into it was killed halfway and cannot be finished ({error.strerror}); "
             f"open it once with the right to write to {workspace.root.parent}"
@@ -209,6 +252,23 @@ def _make_parents(folder: Path) -> list[Path]:
     return missing
 
 
+def _check_writable(folder: Path) -> None:
+    """Refuses what is there and takes no new files; a missing folder will be made."""
+    if not paths.exists(folder, ArtifactError):
+        return
+    if not paths.is_folder(folder, ArtifactError):
+        raise ArtifactError(f"{folder}: is a file where a folder is needed; move it away, or give another --output")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ArtifactError(f"{folder}: cannot be written; make it writable, or give another --output")
+
+
+def _check_replaceable(path: Path) -> None:
+    """Refuses a place where no file can be put, before any other has been."""
+    _check_writable(path.parent)
+    if paths.is_folder(path, ArtifactError):
+        raise ArtifactError(f"{path}: is a folder where a file is needed; move it away, or give another --output")
+
+
 def _write_journal(workspace: _Workspace, journal: dict[str, object]) -> None:
     draft = workspace.root / "draft.json"
     draft.write_text(json.dumps(journal), encoding="utf-8")
@@ -219,7 +279,7 @@ def _finish(workspace: _Workspace, folder: Path) -> None:
     """Does what a journal asks for, or what is left of it."""
     if not workspace.journal.exists():
         return
-    last, delete = _read_journal(workspace)
+    last, delete, _ = _read_journal(workspace)
     for name in sorted(_walk(workspace.new_files), key=lambda name: (name == last, name)):
         path = _destination(folder, name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -229,10 +289,28 @@ def _finish(workspace: _Workspace, folder: Path) -> None:
     workspace.journal.unlink()
 
 
-def _read_journal(workspace: _Workspace) -> tuple[str, list[str]]:
+def _is_unused(workspace: _Workspace) -> bool:
+    """Whether nothing of what a journal asks for has been done: files are moved before any is deleted."""
+    try:
+        return set(_read_journal(workspace)[2]) == set(_walk(workspace.new_files))
+    except OSError:
+        return False
+
+
+def _drop_unused_journal(workspace: _Workspace) -> bool:
+    """Takes a journal back of which nothing has been done; whether it could be."""
+    if not _is_unused(workspace):
+        return False
+    with contextlib.suppress(OSError):
+        workspace.journal.unlink()
+    return not os.path.exists(workspace.journal)
+
+
+def _read_journal(workspace: _Workspace) -> tuple[str, list[str], list[str]]:
+    """The file to move last, those to delete, and all that are to be moved."""
     try:
         journal = json.loads(workspace.journal.read_text(encoding="utf-8"))
-        return str(journal["last"]), [str(name) for name in journal["delete"]]
+        return str(journal["last"]), list(map(str, journal["delete"])), list(map(str, journal["files"]))
     except (ValueError, TypeError, KeyError) as error:
         raise ArtifactError(f"{workspace.journal}: is damaged; delete the folder that it is in") from error
 
@@ -283,7 +361,8 @@ class _Lock:
         if self._descriptor is None:
             return
         if sys.platform != "win32":  # there an open file cannot be removed; it stays behind, empty
-            self._path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._path.unlink(missing_ok=True)
         os.close(self._descriptor)
         self._descriptor = None
 

@@ -15,6 +15,7 @@ import tokenizers
 
 from lfm2_export import chat_template
 from lfm2_export.chat_template import Message
+from lfm2_export.config import shown
 from lfm2_export.errors import ArtifactError, GenerationError
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -55,7 +56,12 @@ class Tokenizer:
         if "added_tokens_decoder" not in config:
             config = {**config, **_read_json(folder / "special_tokens_map.json")}
         named = _named_tokens(config)
-        _add_missing(backend, config, named)
+        try:
+            _add_missing(backend, config, named)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(
+                f"{folder / 'tokenizer_config.json'}: its tokens are damaged ({error!r}); restore it or export again"
+            ) from error
         return cls(backend, named, _read_template(folder, config), str(folder))
 
     @property
@@ -76,12 +82,25 @@ class Tokenizer:
         return self._backend.token_to_id(token)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of ``text``; special tokens that are written out in it are recognized."""
+        """Token ids of ``text``; special tokens that are written out in it are recognized.
+
+        Raises:
+            GenerationError: it has characters that are no Unicode text.
+        """
+        check_text(text, "text")
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD.
+
+        Raises:
+            GenerationError: an id is negative, beyond 32 bits, or no integer.
+        """
+        tokens = list(ids)
+        try:
+            return self._backend.decode(tokens, skip_special_tokens=skip_special_tokens)
+        except (OverflowError, TypeError) as error:
+            raise GenerationError(f"decode: {shown(tokens)} are not all token ids; pass integers from 0 up") from error
 
     def render_chat(
         self,
@@ -122,6 +141,21 @@ class Tokenizer:
             variables=variables,
         )
         return self.encode(text, add_special_tokens=False)
+
+
+def check_text(text: str, place: str) -> None:
+    """Refuses characters that UTF-8 cannot write: lone surrogates, by which Python passes on bytes that are not UTF-8.
+
+    Raises:
+        GenerationError: with ``place``, the position and the character.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        character = text[error.start]
+        raise GenerationError(
+            f"{place}: character {error.start} ({character!a}) is not Unicode text; give the text as valid UTF-8"
+        ) from error
 
 
 class StreamDecoder:
@@ -194,12 +228,21 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        value = json.loads(_read_utf8(path))
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: not valid JSON ({error}); restore it or export again") from error
     if not isinstance(value, dict):
         raise ArtifactError(f"{path}: a JSON object expected, found {type(value).__name__}")
     return value
+
+
+def _read_utf8(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{path}: byte {error.start} is not UTF-8; restore it or export again") from error
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror}); check the file") from error
 
 
 def _content(token: object) -> str | None:
@@ -240,7 +283,7 @@ def _read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     """The template's own file wins over tokenizer_config.json, where it may be one of several by name."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        return _read_utf8(path)
     template = config.get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}

@@ -233,7 +233,7 @@ class ExportedModelForCausalLM(GenerationMixin):
         rows = [ids[mask] for ids, mask in zip(input_ids.cpu().numpy(), attended_BT, strict=True)]
         self._desk.bring_in(cache, batch_size)
         if only_last:
-            logits = runner.prefill(rows)[:, None]
+            logits = runner.prefill(rows, chunk_size=cache.chunk_size)[:, None]
         else:
             logits = np.zeros((batch_size, columns, runner.vocab_size), dtype=np.float32)
             for row, (mask, scores) in enumerate(zip(attended_BT, _all_logits(runner, rows), strict=True)):
@@ -256,9 +256,14 @@ class ExportedModelForCausalLM(GenerationMixin):
                 f"cache_implementation={implementation!r}: an exported program has one cache; leave it out"
             )
         if (given := model_kwargs.get("past_key_values")) is not None:
-            self._check_cache(given)._is_user_defined = True
+            cache = self._check_cache(given)
+            cache._is_user_defined = True
         elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = ExportedCache(self._desk)
+            cache = model_kwargs["past_key_values"] = ExportedCache(self._desk)
+        else:
+            return
+        # The runner cuts each row itself: of columns cut by transformers, some hold nothing but a row's left padding.
+        cache.chunk_size, generation_config.prefill_chunk_size = generation_config.prefill_chunk_size, None
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
         """None: the runner counts positions itself, and rightly so after right padding, where transformers does not."""
@@ -315,7 +320,9 @@ def _attended(
     new = mask[:, past:]
     if not new.any(axis=1).all():
         row = int(np.argmin(new.any(axis=1)))
-        raise GenerationError(f"attention_mask: row {row} has no token among the new columns; every row needs one")
+        raise GenerationError(
+            f"attention_mask: row {row} has no token among the {columns} new columns; pass more columns at once"
+        )
     # More than one beginning of a run of tokens: there is padding in between.
     if ((np.diff(new.astype(np.int8), axis=1, prepend=0) == 1).sum(axis=1) > 1).any():
         raise GenerationError("attention_mask: padding between tokens of one row is not possible; put it at an end")

@@ -53,7 +53,7 @@ class ExportedCache(Cache):
     """transformers' Cache over a runner's state.
 
     ``columns`` counts positions as transformers does, padding included; ``lengths`` int64 [B] the tokens that each row
-    really holds. Padding never enters the state.
+    really holds. Padding never enters the state. ``chunk_size``: new tokens that the runner takes at a time.
     """
 
     is_compileable = False
@@ -66,6 +66,7 @@ class ExportedCache(Cache):
         self.parked: Snapshot | None = None
         self.columns = 0
         self.lengths = np.zeros(0, dtype=np.int64)
+        self.chunk_size: int | None = None
 
     def __repr__(self) -> str:
         return f"ExportedCache(batch_size={self.batch_size}, tokens={self.lengths.tolist()})"

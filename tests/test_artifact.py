@@ -199,6 +199,79 @@ def test_a_folder_whose_parent_cannot_be_written_is_filled_from_inside(
     assert sorted(os.listdir(out)) == ["README.md", "config.json", MANIFEST, "onnx"]
 
 
+def deny_writing(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Tests may run as root, whom permission bits do not stop."""
+    monkeypatch.setattr(staging.os, "access", lambda path, mode: Path(path) != folder)
+
+
+def fail_replacing(monkeypatch: pytest.MonkeyPatch, folder: Path, after: int = 0) -> None:
+    """Moves into ``folder`` fail once so many have been made."""
+    real, left = os.replace, [after]
+
+    def replace(source: Path, target: Path) -> None:
+        if Path(target).is_relative_to(folder):
+            if not left[0]:
+                raise PermissionError(errno.EPERM, "Operation not permitted", str(source), None, str(target))
+            left[0] -= 1
+        real(source, target)
+
+    monkeypatch.setattr(staging.os, "replace", replace)
+
+
+def test_refuses_a_folder_that_cannot_be_written_before_any_work(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = write_artifact(out)
+    before = snapshot(out.parent)
+    deny_writing(monkeypatch, out)
+    expected = f"{out}: cannot be written; make it writable, or give another --output"
+    with pytest.raises(ArtifactError) as caught, ArtifactWriter(out, record()):
+        pytest.fail("entered")
+    assert str(caught.value) == expected
+    assert refusal(ArtifactError, made.update, readme="new") == expected
+    assert snapshot(out.parent) == before
+    assert Artifact.open(out).manifest == made.manifest
+
+
+def test_refuses_a_folder_inside_that_cannot_be_written(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = write_artifact(out)
+    before = snapshot(out.parent)
+    deny_writing(monkeypatch, out / "onnx")
+    with pytest.raises(ArtifactError, match="onnx: cannot be written; make it"):
+        ArtifactWriter(out, record(), into=["onnx"]).__enter__()
+    assert "onnx: cannot be written; make it" in refusal(ArtifactError, write_artifact, out, {"q8": "weights"})
+    assert snapshot(out.parent) == before
+    made.update(readme="it is not written to")
+
+
+def test_refuses_what_stands_where_another_kind_is_needed(out: Path) -> None:
+    write_artifact(out)
+    (out / "executorch").write_text("mine")
+    (out / "onnx" / "model_quantized.onnx").mkdir()
+    before = snapshot(out.parent)
+    message = refusal(ArtifactError, write_artifact, out, {"8da4w": "weights"}, backend="executorch")
+    assert f"{out / 'executorch'}: is a file where a folder is needed; move it away" in message
+    message = refusal(ArtifactError, write_artifact, out, {"q8": "weights"})
+    assert f"{out / 'onnx' / 'model_quantized.onnx'}: is a folder where a file is needed; move it away" in message
+    assert snapshot(out.parent) == before
+    Artifact.open(out)
+
+
+def test_refuses_names_that_no_folder_can_have(out: Path) -> None:
+    assert "cannot be looked at (File name too long); check" in refusal(
+        ArtifactError, write_artifact, out / ("x" * 300)
+    )
+    assert "cannot be looked at (embedded null byte); check" in refusal(ArtifactError, write_artifact, out / "a\0b")
+    message = refusal(ArtifactError, Artifact.open, Path("x" * 5000))
+    assert "cannot be looked at (File name too long); check" in message
+    assert len(message) < 500
+    assert os.listdir(out.parent) == []
+
+
+def test_a_long_name_that_a_folder_can_have_is_opened(out: Path) -> None:
+    write_artifact(out)
+    long = out.rename(out.parent / ("x" * 250))  # too long for a journal beside it
+    Artifact.open(long)
+
+
 def test_refuses_to_write_through_a_link_that_leaves_the_folder(out: Path, tmp_path: Path) -> None:
     write_artifact(out)
     (tmp_path / "elsewhere").mkdir()
@@ -364,6 +437,57 @@ def test_an_export_killed_at_any_step_of_its_commit_ends_old_or_new(out: Path) -
     assert os.listdir(out.parent) == ["out"]
 
 
+def test_a_commit_whose_first_move_fails_leaves_the_folder_as_it_was(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_artifact(out)
+    before = snapshot(out.parent)
+    fail_replacing(monkeypatch, out)
+    message = refusal(ArtifactError, write_artifact, out, {"q8": "weights"})
+    assert message == f"{out}: cannot be written (Operation not permitted); give another --output"
+    assert snapshot(out.parent) == before
+    assert os.listdir(out.parent) == ["out"]
+    assert [p.scheme for p in Artifact.open(out).programs] == ["q4"]
+
+
+def test_a_commit_that_fails_halfway_says_so_and_is_finished_later(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_artifact(out)
+    with monkeypatch.context() as patched:
+        fail_replacing(patched, out, after=1)
+        message = refusal(ArtifactError, write_artifact, out, {"q8": "weights"})
+        assert f"{out}: not all new files could be put there ({out}/" in message
+        assert "Operation not permitted); remove the cause, then open the folder again" in message
+        assert "was killed halfway and cannot be finished" in refusal(ArtifactError, Artifact.open, out)
+    assert [p.scheme for p in Artifact.open(out).programs] == ["q4", "q8"]
+    assert os.listdir(out.parent) == ["out"]
+
+
+def test_a_killed_commit_that_moved_nothing_does_not_close_the_folder(
+    out: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_artifact(out, {"q4": "old"})
+    before = snapshot(out)
+    run_python(DIE_AT_STEP, str(out), "1").communicate(timeout=30)  # the journal is there, no file was moved
+    with monkeypatch.context() as patched:
+        fail_replacing(patched, out)
+        Artifact.open(out)
+        assert snapshot(out) == before
+        assert "a killed export into it cannot be finished (Operation not permitted)" in caplog.text
+    Artifact.open(out)
+    assert (out / "onnx/model_q4.onnx_data").read_text() == "new q4"
+
+
+def test_an_error_of_the_files_being_made_is_translated_and_others_are_not(out: Path) -> None:
+    def fail(of_ours: bool) -> None:
+        with ArtifactWriter(out, record()) as writer:
+            path = writer.path("onnx/model.onnx") if of_ours else Path("/elsewhere")
+            raise OSError(errno.EIO, "Input/output error", str(path))
+
+    assert f"{out}: cannot be written (Input/output error); give" in refusal(ArtifactError, fail, True)
+    with pytest.raises(OSError, match="/elsewhere"):
+        fail(False)
+
+
 def restore(folder: Path, files: dict[str, bytes]) -> None:
     for path in [p for p in folder.rglob("*") if p.is_file()]:
         path.unlink()
@@ -477,7 +601,7 @@ def test_a_journal_that_came_with_the_folder_cannot_reach_outside(out: Path) -> 
     (out.parent / "victim").write_text("mine")
     workspace = out / ".lfm2-export.partial"
     workspace.mkdir()
-    (workspace / "commit.json").write_text('{"last": "x", "delete": ["../victim"]}')
+    (workspace / "commit.json").write_text('{"last": "x", "delete": ["../victim"], "files": []}')
     assert "'../victim' would be written outside of it" in refusal(ArtifactError, Artifact.open, out)
     (workspace / "commit.json").write_text("{}")
     assert "commit.json: is damaged; delete the folder that it is in" in refusal(ArtifactError, Artifact.open, out)

@@ -46,10 +46,9 @@ def test_a_failure_is_raised_in_its_turn_and_ends_the_work(threads: int) -> None
             raise OSError("the disk is full")
         return item
 
-    found = []
+    found: list[int] = []
     with pytest.raises(OSError, match="the disk is full"):
-        for item, _ in map_in_threads(work, range(1000), threads=threads):
-            found.append(item)
+        found.extend(item for item, _ in map_in_threads(work, range(1000), threads=threads))
     assert found == [0, 1, 2]
     assert max(begun) <= 3 + threads
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tracemalloc
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from lfm2_export import paths
 from lfm2_export.checkpoint import Checkpoint, check_finite, open_checkpoint
 from lfm2_export.errors import CheckpointError, ConfigError, Lfm2ExportError
 from lfm2_export.source import BUNDLED
@@ -320,6 +323,22 @@ def test_refuses_experts_stored_twice(moe: Path) -> None:
 def test_refuses_a_folder_without_weights(moe: Path) -> None:
     (moe / SINGLE).unlink()
     assert f"{moe}: has neither model.safetensors nor model.safetensors.index.json" in refusal(moe)
+
+
+def test_refuses_a_folder_that_may_not_be_read(moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.listdir
+
+    def listdir(path: Any) -> list[str]:
+        if Path(path) == moe:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path)
+
+    checkpoint = open_checkpoint(moe)
+    (moe / "model.safetensors").unlink()
+    monkeypatch.setattr(paths.os, "listdir", listdir)
+    assert f"{moe}: cannot be looked at (Permission denied); check the name" in refusal(moe)
+    with pytest.raises(CheckpointError, match="Permission denied"):
+        checkpoint.files()
 
 
 def test_refuses_pickled_weights_unopened(moe: Path) -> None:

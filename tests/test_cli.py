@@ -37,7 +37,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int
 def assert_refused(result: tuple[int, str, str], *words: str, code: int = 2) -> None:
     """Exit code, one line on stderr that has all the words, no traceback, nothing on stdout."""
     found, out, err = result
-    lines = [line for line in err.splitlines() if line.strip()]
+    lines = err.splitlines()
     assert found == code, (found, err)
     assert len(lines) == 1, err
     assert lines[0].startswith("lfm2-export: ")
@@ -162,7 +162,8 @@ def test_weights_that_are_not_finite(
 
 def test_unknown_scheme_and_backend(capsys: pytest.CaptureFixture[str], checkpoint: Path, output: Path) -> None:
     assert_refused(run(capsys, "export", checkpoint, "--scheme", "q3", "-o", output), "'q3'", "fp32, fp16, q8, q4")
-    assert_refused(run(capsys, "export", checkpoint, "--backend", "tflite", "-o", output), "'tflite'", "onnx")
+    wrong = run(capsys, "export", checkpoint, "--backend", "tflite", "-o", output)
+    assert_refused(wrong, "'tflite'", "known backends: onnx, executorch")
     wrong = run(capsys, "export", checkpoint, "--scheme", "8da4w", "-o", output)
     assert_refused(wrong, "'8da4w'", "not for backend onnx")
     assert_refused(run(capsys, "export", checkpoint, "--algorithm", "magic", "-o", output), "'magic'", "refit", "round")
@@ -172,6 +173,58 @@ def test_group_size_that_divides_no_width(capsys: pytest.CaptureFixture[str], ch
     result = run(capsys, "export", checkpoint, "--group-size", "128", "-o", output)
     assert_refused(result, "in_features=64", "group_size=128", "--group-size 32")
     assert_refused(run(capsys, "export", checkpoint, "--group-size", "33", "-o", output), "group_size=33", "16, 32, 64")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--max-context", "128"), ("--max-context 128", "--backend executorch or leave it out")),
+        (
+            ("--scheme", "fp32", "--group-size", "64"),
+            ("--group-size 64", "scheme fp32 quantizes nothing; leave it out"),
+        ),
+        (
+            ("--scheme", "fp32", "--group-size", "33"),
+            ("--group-size 33", "scheme fp32 quantizes nothing; leave it out"),
+        ),
+        (("--scheme", "fp32,q4", "--group-size", "33"), ("group_size=33", "16, 32, 64")),
+        (("--scheme", "fp16,fp32", "--exclude", "*.w1.*"), ("--exclude *.w1.*", "scheme fp16, fp32 quantizes nothing")),
+        (("--scheme", "fp32,q4", "--exclude", "*.w9.*"), ("*.w9.*", "matches no weight")),
+    ],
+)
+def test_options_that_nothing_would_follow(
+    capsys: pytest.CaptureFixture[str],
+    checkpoint: Path,
+    output: Path,
+    arguments: tuple[str, ...],
+    words: tuple[str, ...],
+) -> None:
+    assert_refused(run(capsys, "export", checkpoint, *arguments, "-o", output), *words)
+
+
+def test_options_apply_to_the_schemes_that_quantize(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path
+) -> None:
+    made = tmp_path / "made"
+    options = ("--scheme", "fp32,q4", "--group-size", "16", "--exclude", "model.embed_tokens.weight")
+    assert run(capsys, "export", checkpoint, *options, "-o", made)[0] == 0
+    programs = {p["scheme"]: p["options"] for p in json.loads((made / MANIFEST).read_text())["programs"]}
+    assert programs["q4"]["formats"]["linear"]["group_size"] == 16
+    assert {scheme: found["exclude"] for scheme, found in programs.items()} == {
+        "fp32": [],
+        "q4": ["model.embed_tokens.weight"],
+    }
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "y" * 300, "a\0b"], ids=["path", "name", "nul"])
+def test_names_that_no_path_can_have(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path, name: str
+) -> None:
+    words = ("cannot be looked at", "check the name")
+    assert_refused(run(capsys, "export", name, "-o", tmp_path / "output"), *words)
+    assert_refused(run(capsys, "export", checkpoint, "-o", tmp_path / name), *words)
+    assert_refused(run(capsys, "run", name, "--prompt", "x"), *words)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_exclude_that_matches_nothing(capsys: pytest.CaptureFixture[str], checkpoint: Path, output: Path) -> None:
@@ -206,6 +259,36 @@ def artifact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("cli") / "artifact"
     assert cli.main(["export", str(checkpoint), "--scheme", "q4", "-o", str(folder)]) == 0
     return folder
+
+
+def test_a_checkpoint_without_a_tokenizer_exports_with_one_line_on_stderr(checkpoint: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "lfm2_export.cli",
+        "export",
+        checkpoint,
+        "--scheme",
+        "fp32",
+        "-o",
+        tmp_path / "made",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"{checkpoint}: has no tokenizer.json, so the artifact takes token ids only")
+
+
+def test_run_refuses_a_prompt_beyond_the_context(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    bundled = Path(cli.__file__).parent / "assets" / "tiny-dense"
+    config = json.loads((bundled / "config.json").read_text())
+    folder = write_random_checkpoint(tmp_path / "checkpoint", {**config, "max_position_embeddings": 64}, seed=3)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        (folder / name).write_bytes((bundled / name).read_bytes())
+    assert run(capsys, "export", folder, "--scheme", "fp32", "-o", tmp_path / "made")[0] == 0
+    refused = run(capsys, "run", tmp_path / "made", "--prompt", "one two three four " * 50)
+    assert_refused(refused, "row 0: ", "tokens do not fit the context limit of 64", "shorten the prompt")
+    assert run(capsys, "run", tmp_path / "made", "--prompt", "one two", "--max-new-tokens", "2")[0] == 0
 
 
 def test_export_prints_what_it_made(capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path) -> None:

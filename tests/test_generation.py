@@ -1,109 +1,23 @@
-"""Settings, sampling, the loop and conversations, on a runner without a model: its logits are a hash of the whole row.
-
-Any mistake in what a row holds, in whatever order tokens arrived, therefore changes every later token.
-"""
+"""Settings, sampling, the loop and conversations, on a runner without a model (``HashRunner``)."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import lfm2_export
-from lfm2_export.backends.base import (
-    Mark,
-    Runner,
-    Snapshot,
-    check_batch_size,
-    check_fits,
-    check_indices,
-    check_rows,
-)
+from lfm2_export.backends.base import Runner, check_batch_size
 from lfm2_export.chat import Chat
 from lfm2_export.errors import ContextLimitError, GenerationError, RunnerError
 from lfm2_export.generation import complete, generate
 from lfm2_export.generation_config import GenerationConfig
 from lfm2_export.sampling import Sampler, candidates, draw, penalize
-from lfm2_export.text import Tokenizer
+from tests.hash_runner import TOKENIZER, HashRunner
 
-TOKENIZER = Tokenizer.from_dir(Path(lfm2_export.__file__).parent / "assets" / "tiny-moe")
 IM_END = TOKENIZER.token_id("<|im_end|>")
-
-
-class HashRunner:
-    """The Runner protocol; ``rows`` are the tokens held, ``prefilled`` the lengths of all prefills so far."""
-
-    def __init__(self, vocab_size: int = 40, context_length: int = 10_000, max_batch_size: int | None = None):
-        self.vocab_size, self.context_length, self.max_batch_size = vocab_size, context_length, max_batch_size
-        self.can_score = False
-        self.rows: list[list[int]] = [[]]
-        self.prefilled: list[list[int]] = []
-        self.marks: list[Mark] = []
-
-    @property
-    def batch_size(self) -> int:
-        return len(self.rows)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.array([len(row) for row in self.rows], dtype=np.int64)
-
-    def logits_of(self, row: list[int]) -> np.ndarray:
-        seed = int.from_bytes(hashlib.sha256(str(row).encode()).digest()[:8], "little")
-        return np.random.default_rng(seed).normal(0, 3, self.vocab_size).astype(np.float32)
-
-    def reset(self, batch_size: int = 1) -> None:
-        check_batch_size(batch_size, self.max_batch_size)
-        self.rows, self.marks = [[] for _ in range(batch_size)], []
-
-    def prefill(self, input_ids, *, chunk_size=None) -> np.ndarray:
-        rows = check_rows(input_ids, self.batch_size, self.vocab_size)
-        check_fits(self.lengths, [len(row) for row in rows], self.context_length)
-        self.prefilled.append([len(row) for row in rows])
-        return self._append(rows)
-
-    def decode(self, tokens) -> np.ndarray:
-        rows = check_rows([[t] for t in tokens], self.batch_size, self.vocab_size)
-        check_fits(self.lengths, [1] * len(rows), self.context_length)
-        return self._append(rows)
-
-    def _append(self, rows) -> np.ndarray:
-        self.rows = [held + new.tolist() for held, new in zip(self.rows, rows, strict=True)]
-        return np.stack([self.logits_of(row) for row in self.rows])
-
-    def prefill_scored(self, input_ids, *, chunk_size=None):
-        raise RunnerError("no scoring graph")
-
-    score = prefill_scored
-
-    def snapshot(self) -> Snapshot:
-        rows = {"rows": np.array(self.rows, dtype=object)}
-        return Snapshot(program_id="hash", lengths=self.lengths, tensors=rows)
-
-    def restore(self, snapshot: Snapshot) -> None:
-        self.rows, self.marks = [list(row) for row in snapshot.tensors["rows"]], []
-
-    def mark(self) -> Mark:
-        self.marks.append(Mark(lengths=self.lengths, conv={}))
-        return self.marks[-1]
-
-    def is_valid(self, mark: Mark) -> bool:
-        return any(mark is m for m in self.marks)
-
-    def rewind(self, mark: Mark) -> None:
-        assert self.is_valid(mark)
-        self.rows = [row[:length] for row, length in zip(self.rows, mark.lengths, strict=True)]
-        self.marks = [m for m in self.marks if (m.lengths <= mark.lengths).all()]
-
-    def reorder(self, indices) -> None:
-        self.rows = [list(self.rows[i]) for i in check_indices(indices, self.batch_size)]
-        self.marks = []
-
 
 GREEDY = GenerationConfig(max_new_tokens=12)
 SAMPLED = GenerationConfig(do_sample=True, temperature=0.8, top_k=0, repetition_penalty=1.1, seed=3, max_new_tokens=12)
@@ -146,6 +60,24 @@ def test_values_out_of_range_are_refused_by_name(options):
     (name,) = options
     with pytest.raises(GenerationError, match=f"^{name}=.* is not usable; expected "):
         GenerationConfig(**options)
+
+
+def test_numpys_integers_are_integers():
+    config = GenerationConfig(
+        top_k=np.int64(5), max_new_tokens=np.int32(3), stop_token_ids=(np.uint8(7),), seed=np.int64(0)
+    )
+    assert config == GenerationConfig(top_k=5, max_new_tokens=3, stop_token_ids=(7,), seed=0)
+    assert {type(value) for value in (config.top_k, config.max_new_tokens, config.seed)} == {int}
+    assert type(config.stop_token_ids[0]) is int
+    with pytest.raises(GenerationError, match=r"top_k=np.False_ is not usable"):
+        GenerationConfig(top_k=np.False_)
+
+
+@pytest.mark.parametrize("size", [2.5, True, "2", None])
+def test_rows_are_counted_by_integers(size):
+    with pytest.raises(RunnerError, match=r"batch_size=.*: rows are counted by an integer from 1 up"):
+        HashRunner().reset(size)
+    check_batch_size(np.int64(2), None)
 
 
 def test_generation_config_json_gives_the_defaults(caplog):
@@ -548,6 +480,42 @@ def test_two_conversations_on_one_runner_do_not_mix(runner):
     first = ["".join(chats[0].send("One")), "".join(chats[1].send("Other"))]
     second = ["".join(chats[0].send("More")), "".join(chats[1].send("More"))]
     assert [list(pair) for pair in zip(first, second, strict=True)] == expected
+
+
+USES = {
+    "reset": lambda runner: runner.reset(),
+    "prefill": lambda runner: runner.prefill([[1]]),
+    "another conversation": lambda runner: make_chat(runner).send("Other"),
+}
+
+
+@pytest.mark.parametrize("read", [0, 1, 3])
+@pytest.mark.parametrize("use", USES)
+def test_a_reply_ends_where_the_runner_is_used_for_something_else(runner, use, read):
+    chat = make_chat(runner)
+    reply = chat.send("One")
+    shown = "".join(next(reply) for _ in range(read))
+    USES[use](runner)
+    with pytest.raises(GenerationError, match=rf"used for something else after {read} tokens of this reply; read a"):
+        next(reply)
+    alone = make_chat(HashRunner(vocab_size=TOKENIZER.vocab_size))
+    same = alone.send("One")
+    assert "".join(next(same) for _ in range(read)) == shown
+    same.close()
+    assert chat.messages == alone.messages
+    assert "".join(chat.send("Two")) == "".join(alone.send("Two"))
+
+
+def test_a_new_turn_takes_the_place_of_a_reply_that_is_being_written(runner):
+    chat = make_chat(runner)
+    old = chat.send("One")
+    next(old)
+    new = chat.send("Two")
+    with pytest.raises(GenerationError, match="used for something else after 1 tokens"):
+        next(old)
+    list(new)
+    assert [m["content"] for m in chat.messages if m["role"] == "user"] == ["One", "Two"]
+    assert chat.messages[-1]["role"] == "assistant"
 
 
 def test_a_conversation_beyond_the_context_is_refused_and_kept(runner):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lfm2_export import hashing
+from lfm2_export.errors import ResourceError
 from lfm2_export.hashing import sha256_files
 
 
@@ -81,6 +82,23 @@ def test_damaged_memory_or_none_costs_time_only(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file-as-cache"))
     assert sha256_files([path], remembered=True) == expected
     assert len(reads) == 3
+
+
+def test_a_user_without_a_home_costs_time_only(
+    tmp_path: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(hashing.Path, "home", no_home)
+    (tmp_path / "file").write_bytes(b"1")
+    expected = {tmp_path / "file": hashlib.sha256(b"1").hexdigest()}
+    assert sha256_files([tmp_path / "file"], remembered=True) == expected
+    assert sha256_files([tmp_path / "file"], remembered=True) == expected
+    assert len(reads) == 2
+    with pytest.raises(ResourceError, match=r"Could not determine home directory\.; set XDG_CACHE_HOME to a folder"):
+        hashing.cache_folder()
 
 
 def test_without_memory_nothing_is_written(tmp_path: Path, reads: list[Path]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from lfm2_export import source
+from lfm2_export import paths, source
 from lfm2_export.checkpoint import open_checkpoint
 from lfm2_export.errors import CheckpointError, Lfm2ExportError, ResourceError
 from lfm2_export.source import resolve
@@ -145,6 +146,30 @@ def test_names_that_can_be_no_hub_id_are_refused_without_network(name: str) -> N
     message = refusal(name)
     assert message.startswith(f"{name}: no such directory, and neither a bundled checkpoint (tiny-moe, tiny-dense)")
     assert "nor a Hub id (organization/name)" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("x" * 5000, "File name too long"), ("y" * 300, "File name too long"), ("a\0b", "embedded null byte")],
+    ids=["path", "name", "nul"],
+)
+def test_names_that_no_path_can_have(name: str, reason: str) -> None:
+    message = refusal(name)
+    assert f"cannot be looked at ({reason}); check the name and the rights of its folders" in message
+    assert len(message) < 500
+    assert "\0" not in message
+
+
+def test_a_folder_that_may_not_be_searched_is_no_missing_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, locked = os.stat, str(tmp_path / "locked" / "model")
+
+    def stat(path: Any, **options: Any) -> os.stat_result:
+        if str(path) == locked:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path, **options)
+
+    monkeypatch.setattr(paths.os, "stat", stat)
+    assert f"{locked}: cannot be looked at (Permission denied); check" in refusal(locked)
 
 
 def test_a_file_is_no_checkpoint(tmp_path: Path) -> None:

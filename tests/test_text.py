@@ -54,6 +54,23 @@ def test_encode_equals_transformers(theirs, text, add_special_tokens):
     assert TOKENIZER.encode(text, add_special_tokens=add_special_tokens) == expected
 
 
+@pytest.mark.parametrize(("text", "position"), [("\ud800", 0), ("ab\udcff", 2)])
+def test_text_that_is_no_unicode_is_refused_with_its_place(text, position):
+    expected = (
+        rf"text: character {position} \('\\u{ord(text[-1]):x}'\) is not Unicode text; give the text as valid UTF-8"
+    )
+    with pytest.raises(GenerationError, match=expected):
+        TOKENIZER.encode(text)
+    with pytest.raises(GenerationError, match="is not Unicode text"):
+        TOKENIZER.encode_chat([{"role": "user", "content": text}])
+
+
+@pytest.mark.parametrize("ids", [[-1], [1, 2**32], [1.5], ["a"]])
+def test_ids_that_are_none_are_refused(ids):
+    with pytest.raises(GenerationError, match=r"decode: \[.*\] are not all token ids; pass integers from 0 up"):
+        TOKENIZER.decode(ids)
+
+
 def test_encode_puts_the_bos_token_first():
     assert TOKENIZER.encode("a")[0] == TOKENIZER.token_id(TOKENIZER.special_tokens["bos_token"])
 
@@ -210,6 +227,13 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     folder = copy_tokenizer(tmp_path)
     (folder / "tokenizer_config.json").write_text("{")
     with pytest.raises(ArtifactError, match=r"tokenizer_config.json: not valid JSON"):
+        Tokenizer.from_dir(folder)
+    copy_tokenizer(tmp_path, added_tokens_decoder={"7": {"special": True}})
+    with pytest.raises(ArtifactError, match=r"tokenizer_config.json: its tokens are damaged \(KeyError\('content'\)\)"):
+        Tokenizer.from_dir(folder)
+    copy_tokenizer(tmp_path)
+    (folder / "chat_template.jinja").write_bytes(b"abc\xff")
+    with pytest.raises(ArtifactError, match=r"chat_template.jinja: byte 3 is not UTF-8; restore it"):
         Tokenizer.from_dir(folder)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ArtifactError, match=r"tokenizer.json: not a readable tokenizer"):

@@ -33,6 +33,7 @@ class EagerRunner:
         self.model, self.context_length, self.can_score = model, context_length, can_score
         self.vocab_size, self.max_batch_size = model.config.vocab_size, None
         self.runs: list[int] = []
+        self.chunk_sizes: list[int | None] = []
         self.reset()
 
     @property
@@ -57,6 +58,7 @@ class EagerRunner:
             ]
 
     def prefill(self, input_ids, *, chunk_size=None) -> np.ndarray:
+        self.chunk_sizes.append(chunk_size)
         return np.stack([logits[-1] for logits in self.prefill_scored(input_ids)])
 
     def decode(self, tokens) -> np.ndarray:
@@ -186,6 +188,15 @@ def test_padded_rows_equal_the_same_row_alone(ours, tokenizer, side):
     for row, text in enumerate(texts):
         alone = ours.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=8, eos_token_id=-1)
         assert found[row, -8:].tolist() == alone[0, -8:].tolist()
+
+
+def test_chunked_prefill_is_the_runners_and_takes_left_padding(ours, theirs, tokenizer):
+    texts = ["def", "Return a list of the words in the string", "a b"]
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+    found, expected = both(ours, theirs, inputs, max_new_tokens=12, prefill_chunk_size=2)
+    assert found.tolist() == expected.tolist()
+    assert ours.runner.chunk_sizes[0] == 2
+    assert ours.generation_config.prefill_chunk_size is None
 
 
 def test_dictionary_output_equals_transformers(ours, theirs, tokenizer):

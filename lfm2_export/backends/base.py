@@ -161,6 +161,8 @@ def check_fits(lengths: np.ndarray, new_tokens: Sequence[int], context_length: i
 
 
 def check_batch_size(batch_size: int, max_batch_size: int | None) -> None:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer):
+        raise RunnerError(f"batch_size={batch_size!r}: rows are counted by an integer from 1 up")
     if batch_size < 1:
         raise RunnerError(f"batch_size={batch_size}: a state needs at least one row")
     if max_batch_size is not None and batch_size > max_batch_size:

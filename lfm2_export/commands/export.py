@@ -25,7 +25,12 @@ class ExportCommand:
         parser.add_argument(
             "--scheme", default="q4", help="one or several, with commas: q4 (default), q8, fp16, fp32, ..."
         )
-        parser.add_argument("--group-size", type=int, metavar="N", help="weights that share a scale (default: 32)")
+        parser.add_argument(
+            "--group-size",
+            type=int,
+            metavar="N",
+            help="weights that share a scale, of schemes that have groups (default: 32)",
+        )
         parser.add_argument(
             "--exclude",
             action="append",

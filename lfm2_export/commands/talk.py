@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from lfm2_export import console
 from lfm2_export.artifact import Artifact
@@ -20,7 +21,7 @@ from lfm2_export.generation import TokenEvent, generate
 from lfm2_export.generation_config import GenerationConfig
 from lfm2_export.manifest import Program
 from lfm2_export.runners import load_runner
-from lfm2_export.text import StreamDecoder, Tokenizer
+from lfm2_export.text import StreamDecoder, Tokenizer, check_text
 
 _CHAT_HELP = "/again: another reply   /reset: forget everything   /exit or Ctrl-D: leave   Ctrl-C: stop a reply"
 
@@ -85,7 +86,7 @@ class RunCommand:
 
     def run(self, options: argparse.Namespace) -> int:
         opened = open_for_text(options)
-        prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+        prompt = _stdin().read() if options.prompt == "-" else options.prompt
         ids = encode_prompt(opened.tokenizer, prompt, raw=options.raw, system=options.system)
         started = time.perf_counter()
         events = generate(opened.runner, [ids], opened.config)
@@ -100,14 +101,24 @@ class RunCommand:
         return 0
 
 
+def _stdin() -> TextIO:
+    """Standard input, whose bytes that are not UTF-8 arrive as they do in arguments: ``check_text`` finds them."""
+    if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.errors != "surrogateescape":
+        sys.stdin.reconfigure(errors="surrogateescape")
+    return sys.stdin
+
+
 def encode_prompt(tokenizer: Tokenizer, prompt: str, *, raw: bool, system: str | None = None) -> list[int]:
     """A prompt's tokens: as a user's message where there is a chat template, else the bare text.
 
     Raises:
-        GenerationError: the prompt is empty, or a system message is given where no template takes it.
+        GenerationError: the prompt is empty, a system message is given where no template takes it, or one of them is
+            not UTF-8.
     """
     if not prompt.strip():
         raise GenerationError("--prompt is empty; give some text to answer or continue")
+    check_text(prompt, "--prompt")
+    check_text(system or "", "--system")
     if raw or not tokenizer.has_chat_template:
         if system is not None:
             raise GenerationError("--system needs a chat template; leave out --raw, or put the text into --prompt")
@@ -172,6 +183,7 @@ class ChatCommand:
         add_threads(parser)
 
     def run(self, options: argparse.Namespace) -> int:
+        check_text(options.system or "", "--system")
         opened = open_for_text(options)
         if not opened.tokenizer.has_chat_template:
             raise GenerationError(f"{options.artifact}: has no chat template; use `lfm2-export run --raw`")
@@ -185,7 +197,7 @@ class ChatCommand:
 
 def _read_line() -> str | None:
     try:
-        return input("> " if sys.stdin.isatty() else "")
+        return input("> " if _stdin().isatty() else "")
     except (EOFError, KeyboardInterrupt):
         return None
 
@@ -200,16 +212,21 @@ def _answer(chat: Chat, line: str) -> bool:
         elif line.startswith("/") and line != "/again":
             console.note(_CHAT_HELP)
         elif line:
-            _print_reply(chat.regenerate() if line == "/again" else chat.send(line))
+            check_text(line, "your message")
+            _print_reply(chat.regenerate if line == "/again" else lambda: chat.send(line))
     except Lfm2ExportError as error:
         console.error(str(error))
     return True
 
 
-def _print_reply(pieces: Iterator[str]) -> None:
+def _print_reply(reply: Callable[[], Iterator[str]]) -> None:
+    """Ctrl-C ends it: while it is written, what was written stays; before, the conversation is as it was."""
+    pieces = None
     try:
+        pieces = reply()
         for piece in pieces:
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
-        pieces.close()  # type: ignore[attr-defined]
+        if pieces is not None:
+            pieces.close()  # type: ignore[attr-defined]
     print(flush=True)

@@ -67,9 +67,9 @@ def load() -> bool:
 
 def is_loaded() -> bool:
     """Whether this process's ExecuTorch runtime knows the operator."""
-    from executorch.extension.pybindings import portable_lib  # heavy, and not needed to export
+    from executorch.extension.pybindings import _C as bindings  # not needed to export
 
-    return OPERATOR in portable_lib._get_operator_names()
+    return OPERATOR in bindings._get_operator_names()
 
 
 def choose_experts(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from types import MappingProxyType
@@ -149,7 +150,15 @@ def check_patterns(patterns: Iterable[str], fqns: Iterable[str]) -> None:
     names = list(fqns)
     idle = [pattern for pattern in patterns if not any(fnmatchcase(fqn, pattern) for fqn in names)]
     if idle:
-        raise QuantizationError(f"--exclude {' '.join(idle)}: matches no weight; `lfm2-export inspect` lists them")
+        hints = "; ".join(dict.fromkeys(_hint(pattern, names) for pattern in idle))
+        raise QuantizationError(f"--exclude {' '.join(idle)}: matches no weight; {hints}")
+
+
+def _hint(pattern: str, names: list[str]) -> str:
+    """What may have been meant by a pattern that matches none of ``names``."""
+    if fnmatchcase("lm_head.weight", pattern):
+        return "the head is tied to the token table: exclude model.embed_tokens.weight"
+    return f"closest to {pattern}: {', '.join(get_close_matches(pattern, names, n=3, cutoff=0.0))}"
 
 
 def get_scheme(name: str) -> Scheme:

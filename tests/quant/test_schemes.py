@@ -92,3 +92,21 @@ def test_patterns_that_match_nothing_are_refused():
     check_patterns(["*.w1.weight"], [W1])
     with pytest.raises(QuantizationError, match=r"--exclude \*\.w9\.weight w7: matches no weight"):
         check_patterns(["*.w1.weight", "*.w9.weight", "w7"], [W1])
+
+
+def test_patterns_that_match_nothing_are_answered_with_names_that_would():
+    names = [f"model.layers.{layer}.feed_forward.w{i}.weight" for layer in range(4) for i in (1, 2, 3)]
+    names = ["model.embed_tokens.weight", *names]
+    with pytest.raises(QuantizationError) as error:
+        check_patterns(["model.layers.2.feedforward.w3.weight"], names)
+    close = str(error.value).partition("closest to model.layers.2.feedforward.w3.weight: ")[2].split(", ")
+    print(close)
+    assert close[0] == "model.layers.2.feed_forward.w3.weight"
+    assert len(close) == 3
+
+
+@pytest.mark.parametrize("pattern", ["lm_head.weight", "lm_head.*"])
+def test_a_tied_head_is_excluded_by_the_name_of_its_table(pattern):
+    with pytest.raises(QuantizationError, match=r"the head is tied .*: exclude model\.embed_tokens\.weight$"):
+        check_patterns([pattern], ["model.embed_tokens.weight", W1])
+    check_patterns([pattern], ["model.embed_tokens.weight", "lm_head.weight"])

@@ -59,7 +59,8 @@ class ExecutorchRunner:
         path: the program.
         cache: names, shapes and dtypes of its state.
         context_length: the most tokens that it may hold.
-        threads: default: every core that this process may use. The pool is one for the whole process.
+        threads: default: every core that this process may use. The pool is one for the whole process: the last runner
+            that was made has set it for all.
         program_id: names the program in snapshots; default: the file's name and size.
     """
 

@@ -10,8 +10,12 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import logging
+import os
+import sys
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,20 +34,26 @@ _LIBRARIES = {
 }
 
 
+@cache
 def runtime() -> ModuleType:
     """ExecuTorch's bindings.
 
     Raises:
         RunnerError: they are not installed.
     """
+    if "torch" not in sys.modules:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see _no_other_threads
     try:
-        with _quiet():
-            from executorch.extension.pybindings import portable_lib
+        # portable_lib, the public name of the same module, imports all that exporting needs: 2.4 s.
+        import torch  # noqa: F401  (the bindings want its libraries loaded)
+        from executorch.extension.pybindings import _C as bindings
     except ImportError as error:
         raise RunnerError(
             f"executorch's Python runtime is missing ({error}); install it: pip install 'lfm2-export[executorch]'"
         ) from error
-    return portable_lib
+    with _silent_stderr():
+        bindings._threadpool_get_thread_count()
+    return bindings
 
 
 class Session:
@@ -57,11 +67,18 @@ class Session:
     def __init__(self, path: Path, *, threads: int | None = None):
         operators = PteFile(path).operators(FORWARD)
         self.path = path
-        self.threads = check_threads(threads)
+        wanted = check_threads(threads)
         self._runtime = runtime()
         register_operators(path, operators)
         self._program = self._load()
+        _resize_pool(wanted)
         self._methods: dict[str, Any] = {FORWARD: self._load_method(FORWARD)}
+        _live.add(self)
+
+    @property
+    def threads(self) -> int:
+        """The pool's: it is one for the whole process, and the last session that was opened has set it."""
+        return self._runtime._threadpool_get_thread_count()
 
     def call(self, method: str, inputs: Sequence[Any]) -> list[np.ndarray]:
         """Runs a method on tensors; returns its outputs, copied.
@@ -73,10 +90,10 @@ class Session:
 
         if method not in self._methods:
             self._methods[method] = self._load_method(method)
-        self._set_threads()
         tensors = [torch.from_numpy(value) for value in inputs]
         try:
-            return [output.numpy() for output in self._methods[method].call(tensors)]
+            with _no_other_threads():
+                return [output.numpy() for output in self._methods[method].call(tensors)]
         except (RuntimeError, ValueError) as error:
             raise RunnerError(
                 f"{self.path}: executorch failed in {method}: {' '.join(str(error).split())[:300]}"
@@ -116,10 +133,33 @@ class Session:
                 "version, or a delegate is missing here"
             ) from error
 
-    def _set_threads(self) -> None:
-        """The pool is one for the whole process, so another runner may have resized it."""
-        if self._runtime._threadpool_get_thread_count() != self.threads:
-            self._runtime._unsafe_reset_threadpool(self.threads)
+    def put_aside(self) -> list[np.ndarray] | None:
+        """Unloads all methods; returns the state that they held, None where the program cannot hand it out."""
+        state = self.call(READ_STATE, ()) if READ_STATE in self._names else None
+        self._methods.clear()
+        return state
+
+    def take_up(self, state: list[np.ndarray] | None) -> None:
+        """Loads what was put aside."""
+        self._methods[FORWARD] = self._load_method(FORWARD)
+        if state is not None:
+            self.call(WRITE_STATE, state)
+
+
+_live: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+def _resize_pool(threads: int) -> None:
+    """A pool of another size is another pool, and XNNPACK keeps the address of the old one in every method that is
+    loaded: to call one then ends the process. So all are loaded anew, with their state."""
+    lib = runtime()
+    if lib._threadpool_get_thread_count() == threads:
+        return
+    aside = [(session, session.put_aside()) for session in list(_live)]
+    with _silent_stderr():
+        lib._unsafe_reset_threadpool(threads)
+    for session, state in aside:
+        session.take_up(state)
 
 
 def register_operators(path: Path, operators: Iterable[str]) -> None:
@@ -147,6 +187,7 @@ def load_kernels() -> bool:
     Raises:
         KernelBuildError: the build failed; its output is in a file that is named.
     """
+    runtime()
     with _quiet():
         from lfm2_export.kernels import ops
     return ops.load()
@@ -175,6 +216,22 @@ def version() -> str:
 
 
 @contextlib.contextmanager
+def _no_other_threads() -> Iterator[None]:
+    """llama::custom_sdpa multiplies with torch's BLAS from the threads of ExecuTorch's pool. BLAS has threads of its
+    own, which wait for each other in busy loops: with more threads than cores a prefill takes up to a hundred times as
+    long. The calling thread is told here to do without them; the pool's others can only be kept from waiting busily,
+    by the environment that torch finds when it is loaded."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The bindings warn that they are experimental, and import packages that warn of themselves."""
     previous = logging.root.manager.disable
@@ -185,3 +242,18 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(previous)
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Nothing that native code writes to stderr is seen: the first look at the processor prints five lines of what it
+    did not find."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

@@ -42,7 +42,12 @@ def estimate(request: ExportRequest) -> Estimate:
 
 
 def _refuse_executorch_options(request: ExportRequest) -> None:
-    for option, value in (("--moe-op", request.moe_op), ("--embedding-bits", request.embedding_bits)):
+    options = {
+        "--max-context": request.max_context,
+        "--moe-op": request.moe_op,
+        "--embedding-bits": request.embedding_bits,
+    }
+    for option, value in options.items():
         if value is not None:
             raise ExportError(f"{option} {value}: is for .pte programs; pass --backend executorch or leave it out")
 

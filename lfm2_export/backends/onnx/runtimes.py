@@ -10,14 +10,13 @@ Sources: onnxruntime-genai 0.18's config reader and its builder's ``make_genai_c
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lfm2_export.artifact import ArtifactWriter
 from lfm2_export.cache import CONV_STATE, KEY_STATE, VALUE_STATE, StateTensor
-from lfm2_export.checkpoint import Checkpoint
+from lfm2_export.checkpoint import Checkpoint, read_json_object
 from lfm2_export.config import ModelConfig
 from lfm2_export.manifest import MODEL, Program
 
@@ -32,7 +31,7 @@ def write(checkpoint: Checkpoint, writer: ArtifactWriter) -> None:
     programs = [program for program in writer.programs if program.backend == "onnx"]
     config = checkpoint.config
     path = checkpoint.path / "generation_config.json"
-    generation = json.loads(path.read_bytes()) if path.is_file() else {}
+    generation = read_json_object(path) if path.is_file() else {}
     writer.write_json("genai_config.json", genai_config(config, generation, programs[0]))
     writer.write_json("config.json", transformers_js_config(checkpoint.raw_config, config, programs))
     _embed_chat_template(checkpoint.path, writer)
@@ -42,7 +41,7 @@ def _embed_chat_template(folder: Path, writer: ArtifactWriter) -> None:
     """Transformers.js looks for the template in tokenizer_config.json alone; elsewhere chat_template.jinja wins."""
     template, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if template.is_file() and settings.is_file():
-        found = json.loads(settings.read_bytes())
+        found = read_json_object(settings)
         writer.write_json("tokenizer_config.json", {**found, "chat_template": template.read_text(encoding="utf-8")})
 
 

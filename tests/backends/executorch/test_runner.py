@@ -134,6 +134,26 @@ def test_threads(made: Made) -> None:
     assert "at least one thread" in refusal(made.path, made, threads=0)
 
 
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core")
+def test_another_number_of_threads_leaves_open_runners_as_they_were(made: Made) -> None:
+    """The pool is one for all: a method that was loaded on the old one would end the interpreter."""
+    tokens = prompt(made, 12)
+    first = made.runner()
+    before = first.prefill([tokens])
+    kept = first.snapshot()
+    alone = ExecutorchRunner(made.path, cache=made.exported.cache, context_length=MAX_CONTEXT, threads=1)
+    assert (first.threads, alone.threads) == (1, 1)
+    np.testing.assert_array_equal(alone.prefill([tokens]), before)
+    np.testing.assert_array_equal(first.decode([3]), alone.decode([3]))
+    again = ExecutorchRunner(made.path, cache=made.exported.cache, context_length=MAX_CONTEXT, threads=2)
+    assert (first.threads, again.threads) == (2, 2)
+    assert first.lengths.tolist() == [13]
+    expected = alone.decode([4])
+    np.testing.assert_array_equal(first.decode([4]), expected)
+    first.restore(kept)
+    np.testing.assert_array_equal(first.snapshot().tensors["past_conv.0"], kept.tensors["past_conv.0"])
+
+
 def test_damaged_files_are_named(made: Made, tmp_path: Path) -> None:
     cut = altered(made, tmp_path, lambda data: data[: len(data) // 2])
     assert "it was cut off" in refusal(cut, made)
