@@ -12,6 +12,9 @@ place from the program's memory map. ``src/layout.h`` says why the layout is wha
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -27,20 +30,24 @@ Codes = npt.NDArray[np.uint8]
 Scales = npt.NDArray[np.float16]
 
 
+def _empty(shape: tuple[int, ...]) -> ByteArray:
+    return np.empty(shape, np.uint8)
+
+
 class PackedExperts:
-    """The weights of one layer's experts, to be filled by ``set_expert``.
+    """The weights of one layer's experts, to be filled by ``set_expert``; ``allocate`` gives the memory for them.
 
     ``gate_up`` uint8 [experts, 2*inner/32, width/32, 576] and ``down`` uint8 [experts, width/32, inner/32, 576].
     """
 
-    def __init__(self, experts: int, width: int, inner: int):
+    def __init__(self, experts: int, width: int, inner: int, *, allocate: Callable[[tuple[int, ...]], Any] = _empty):
         for name, size in (("hidden_size", width), ("moe_intermediate_size", inner)):
             if size % GROUP_SIZE or size <= 0:
                 raise QuantizationError(
                     f"{name}={size} is not a multiple of {GROUP_SIZE}, which lfm2::moe_ffn needs; pass --moe-op stock"
                 )
-        self.gate_up = np.empty((experts, 2 * inner // TILE_ROWS, width // GROUP_SIZE, TILE_BYTES), np.uint8)
-        self.down = np.empty((experts, width // TILE_ROWS, inner // GROUP_SIZE, TILE_BYTES), np.uint8)
+        self.gate_up: ByteArray = allocate((experts, 2 * inner // TILE_ROWS, width // GROUP_SIZE, TILE_BYTES))
+        self.down: ByteArray = allocate((experts, width // TILE_ROWS, inner // GROUP_SIZE, TILE_BYTES))
 
     def set_expert(self, expert: int, w1: QuantizedTensor, w3: QuantizedTensor, w2: QuantizedTensor) -> None:
         """Packs one expert: w1 (gate) and w3 (up) [inner, width], w2 (down) [width, inner]."""

@@ -19,7 +19,7 @@ from lfm2_export.errors import ExportError
 from lfm2_export.manifest import MODEL, StoredTensor, TensorSpec
 from lfm2_export.models import get_family
 from lfm2_export.quant.algorithms import get_algorithm
-from lfm2_export.resources import export_memory_needed
+from lfm2_export.resources import export_memory_needed, usable_cores
 
 FOLDER = "executorch"
 DEFAULT_MAX_CONTEXT = 4096
@@ -37,9 +37,13 @@ def estimate(request: ExportRequest) -> Estimate:
     max_context(request)
     shapes = get_family(request.checkpoint.config.model_type).tensor_shapes(request.checkpoint.config)
     largest = max(prod(shape[-2:]) for shape in shapes.values())
-    sizes = [plan.nbytes() for plan in plans.values()]
-    # The weights once as tensors, once in the program that is put together in memory, once more while it is written.
-    return Estimate(disk_bytes=sum(sizes), memory_bytes=export_memory_needed(largest) + 3 * max(sizes))
+    experts = max(plan.spilled_bytes() for plan in plans.values())
+    held = max(plan.nbytes() - plan.spilled_bytes() for plan in plans.values())
+    # What is held: once as tensors, once in the program that is put together, once more while it is written.
+    return Estimate(
+        disk_bytes=sum(plan.nbytes() for plan in plans.values()) + experts,
+        memory_bytes=export_memory_needed(largest, at_once=usable_cores()) + 3 * held,
+    )
 
 
 def max_context(request: ExportRequest) -> int:
@@ -121,16 +125,19 @@ class Made:
 
 def _export_one(request: ExportRequest, plan: WeightPlan, cache: CacheSpec, context: int, name: str) -> Made:
     from lfm2_export.backends.executorch.lower import Lowering
+    from lfm2_export.backends.executorch.spill import Spill
     from lfm2_export.backends.executorch.trace import buffer_positions, make_pte
     from lfm2_export.backends.executorch.weights import WeightReader
 
     weights = WeightReader(request.checkpoint, plan, get_algorithm(request.algorithm), request.progress)
     with torch.device("meta"):
         causal_lm = get_family(plan.config.model_type).ForCausalLM(plan.config).eval()
-    Lowering(plan.config, weights, buffer_positions(context)).lower_(causal_lm)
-    program = make_pte(causal_lm, plan.config, cache, context)
-    with open(request.folder / FOLDER / name, "wb") as file:
-        program.manager.write_to_file(file)
+    folder = request.folder / FOLDER
+    with Spill(folder) as spill:
+        Lowering(plan.config, weights, buffer_positions(context), spill).lower_(causal_lm)
+        program = make_pte(causal_lm, plan.config, cache, context, spill)
+        with open(folder / name, "wb") as file:
+            program.manager.write_to_file(file)
     return Made(
         delegates=program.delegates,
         operators=program.operators,

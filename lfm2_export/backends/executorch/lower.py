@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lfm2_export.backends.executorch import ops
 from lfm2_export.backends.executorch.moe import lowered_experts
+from lfm2_export.backends.executorch.spill import Spill
 from lfm2_export.backends.executorch.weights import CONV, Codes, WeightReader
 from lfm2_export.config import ModelConfig
 from lfm2_export.models import _common as eager
@@ -176,10 +177,10 @@ class ExecutorchAttention(nn.Module):
 
 
 class Lowering:
-    """One way to lower every kind of leaf module, with the weights of one reader."""
+    """One way to lower every kind of leaf module, with the weights of one reader; experts lie in ``spill``."""
 
-    def __init__(self, config: ModelConfig, weights: WeightReader, capacity: int):
-        self.config, self.weights, self.capacity = config, weights, capacity
+    def __init__(self, config: ModelConfig, weights: WeightReader, capacity: int, spill: Spill):
+        self.config, self.weights, self.capacity, self.spill = config, weights, capacity, spill
 
     def lower_(self, model: eager.DecoderForCausalLM) -> int:
         """Replaces every leaf module of ``model`` in place; returns how many."""
@@ -205,7 +206,7 @@ class Lowering:
             case nn.Embedding():
                 return ExecutorchEmbedding(self.weights.embedding())
             case SparseMoeBlock():
-                return lowered_experts(name, self.weights)
+                return lowered_experts(name, self.weights, self.spill)
             case nn.Linear():
                 return self._linear(name)
         raise AssertionError(f"{name}: no lowering for {type(module).__name__}")

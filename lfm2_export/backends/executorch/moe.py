@@ -8,6 +8,7 @@ Shape suffixes: T tokens, D hidden_size, I moe_intermediate_size, E experts, k e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,13 @@ from torch import Tensor, nn
 from lfm2_export.backends.executorch import ops
 from lfm2_export.backends.executorch.packing import pack_stock, stock_bytes
 from lfm2_export.backends.executorch.plan import MoeOp
+from lfm2_export.backends.executorch.spill import Spill
 from lfm2_export.backends.executorch.weights import WeightReader, sha256
+from lfm2_export.background import map_in_threads
 from lfm2_export.config import ModelConfig
 from lfm2_export.models.lfm2_moe import ROUTING_EPS
 from lfm2_export.quant.formats import QuantizedTensor
+from lfm2_export.resources import usable_cores
 
 
 class Router(nn.Module):
@@ -50,7 +54,7 @@ class PlainExperts(nn.Module):
     but linear layers, which XNNPACK runs. Picking experts out of a stack instead would copy their weights for each
     token, and plan that memory for the longest prompt."""
 
-    def __init__(self, name: str, weights: WeightReader):
+    def __init__(self, name: str, weights: WeightReader, spill: Spill):
         super().__init__()
         self.config: ModelConfig = weights.plan.config
         self.gate = Router(name, weights)
@@ -84,10 +88,9 @@ class PlainExperts(nn.Module):
 
 class StockExperts(nn.Module):
     """llama::quantized_moe_ffn. It divides the chosen scores by their sum, the model by their sum + 1e-6: what it
-    returns is
-    multiplied by sum / (sum + 1e-6), so that nothing is left of the difference."""
+    returns is multiplied by sum / (sum + 1e-6), so that nothing is left of the difference."""
 
-    def __init__(self, name: str, weights: WeightReader):
+    def __init__(self, name: str, weights: WeightReader, spill: Spill):
         super().__init__()
         self.config: ModelConfig = weights.plan.config
         config, self.gate = self.config, Router(name, weights)
@@ -95,14 +98,17 @@ class StockExperts(nn.Module):
         self.group_size = _group_size(name, weights)
         # No bias is a bias of zero; an empty tensor cannot be stored.
         self.bias = nn.Buffer(torch.zeros(experts)) if self.gate.bias is None else None
-        w13 = np.empty((experts, stock_bytes(2 * inner, width, self.group_size)), np.uint8)
-        w2 = np.empty((experts, stock_bytes(width, inner, self.group_size)), np.uint8)
-        for expert in range(experts):
+        w13 = spill.empty((experts, stock_bytes(2 * inner, width, self.group_size)))
+        w2 = spill.empty((experts, stock_bytes(width, inner, self.group_size)))
+
+        def pack(expert: int) -> None:
             one, three, two = _expert(name, expert, weights)
             w13[expert], w2[expert] = pack_stock(one, three), pack_stock(two)
+
+        _for_each_expert(pack, experts)
         _note_stock(name, weights, w13, "w1", "w3")
         _note_stock(name, weights, w2, "w2")
-        self.w13, self.w2 = nn.Buffer(torch.from_numpy(w13)), nn.Buffer(torch.from_numpy(w2))
+        self.w13, self.w2 = _buffer(w13, spill), _buffer(w2, spill)
 
     def forward(self, x_BTD: Tensor, recorder: object) -> Tensor:
         config, bias = self.config, self.gate.bias if self.bias is None else self.bias
@@ -126,15 +132,16 @@ class StockExperts(nn.Module):
 class Lfm2Experts(nn.Module):
     """lfm2::moe_ffn, which does all that follows the router's product."""
 
-    def __init__(self, name: str, weights: WeightReader):
+    def __init__(self, name: str, weights: WeightReader, spill: Spill):
         from lfm2_export.kernels.packing import PackedExperts
 
         super().__init__()
         self.config: ModelConfig = weights.plan.config
         config, self.gate = self.config, Router(name, weights)
-        packed = PackedExperts(config.num_experts, config.hidden_size, config.moe_intermediate_size)
-        for expert in range(config.num_experts):
-            packed.set_expert(expert, *_expert(name, expert, weights))
+        packed = PackedExperts(
+            config.num_experts, config.hidden_size, config.moe_intermediate_size, allocate=spill.empty
+        )
+        _for_each_expert(lambda expert: packed.set_expert(expert, *_expert(name, expert, weights)), config.num_experts)
         for part, tiles, first, step in (
             ("w1", packed.gate_up, 0, 2),
             ("w3", packed.gate_up, 1, 2),
@@ -146,7 +153,7 @@ class Lfm2Experts(nn.Module):
                 part,
                 {"kind": "lfm2", "data": sha256(tiles), "shape": tiles.shape, "first": first, "step": step},
             )
-        self.gate_up, self.down = nn.Buffer(torch.from_numpy(packed.gate_up)), nn.Buffer(torch.from_numpy(packed.down))
+        self.gate_up, self.down = _buffer(packed.gate_up, spill), _buffer(packed.down, spill)
 
     def forward(self, x_BTD: Tensor, recorder: object) -> Tensor:
         from lfm2_export.kernels.ops import moe_ffn
@@ -167,11 +174,21 @@ class Lfm2Experts(nn.Module):
 _BY_OP = {MoeOp.PLAIN: PlainExperts, MoeOp.STOCK: StockExperts, MoeOp.LFM2: Lfm2Experts}
 
 
-def lowered_experts(name: str, weights: WeightReader) -> nn.Module:
-    """What takes the place of the block ``name``."""
+def lowered_experts(name: str, weights: WeightReader, spill: Spill) -> nn.Module:
+    """What takes the place of the block ``name``; quantized experts lie in ``spill``."""
     op = weights.plan.moe_op
     assert op is not None
-    return _BY_OP[op](name, weights)
+    return _BY_OP[op](name, weights, spill)
+
+
+def _for_each_expert(pack: Callable[[int], None], experts: int) -> None:
+    for _ in map_in_threads(pack, range(experts), threads=usable_cores()):
+        pass
+
+
+def _buffer(array: np.ndarray, spill: Spill) -> nn.Buffer:
+    spill.let_go(array)
+    return nn.Buffer(torch.from_numpy(array))
 
 
 def _expert(name: str, expert: int, weights: WeightReader) -> tuple[QuantizedTensor, QuantizedTensor, QuantizedTensor]:

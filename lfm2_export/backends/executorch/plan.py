@@ -47,6 +47,13 @@ class WeightPlan:
     def format(self, name: str) -> WeightFormat:
         return self.choices[name].format
 
+    def spilled_bytes(self) -> int:
+        """Bytes of the experts that lie on disk until the program is written: those that are packed for an operator."""
+        if self.moe_op in (None, MoeOp.PLAIN):
+            return 0
+        shapes = get_family(self.config.model_type).tensor_shapes(self.config)
+        return sum(_nbytes(shape, self.choices[name].format) for name, shape in shapes.items() if ".experts." in name)
+
     def nbytes(self) -> int:
         """Bytes of all weights as stored."""
         shapes = get_family(self.config.model_type).tensor_shapes(self.config)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lfm2_export.backends.executorch.session import FORWARD, READ_STATE, WRITE_STATE
+from lfm2_export.backends.executorch.spill import Spill
 from lfm2_export.cache import CacheSpec
 from lfm2_export.config import ModelConfig
 from lfm2_export.models._common import DecoderForCausalLM, Recorder
@@ -84,15 +85,17 @@ def _buffer_name(past_name: str) -> str:
     return past_name.replace(".", "_")
 
 
-def make_pte(causal_lm: DecoderForCausalLM, config: ModelConfig, cache: CacheSpec, max_context: int) -> PteProgram:
-    """Traces, lowers and serializes."""
+def make_pte(
+    causal_lm: DecoderForCausalLM, config: ModelConfig, cache: CacheSpec, max_context: int, spill: Spill
+) -> PteProgram:
+    """Traces, lowers and emits; what lies in ``spill`` is read when the program is written."""
     from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
     from executorch.exir.passes import MemoryPlanningPass
 
     from lfm2_export.backends.executorch.xnnpack import few_passes, partitioner
 
     program = ExecutorchProgram(causal_lm, cache, buffer_positions(max_context)).eval()
-    with torch.no_grad(), quiet(), few_passes():
+    with torch.no_grad(), quiet(), few_passes(), spill.emitting():
         methods = {FORWARD: trace(program, max_context), **_state_methods(program)}
         edge = to_edge_transform_and_lower(
             methods,

@@ -115,18 +115,20 @@ class WeightReader:
         return Codes(qdata=torch.from_numpy(packed), scale=torch.from_numpy(scale), group_size=stored.format.group_size)
 
     def expert(self, name: str) -> QuantizedTensor:
-        """One matrix of one expert; where it lies in the file is told by ``stacked`` afterwards."""
+        """One matrix of one expert, for any thread; where it lies in the file is told by ``stacked`` afterwards."""
         choice = self.plan.choices[name]
         assert isinstance(choice.format, IntFormat)
-        return self._quantized(name, self._read(name), choice.format, self._account(name, choice))
+        return self._quantized(name, self._read(name), choice.format, self._account(name, choice), threads=1)
 
     def stacked(self, name: str, place: dict[str, Any]) -> None:
         """Records where an expert's matrix lies: in a blob of several, as the operator wants them."""
         self._accounts[name].parts.append(place)
 
-    def _quantized(self, name: str, values: np.ndarray, form: WeightFormat, account: _Account) -> QuantizedTensor:
+    def _quantized(
+        self, name: str, values: np.ndarray, form: WeightFormat, account: _Account, threads: int | None = None
+    ) -> QuantizedTensor:
         assert isinstance(form, IntFormat)
-        stored = self.quantize(values, form, fqn=name)
+        stored = self.quantize(values, form, fqn=name, threads=threads)
         account.error += storage_error(values, stored)
         return stored
 
@@ -145,11 +147,16 @@ class WeightReader:
 
     def records(self) -> tuple[StoredTensor, ...]:
         """One record per stored weight."""
-        return tuple(_record(name, account) for name, account in self._accounts.items())
+        return tuple(_record(name, account) for name, account in self._in_order())
 
     def places(self) -> dict[str, list[dict[str, Any]]]:
         """Per stored weight: its parts' kinds and the SHA-256 of their bytes."""
-        return {name: account.parts for name, account in self._accounts.items()}
+        return {name: account.parts for name, account in self._in_order()}
+
+    def _in_order(self) -> list[tuple[str, _Account]]:
+        """The checkpoint's order, whichever thread came first; a tied head comes last."""
+        order = {name: index for index, name in enumerate(self.checkpoint.tensors)}
+        return sorted(self._accounts.items(), key=lambda item: order.get(item[0], len(order)))
 
 
 def sha256(array: np.ndarray) -> str:

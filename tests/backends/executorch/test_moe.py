@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from lfm2_export.backends.executorch.moe import StockExperts, lowered_experts
 from lfm2_export.backends.executorch.plan import MoeOp, make_plan
+from lfm2_export.backends.executorch.spill import Spill
 from lfm2_export.backends.executorch.weights import WeightReader
 from lfm2_export.models._common import Recorder
 from lfm2_export.models.lfm2_moe import ROUTING_EPS, SparseMoeBlock
 from lfm2_export.models.loading import load_model
 from lfm2_export.quant.algorithms import get_algorithm
 from lfm2_export.quant.schemes import get_scheme
-from tests.backends.executorch.programs import checkpoint_of
+from tests.backends.executorch.programs import checkpoint_of, scratch
 
 NAME = "model.layers.1.feed_forward"
 RECORDER = Recorder(hidden_states=False, attentions=False, router_logits=False)
@@ -30,7 +31,8 @@ def blocks(scheme: str, op: MoeOp, **overrides: object) -> tuple[SparseMoeBlock,
     checkpoint = checkpoint_of("lfm2_moe", **overrides)
     plan = make_plan(checkpoint.config, get_scheme(scheme), moe_op=op if op is not MoeOp.PLAIN else None)
     reader = WeightReader(checkpoint, plan, get_algorithm("round"), lambda nbytes: None)
-    lowered = lowered_experts(NAME, reader)
+    with Spill(scratch()) as spill:
+        lowered = copy.deepcopy(lowered_experts(NAME, reader, spill))
     block = copy.deepcopy(load_model(checkpoint).get_submodule(NAME))
     assert isinstance(block, SparseMoeBlock)
     if op is not MoeOp.PLAIN:

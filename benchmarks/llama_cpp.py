@@ -1,0 +1,180 @@
+"""llama.cpp as a rival: builds its ``llama-bench`` and runs it.
+
+In: a version of llama-cpp-python, whose source distribution on the package index contains llama.cpp. Out: a
+``LlamaBench``, kept in the user's cache folder by version, compiler and flags, so that it is built once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.figures import Run
+from benchmarks.processes import BenchmarkError, Watched, watch
+from benchmarks.toolchain import Compiler, find_cmake
+from lfm2_export.hashing import cache_folder
+
+PACKAGE, VERSION = "llama-cpp-python", "0.3.36"
+_BINARY, _RECORD = "llama-bench", "build.json"
+_OPTIONS = (
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DGGML_NATIVE=ON",
+    "-DBUILD_SHARED_LIBS=OFF",
+    "-DLLAMA_OPENSSL=OFF",
+    "-DLLAMA_BUILD_TESTS=OFF",
+    "-DLLAMA_BUILD_EXAMPLES=OFF",
+    "-DLLAMA_BUILD_SERVER=OFF",
+    "-DLLAMA_BUILD_APP=OFF",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaBench:
+    """A built ``llama-bench`` and what it was built with."""
+
+    path: Path
+    package: str
+    compiler: str
+    flags: tuple[str, ...]
+
+    def run(self, model: Path, *, prompt: int, new: int, threads: int, launcher: Sequence[str] = ()) -> Run:
+        """One process: load, a warm-up of each test, one timed prefill, one timed decode from an empty context.
+
+        Raises:
+            BenchmarkError: it failed, or its output is not what this file knows.
+        """
+        command = [str(self.path), "-m", str(model), "-p", str(prompt), "-n", str(new), "-t", str(threads)]
+        command += ["-r", "1", "-o", "json", "--progress"]
+        return parse(watch(command, purpose=_BINARY, launcher=launcher))
+
+
+def parse(watched: Watched) -> Run:
+    """llama-bench's JSON and progress lines as a ``Run``.
+
+    ``load_s``: from the line before it loads to the line after which it computes; it does not time this itself.
+
+    Raises:
+        BenchmarkError: the output has other fields or lines.
+    """
+    try:
+        tests = json.loads(watched.stdout)
+        prefill = next(test for test in tests if test["n_prompt"] and not test["n_gen"])
+        decode = next(test for test in tests if test["n_gen"] and not test["n_prompt"])
+        begin = next(seconds for seconds, line in watched.stderr if line.endswith(": starting"))
+        ready = next(seconds for seconds, line in watched.stderr if line.endswith("warmup prompt run"))
+        prefill_tps, decode_tps, commit = prefill["avg_ts"], decode["avg_ts"], prefill["build_commit"]
+    except (ValueError, KeyError, TypeError, StopIteration) as error:
+        raise BenchmarkError(
+            f"{_BINARY}: its output is not as expected ({type(error).__name__}: {error}); use {PACKAGE} {VERSION}"
+        ) from error
+    return Run(
+        load_s=ready - begin,
+        resident_bytes=watched.peak_bytes,
+        prefill_tps=float(prefill_tps),
+        decode_tps=float(decode_tps),
+        foreign_cores=watched.foreign_cores,
+        version=str(commit),
+    )
+
+
+def get_llama_bench(compiler: Compiler, version: str = VERSION) -> LlamaBench:
+    """The cached program, or a new one: some minutes on two cores.
+
+    Raises:
+        BenchmarkError: the index, cmake or the compiler is missing or fails.
+    """
+    built = LlamaBench(
+        path=_cached(compiler, version) / _BINARY,
+        package=f"{PACKAGE} {version}",
+        compiler=compiler.name,
+        flags=compiler.flags,
+    )
+    if not built.path.is_file():
+        _build(built, find_cmake(), compiler, version)
+    return built
+
+
+def _cached(compiler: Compiler, version: str) -> Path:
+    key = json.dumps([version, compiler.name, compiler.cxx, compiler.flags, _OPTIONS])
+    return cache_folder() / "llama.cpp" / f"{version}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+
+
+def _build(built: LlamaBench, cmake: str, compiler: Compiler, version: str) -> None:
+    target = built.path.parent
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix="building-") as name:
+        scratch = Path(name)
+        source = unpack(download(scratch / "download", version), scratch / "source")
+        flags = " ".join(compiler.flags)
+        languages = {"C": compiler.c, "CXX": compiler.cxx}
+        chosen = [f"-DCMAKE_{language}_COMPILER={program}" for language, program in languages.items()]
+        chosen += [f"-DCMAKE_{language}_FLAGS={flags}" for language in languages]
+        _run([cmake, "-S", str(source), "-B", str(scratch / "build"), *_OPTIONS, *chosen], "configuring llama.cpp")
+        jobs = str(os.cpu_count() or 1)
+        _run(
+            [cmake, "--build", str(scratch / "build"), "--target", _BINARY, "--config", "Release", "-j", jobs],
+            "building llama.cpp",
+        )
+        made = next((p for p in (scratch / "build").rglob(_BINARY) if p.is_file()), None)
+        if made is None:
+            raise BenchmarkError(f"building llama.cpp left no {_BINARY}; {PACKAGE} {VERSION} is known to")
+        ready = scratch / "ready"
+        ready.mkdir()
+        shutil.copy(made, ready / _BINARY)
+        record: dict[str, Any] = {"package": built.package, "compiler": built.compiler, "flags": built.flags}
+        (ready / _RECORD).write_text(json.dumps(record, indent=1) + "\n")
+        with contextlib.suppress(OSError):  # another process was faster
+            ready.rename(target)
+
+
+def download(folder: Path, version: str) -> Path:
+    """The source distribution, by pip, from whatever index pip is set up for.
+
+    Raises:
+        BenchmarkError: no index, or no such version on it.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    _run([*command, "--no-binary", PACKAGE, "--dest", str(folder), f"{PACKAGE}=={version}"], f"downloading {PACKAGE}")
+    archives = list(folder.glob("*.tar.gz"))
+    if len(archives) != 1:
+        raise BenchmarkError(f"pip left {len(archives)} source distributions of {PACKAGE} {version}, 1 was expected")
+    return archives[0]
+
+
+def unpack(archive: Path, folder: Path) -> Path:
+    """Extracts llama.cpp's sources; returns their folder.
+
+    Raises:
+        BenchmarkError: the archive is damaged, would write outside ``folder``, or holds no llama.cpp.
+    """
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise BenchmarkError(f"{archive.name} cannot be unpacked: {error}; delete it and try again") from error
+    found = next(folder.glob("*/vendor/llama.cpp/CMakeLists.txt"), None)
+    if found is None:
+        raise BenchmarkError(f"{archive.name} holds no vendor/llama.cpp; use {PACKAGE} {VERSION}")
+    return found.parent
+
+
+def _run(command: Sequence[str], purpose: str) -> None:
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    except OSError as error:
+        raise BenchmarkError(f"{purpose}: {command[0]} cannot be started: {error}") from error
+    if done.returncode:
+        lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+        errors = [line for line in lines if "error" in line.lower()]
+        raise BenchmarkError(f"{purpose} failed: {(errors or lines or ['it said nothing'])[-1][:300]}")
