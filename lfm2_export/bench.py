@@ -10,14 +10,16 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lfm2_export.artifact import Artifact
+from lfm2_export.backends import get_backend
 from lfm2_export.backends.base import Runner
+from lfm2_export.backends.profile import Profile
 from lfm2_export.errors import GenerationError
 from lfm2_export.runners import load_runner
 
@@ -29,7 +31,7 @@ class BenchResult:
     """``load_s`` from the call to a runner that is ready; rates in tokens per second, medians over ``rounds``.
 
     ``first_token_s``: load, prefill of the prompt and one token. ``peak_memory_bytes``: the most that this process
-    held, Python included. ``artifact_bytes``: the program's files.
+    held, Python included. ``artifact_bytes``: the program's files. ``profile``: None where none was asked for.
     """
 
     program: str
@@ -44,9 +46,11 @@ class BenchResult:
     peak_memory_bytes: int
     state_bytes: int
     artifact_bytes: int
+    profile: Profile | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """The figures; ``profile`` only where there is one."""
+        return {name: value for name, value in asdict(self).items() if name != "profile" or value is not None}
 
 
 def measure(
@@ -58,8 +62,12 @@ def measure(
     new_tokens: int = 128,
     threads: int | None = None,
     rounds: int = 3,
+    profile: bool = False,
 ) -> BenchResult:
     """Loads a program and times it.
+
+    Args:
+        profile: after all that, load it once more and take a prefill and a decode step apart, by operator.
 
     Raises:
         ArtifactError, RunnerError: the program cannot be loaded.
@@ -74,7 +82,7 @@ def measure(
     prompt = np.random.default_rng(_SEED).integers(0, runner.vocab_size, prompt_tokens).tolist()
     times = [_round(runner, prompt, new_tokens) for _ in range(rounds)]
     prefill_s, decode_s = (statistics.median(column) for column in zip(*times, strict=True))
-    return BenchResult(
+    result = BenchResult(
         program=str(program),
         threads=threads,
         prompt_tokens=prompt_tokens,
@@ -88,6 +96,11 @@ def measure(
         state_bytes=program.cache.fixed_bytes() + program.cache.bytes_per_token() * (prompt_tokens + new_tokens),
         artifact_bytes=sum(entry.bytes for entry in program.files.values()),
     )
+    if not profile:
+        return result
+    del runner  # Its memory is needed for the next.
+    taken = get_backend(program.backend).profile_program(artifact.path, program, prompt, threads=threads)
+    return replace(result, profile=taken)
 
 
 def _check_counts(prompt_tokens: int, new_tokens: int, rounds: int, context_length: int) -> None:

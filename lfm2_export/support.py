@@ -1,6 +1,6 @@
 """What can be exported where: families × schemes × backends, as the tests export and run them.
 
-In: the registries. Out: rows for ``lfm2-export support`` and the README's table, which is checked against this.
+In: the registries. Out: rows for ``lfm2-export support`` and the README's tables, which are checked against this.
 """
 
 from __future__ import annotations
@@ -26,13 +26,60 @@ class Supported:
 
 _RUNTIMES = {
     ("onnx", "fp32"): "lfm2-export, onnxruntime, onnxruntime-genai, Transformers.js (Node)",
-    ("onnx", "fp16"): "lfm2-export, onnxruntime",
+    ("onnx", "fp16"): "lfm2-export, onnxruntime, Transformers.js (Node)",
     ("onnx", "q8"): "lfm2-export, onnxruntime, onnxruntime-genai, Transformers.js (Node)",
     ("onnx", "q4"): "lfm2-export, onnxruntime, onnxruntime-genai, Transformers.js (Node)",
-    ("onnx", "q4f16"): "lfm2-export, onnxruntime (made for WebGPU, which no test has run)",
+    ("onnx", "q4f16"): "lfm2-export, onnxruntime, Transformers.js (Node; WebGPU where there is an adapter)",
     ("executorch", "fp32"): "lfm2-export, ExecuTorch's TextLLMRunner",
     ("executorch", "8da4w"): "lfm2-export, ExecuTorch's TextLLMRunner",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delegate:
+    """What became of an ExecuTorch delegate beside XNNPACK: nothing is shipped that has not been run."""
+
+    name: str
+    dense: str
+    mixture: str
+    reason: str
+
+
+_LOWERS, _FAILS, _UNTRIED = "lowers, never run", "does not lower", "could not be tried"
+# With executorch 1.5.1 on Linux; tests/backends/executorch/test_delegates.py tries again those that can be tried.
+DELEGATES = (
+    Delegate(
+        name="Vulkan",
+        dense=f"fp32 {_LOWERS}",
+        mixture=_FAILS,
+        reason="the whole dense graph becomes one call, static or dynamic; its passes stop at the experts' routing "
+        "(a data-dependent guard), and at 8da4w's weights, which its own quantizer would have to make",
+    ),
+    Delegate(
+        name="WebGPU", dense=f"fp32 {_LOWERS}", mixture=_FAILS, reason="as Vulkan, whose partitioner it builds upon"
+    ),
+    Delegate(
+        name="Core ML",
+        dense=_FAILS,
+        mixture=_FAILS,
+        reason="takes no symbolic integer, and start_pos is one, with static shapes as with dynamic ones",
+    ),
+    Delegate(
+        name="MPS, Metal",
+        dense=_UNTRIED,
+        mixture=_UNTRIED,
+        reason="the wheel has no MPS partitioner any more; Metal's wants a library that only macOS has",
+    ),
+    Delegate(
+        name="MLX", dense=_UNTRIED, mixture=_UNTRIED, reason="the Linux wheel lacks the files that its serializer needs"
+    ),
+    Delegate(
+        name="Qualcomm, OpenVINO",
+        dense=_UNTRIED,
+        mixture=_UNTRIED,
+        reason="want the vendor's SDK or the openvino package",
+    ),
+)
 
 
 def supported() -> Iterator[Supported]:

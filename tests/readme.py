@@ -1,4 +1,4 @@
-"""The parts of README.md that the program itself knows: the commands with their options, and the support table.
+"""The parts of README.md that the program itself knows: the commands with their options, and the support tables.
 
 In: the argument parser and the registries. Out: Markdown between a begin and an end comment. ``python -m
 tests.readme`` writes them; a test compares.
@@ -12,7 +12,7 @@ import textwrap
 from pathlib import Path
 
 from lfm2_export.cli import build_parser
-from lfm2_export.support import supported
+from lfm2_export.support import DELEGATES, supported
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -44,9 +44,15 @@ def support() -> str:
     return "\n".join(["| Family | Backend | Scheme | File | Opened in tests by |", "|---|---|---|---|---|", *rows])
 
 
+def delegates() -> str:
+    """The second table of ``lfm2-export support``."""
+    rows = [f"| {d.name} | {d.dense} | {d.mixture} | {d.reason} |" for d in DELEGATES]
+    return "\n".join(["| Delegate | Dense | Mixture of experts | Because |", "|---|---|---|---|", *rows])
+
+
 def render(text: str) -> str:
     """The README with its generated parts made anew."""
-    for name, part in (("help", commands()), ("support", support())):
+    for name, part in (("help", commands()), ("support", support()), ("delegates", delegates())):
         begin, end = rf"<!-- {name}:begin[^>]*-->\n", rf"\n<!-- {name}:end -->"
         text, count = re.subn(f"({begin}).*?({end})", lambda m, part=part: m[1] + part + m[2], text, flags=re.DOTALL)
         assert count == 1, f"README.md has {count} parts named {name}"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from lfm2_export.artifact import ArtifactWriter
     from lfm2_export.backends.base import Runner
+    from lfm2_export.backends.profile import Profile
     from lfm2_export.backends.program import Estimate, ExportedProgram, ExportRequest
     from lfm2_export.checkpoint import Checkpoint
     from lfm2_export.config import ModelConfig
@@ -55,6 +56,11 @@ class Backend(Protocol):
 
     def load_runner(self, folder: Path, program: Program, *, threads: int | None = None) -> Runner:
         """A runner on one program of an artifact."""
+
+    def profile_program(
+        self, folder: Path, program: Program, prompt: Sequence[int], *, threads: int | None = None
+    ) -> Profile:
+        """What a prefill of ``prompt`` and a decode step after it spend, by operator; loads the program anew."""
 
     def stored_weights(self, folder: Path, program: Program, config: ModelConfig) -> WeightSource:
         """What the program computes with, read back from its files: float32 values under the published names."""

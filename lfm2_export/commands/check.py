@@ -12,6 +12,7 @@ from lfm2_export.errors import Lfm2ExportError
 from lfm2_export.resources import human_bytes
 
 if TYPE_CHECKING:
+    from lfm2_export.backends.profile import Profile
     from lfm2_export.parity import ParityReport
 
 
@@ -89,6 +90,7 @@ class BenchCommand:
         parser.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="default: 512")
         parser.add_argument("--new-tokens", type=int, default=128, metavar="N", help="default: 128")
         parser.add_argument("--rounds", type=int, default=3, metavar="N", help="medians over N rounds (default: 3)")
+        parser.add_argument("--profile", action="store_true", help="also show where a step's time goes, by operator")
         add_threads(parser)
         add_json(parser)
 
@@ -104,6 +106,7 @@ class BenchCommand:
                 new_tokens=options.new_tokens,
                 threads=options.threads,
                 rounds=options.rounds,
+                profile=options.profile,
             )
         if options.json:
             console.print_json(result.to_json())
@@ -118,4 +121,13 @@ class BenchCommand:
             ("program on disk", human_bytes(result.artifact_bytes)),
         ]
         console.print_table(f"{result.program}, medians of {result.rounds}", ("what", "measured"), rows)
+        if result.profile:
+            print_profile(result.profile)
         return 0
+
+
+def print_profile(profile: Profile) -> None:
+    """One table: operators, what a prefill and a decode step spend in them."""
+    title = f"a prefill of {profile.prefill.tokens} tokens and a decode step after it, by operator"
+    console.print_table(title, profile.COLUMNS, profile.rows())
+    console.note("tracing costs time of its own: compare shares, and take rates from the table above")

@@ -79,12 +79,18 @@ class SupportCommand:
         add_json(parser)
 
     def run(self, options: argparse.Namespace) -> int:
-        from lfm2_export.support import supported
+        from lfm2_export.support import DELEGATES, supported
 
         rows = [asdict(row) for row in supported()]
+        delegates = [asdict(row) for row in DELEGATES]
         if options.json:
-            console.print_json({"supported": rows})
+            console.print_json({"supported": rows, "delegates": delegates})
         else:
             columns = ("family", "backend", "scheme", "file", "opened in tests by")
             console.print_table("support", columns, [tuple(row.values()) for row in rows])
+            console.print_table(
+                "ExecuTorch's delegates beside XNNPACK",
+                ("delegate", "dense", "mixture of experts", "because"),
+                [tuple(row.values()) for row in delegates],
+            )
         return 0

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lfm2_export.artifact import ArtifactWriter
     from lfm2_export.backends.executorch.runner import ExecutorchRunner
     from lfm2_export.backends.executorch.stored import StoredWeights
+    from lfm2_export.backends.profile import Profile
     from lfm2_export.backends.program import Estimate, ExportedProgram, ExportRequest
     from lfm2_export.checkpoint import Checkpoint
     from lfm2_export.config import ModelConfig
@@ -50,6 +51,13 @@ def load_runner(folder: Path, program: Program, *, threads: int | None = None) -
     from lfm2_export.backends.executorch.runner import ExecutorchRunner
 
     return ExecutorchRunner.from_program(folder, program, threads=threads)
+
+
+def profile_program(folder: Path, program: Program, prompt: Sequence[int], *, threads: int | None = None) -> Profile:
+    """A prefill and a decode step by operator, from ExecuTorch's event tracer."""
+    from lfm2_export.backends.executorch import profile
+
+    return profile.profile_program(folder, program, prompt, threads=threads)
 
 
 def stored_weights(folder: Path, program: Program, config: ModelConfig) -> StoredWeights:

@@ -84,9 +84,11 @@ def check(folder: Path, file: str, *libraries: Path) -> None:
     assert first.startswith(text[:40])
 
 
-@pytest.mark.parametrize("scheme", ["fp32", "8da4w"])
-def test_dense(scheme: str) -> None:
-    check(artifact("tiny-dense", scheme), f"model_{scheme}.pte")
+@pytest.mark.parametrize(
+    ("checkpoint", "scheme"), [("tiny-dense", "fp32"), ("tiny-dense", "8da4w"), ("tiny-moe", "fp32")]
+)
+def test_programs_of_stock_operators(checkpoint: str, scheme: str) -> None:
+    check(artifact(checkpoint, scheme), f"model_{scheme}.pte")
 
 
 def test_moe_through_the_stock_operator() -> None:
