@@ -17,6 +17,7 @@ from typing import Any
 from lfm2_export import paths
 from lfm2_export.errors import ArtifactError
 from lfm2_export.hashing import sha256_files
+from lfm2_export.ledger import discard_unlisted
 from lfm2_export.manifest import MANIFEST, CheckpointRecord, FileEntry, Manifest, Program, preference
 from lfm2_export.staging import Staging, contents, is_plain_name, recover
 
@@ -159,6 +160,9 @@ class ArtifactWriter:
     ``commit`` puts everything into place at once; without it nothing of this export remains. ``checkpoint`` may be a
     function, called when the record is needed first: hashing takes its time.
 
+    ``key`` says what the files follow from: where a writer with the same one was killed, the files of which its
+    ``ledgers`` speak are there again, and ``confirm`` tells whether they are of the same weights.
+
     Raises:
         ArtifactError: on entering, where the folder holds something else, another checkpoint's artifact, cannot be
             written, or is being written to.
@@ -171,8 +175,9 @@ class ArtifactWriter:
         checkpoint: CheckpointRecord | Callable[[], CheckpointRecord],
         *,
         into: Sequence[str] = (),
+        key: str | None = None,
     ):
-        self._staging = Staging(Path(folder), last=MANIFEST, into=into)
+        self._staging = Staging(Path(folder), last=MANIFEST, into=into, key=key)
         self._record = checkpoint
         self._added: dict[tuple[str, str], Program] = {}
         self.existing: Manifest | None = None
@@ -180,9 +185,10 @@ class ArtifactWriter:
     def __enter__(self) -> ArtifactWriter:
         self._staging.__enter__()
         try:
+            discard_unlisted(self.root, self.ledgers)
             self.existing = self._read_existing()
-        except BaseException:
-            self._staging.__exit__(None, None, None)
+        except BaseException as error:
+            self._staging.__exit__(type(error), error, error.__traceback__)
             raise
         return self
 
@@ -204,6 +210,30 @@ class ArtifactWriter:
     def root(self) -> Path:
         """Where its files are made; ``path`` gives places below it."""
         return self._staging.files
+
+    @property
+    def ledgers(self) -> Path:
+        """Where ledgers of its files are made."""
+        return self._staging.ledgers
+
+    def confirm(self, checkpoint: CheckpointRecord) -> CheckpointRecord:
+        """The record, once it is sure that a killed writer, whose files this one goes on with, read the same weights.
+
+        Raises:
+            ArtifactError: it read others; the files are gone when the writer is left.
+        """
+        note = self.ledgers / "checkpoint.json"
+        try:
+            known = json.loads(note.read_bytes())
+        except (OSError, ValueError):  # killed before it knew
+            known = checkpoint.shards
+            note.write_text(json.dumps(known), encoding="utf-8")
+        if known != checkpoint.shards:
+            raise ArtifactError(
+                f"{self.folder}: an export into it was interrupted, and the weights of {checkpoint} changed since "
+                "without their files' times; give the command again to start anew"
+            )
+        return checkpoint
 
     def _read_existing(self) -> Manifest | None:
         names = contents(self.folder)

@@ -2,23 +2,25 @@
 
 In: a checkpoint, a backend, one or more schemes, a folder. Out: an ``Artifact``: all of it, or nothing and what was
 there before. What can be refused is refused before the first weight is read: names, widths, companion files, disk,
-memory, the output folder.
+memory, the output folder. An export that was killed is continued by the next one that would make the same.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import logging
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from lfm2_export import companions, model_card
 from lfm2_export.artifact import Artifact, ArtifactWriter
 from lfm2_export.backends import Backend, get_backend
-from lfm2_export.backends.program import ExportedProgram, ExportRequest
+from lfm2_export.backends.program import Estimate, ExportedProgram, ExportRequest
 from lfm2_export.background import Background
-from lfm2_export.checkpoint import open_checkpoint
+from lfm2_export.checkpoint import Checkpoint, open_checkpoint
 from lfm2_export.errors import ExportError
 from lfm2_export.manifest import CheckpointRecord, Program
 from lfm2_export.progress import Progress
@@ -58,6 +60,7 @@ def export(
     revision: str | None = None,
     offline: bool = False,
     progress: Progress | None = None,
+    on_continue: Callable[[int, int], None] | None = None,
 ) -> Artifact:
     """Exports a checkpoint under one or more schemes into a folder.
 
@@ -71,32 +74,45 @@ def export(
         max_context: positions that programs with buffers of fixed size hold (executorch).
         moe_op: how a .pte runs quantized experts: "stock" (default: ExecuTorch's operator), "lfm2" (ours) or "both".
         embedding_bits: how wide a .pte's quantized token table is: 8 (default) or 4.
+        on_continue: called where an export of the same that was interrupted is continued, before the work: bytes of
+            the checkpoint (counted once a scheme) that are done, and those in all.
 
     Raises:
-        Lfm2ExportError: the matching kind; nothing is left behind and what was there is unchanged.
+        Lfm2ExportError: the matching kind; what was there is unchanged. Nothing else is left behind, unless memory or
+            disk ran out (ResourceError): then what is done waits beside ``output`` for the same call.
     """
     lowering = get_backend(backend)
     schemes = _customized(_schemes(lowering, backend, scheme), group_size, exclude)
     opened = open_checkpoint(checkpoint, revision=revision, offline=offline)
     companions.check(opened)
     progress = progress or Progress()
-    record = Background(lambda: CheckpointRecord.of(opened))
+    options: dict[str, Any] = {
+        "algorithm": algorithm,
+        "max_context": max_context,
+        "moe_op": moe_op,
+        "embedding_bits": embedding_bits,
+    }
+    key = _key(opened, backend, schemes, options)
+    record = Background(lambda: writer.confirm(CheckpointRecord.of(opened)))
     # A backend's files lie in the folder of its name.
-    with ArtifactWriter(output, record.result, into=[backend]) as writer:
+    writer = ArtifactWriter(output, record.result, into=[backend], key=key)
+    with writer:
         requests = [
             ExportRequest(
                 checkpoint=opened,
                 scheme=one,
                 folder=writer.root,
-                algorithm=algorithm,
-                max_context=max_context,
-                moe_op=moe_op,
-                embedding_bits=embedding_bits,
                 progress=progress.advance,
+                ledgers=writer.ledgers,
+                **options,
             )
             for one in schemes
         ]
-        _check_resources(lowering, requests, writer.folder)
+        estimates = [lowering.estimate(request) for request in requests]
+        _check_resources(estimates, writer.folder)
+        done = sum(estimate.done_bytes for estimate in estimates)
+        if done and on_continue is not None:
+            on_continue(done, len(requests) * opened.total_bytes)
         # Hashing reads every shard: it runs beside the export, once nothing cheap can refuse the work any more.
         record.start()
         for request in requests:
@@ -140,8 +156,24 @@ def _customize(scheme: Scheme, group_size: int | None, exclude: Sequence[str]) -
     return grouped.with_exclude(exclude)
 
 
-def _check_resources(lowering: Backend, requests: Iterable[ExportRequest], folder: Path) -> None:
-    estimates = [lowering.estimate(request) for request in requests]
+def _key(checkpoint: Checkpoint, backend: str, schemes: Sequence[Scheme], options: dict[str, Any]) -> str:
+    """All that the bytes of an export follow from, but for the weights themselves, which take long to hash: for those
+    the size and the times of their files stand."""
+    files = sorted({info.file for info in checkpoint.tensors.values()})
+    stats = [(path.name, path.stat()) for path in files]
+    return json.dumps(
+        {
+            "config": checkpoint.config_sha256,
+            "shards": [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats],
+            "backend": backend,
+            "schemes": list(map(repr, schemes)),
+            "options": options,
+            "versions": versions(),
+        }
+    )
+
+
+def _check_resources(estimates: Sequence[Estimate], folder: Path) -> None:
     check_disk(folder, disk_needed(estimate.disk_bytes for estimate in estimates))
     check_memory(max(estimate.memory_bytes for estimate in estimates))
 

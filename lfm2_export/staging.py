@@ -3,14 +3,15 @@
 In: the folder's path and files written under ``Staging.files``. Out: the folder with those files in it. One writer at a
 time holds a lock. A new folder appears by one rename. Into an existing one files are moved one by one under a journal:
 a writer killed before the journal is there leaves the folder as it was, one killed later is finished by whoever opens
-the folder next (``recover``). What a killed writer left behind is removed by the next. Where not even the first file
-can be moved, the folder stays what it was.
+the folder next (``recover``). What a killed writer left behind is removed by the next, or taken up by it where both
+have the same key. Where not even the first file can be moved, the folder stays what it was.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -30,30 +31,39 @@ _TAG = "lfm2-export"
 
 
 class Staging:
-    """Use as a context manager; whatever was not committed is gone at its end.
+    """Use as a context manager; whatever was not committed is gone at its end, unless the machine had no room for it.
 
     Args:
         folder: where the files shall be in the end; it may or may not exist.
         last: the file that is put into place after all others, so that it never names what is not there yet.
         into: folders in it that will be written to.
+        key: says what the files follow from. The files of a killed writer with the same key are there on entering.
 
     Raises:
         ArtifactError: the folder is a file, cannot be written, or another process is writing to it.
         ResourceError: on leaving, where the disk was full.
     """
 
-    def __init__(self, folder: Path, *, last: str, into: Sequence[str] = ()):
+    def __init__(self, folder: Path, *, last: str, into: Sequence[str] = (), key: str | None = None):
         self.folder = paths.real(folder, ArtifactError)
         self._last = last
         self._into = tuple(into)
+        self._key = key
         self._was_empty = False
         self._made_parents: list[Path] = []
+        self._kept = False
         self._lock: _Lock | None = None
 
     @property
     def files(self) -> Path:
         """The folder in which the new files are made."""
         return self._workspace.new_files
+
+    @property
+    def ledgers(self) -> Path:
+        """The folder for what writers with this key, and no others, tell the next about the files. It is never
+        committed. What is called ``*.ledger`` in it says how far files are (``ledger``)."""
+        return self._workspace.root / hashlib.sha256((self._key or "").encode()).hexdigest()
 
     def __enter__(self) -> Staging:
         if paths.exists(self.folder, ArtifactError) and not self.folder.is_dir():
@@ -79,14 +89,19 @@ class Staging:
                 f"{self.folder}: another export is writing to it; wait for it, or give another --output"
             )
         _finish(self._workspace, self.folder)
-        shutil.rmtree(self._workspace.root, ignore_errors=True)
-        self.files.mkdir(parents=True)
+        if self._key is None or not self.ledgers.is_dir():
+            shutil.rmtree(self._workspace.root, ignore_errors=True)
+            self.files.mkdir(parents=True)
+            self.ledgers.mkdir()
+        self.files.mkdir(exist_ok=True)  # a commit that was killed may have moved it as a whole
         self._was_empty = not contents(self.folder)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close()
+        # Work that the machine had no room for goes on where it was once there is room.
+        short = isinstance(error, ResourceError | MemoryError) or _disk_error(error) is not None
+        self._close(keep=short and self._key is not None)
         if error is not None and (own_error := _disk_error(error) or self._own_error(error)) is not None:
             raise self._translate(own_error) from error
 
@@ -124,10 +139,10 @@ class Staging:
             _drop_unused_journal(self._workspace)
             raise
 
-    def _close(self) -> None:
+    def _close(self, *, keep: bool = False) -> None:
         if self._lock is not None:
             try:
-                self._finish_or_discard()
+                self._finish_or_discard(keep)
             finally:
                 self._lock.release()
                 self._lock = None
@@ -137,14 +152,16 @@ class Staging:
             except OSError:
                 break
 
-    def _finish_or_discard(self) -> None:
+    def _finish_or_discard(self, keep: bool) -> None:
         """A commit that was interrupted is finished; where even that fails, its journal stays for ``recover``."""
         try:
             _finish(self._workspace, self.folder)
         except OSError:
             if not _drop_unused_journal(self._workspace):
                 return
-        shutil.rmtree(self._workspace.root, ignore_errors=True)
+        self._kept = keep and any(self.ledgers.glob("*.ledger")) and any(_walk(self.files))
+        if not self._kept:
+            shutil.rmtree(self._workspace.root, ignore_errors=True)
 
     def _translate(self, error: OSError) -> ArtifactError | ResourceError:
         full = _disk_error(error) is not None
@@ -152,6 +169,12 @@ class Staging:
             return (ResourceError if full else ArtifactError)(
                 f"{self.folder}: not all new files could be put there ({error.filename2 or error.filename}: "
                 f"{error.strerror}); remove the cause, then open the folder again: {self._workspace.root} has the rest"
+            )
+        if full and self._kept:
+            return ResourceError(
+                f"{self.folder}: the disk cannot take more ({error.strerror}); free space and give the same command "
+                f"again, which goes on from what is done, or delete {self._workspace.root}; what was there before is "
+                "unchanged"
             )
         if full:
             return ResourceError(

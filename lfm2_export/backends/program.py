@@ -21,7 +21,8 @@ from lfm2_export.quant.schemes import Scheme
 class ExportRequest:
     """One program to make. ``algorithm`` names a quantization algorithm; ``max_context`` limits buffers of fixed size;
     ``moe_op`` says how experts run and ``embedding_bits`` how wide the token table is, None leaves both to the backend;
-    ``progress`` is told how many bytes of the checkpoint each step consumed."""
+    ``progress`` is told how many bytes of the checkpoint each step consumed. ``ledgers`` is the folder for the files'
+    ledgers, ``*.ledger``, by which a killed export is continued; None for one that is not to be."""
 
     checkpoint: Checkpoint
     scheme: Scheme
@@ -31,14 +32,17 @@ class ExportRequest:
     max_context: int | None = None
     moe_op: str | None = None
     embedding_bits: int | None = None
+    ledgers: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What an export needs: bytes of disk for its files and bytes of memory at its peak."""
+    """What an export needs: bytes of disk for its files and bytes of memory at its peak. ``done_bytes`` of the
+    checkpoint need not be read again: an export that was interrupted has done with them."""
 
     disk_bytes: int
     memory_bytes: int
+    done_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,8 @@ weights after, so that what cannot be lowered costs no disk.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 
@@ -13,10 +15,20 @@ import onnx_ir as ir
 
 from lfm2_export.backends.onnx.graphs import Graphs, make_graphs
 from lfm2_export.backends.onnx.plan import Layout, StoredWeight, WeightPlan, make_plan
-from lfm2_export.backends.onnx.weights import CHUNK_VALUES, WeightWriter, attach, data_file_names, place
+from lfm2_export.backends.onnx.weights import (
+    CHUNK_VALUES,
+    Placement,
+    WeightWriter,
+    attach,
+    data_file_names,
+    data_file_sizes,
+    pieces,
+    place,
+)
 from lfm2_export.backends.program import Estimate, ExportedProgram, ExportRequest
 from lfm2_export.cache import CacheSpec
 from lfm2_export.errors import ExportError
+from lfm2_export.ledger import Ledger
 from lfm2_export.manifest import MODEL, TensorSpec
 from lfm2_export.quant.algorithms import get_algorithm
 from lfm2_export.resources import export_memory_needed, usable_cores
@@ -33,11 +45,36 @@ def estimate(request: ExportRequest) -> Estimate:
     """
     _refuse_executorch_options(request)
     plan = make_plan(request.checkpoint.config, request.scheme)
-    placements = place(plan, request.checkpoint.config).values()
-    ends = {(there.file, there.offset): there.nbytes for there in placements}
+    placements = place(plan, request.checkpoint.config)
+    ends = {(there.file, there.offset): there.nbytes for there in placements.values()}
+    done = pieces(plan)[: len(_ledger(request, plan, placements).done)]
     return Estimate(
-        disk_bytes=sum(ends.values()),
+        disk_bytes=max(0, sum(ends.values()) - sum(map(_bytes_on_disk, _data_paths(request, placements)))),
         memory_bytes=export_memory_needed(max(map(_held_at_once, plan.values())), at_once=usable_cores()),
+        done_bytes=sum(piece.stored_bytes(request.checkpoint) for piece in done),
+    )
+
+
+def _data_paths(request: ExportRequest, placements: Mapping[str, Placement]) -> list[Path]:
+    return [request.folder / FOLDER / name for name in data_file_names(request.scheme.file_name, placements)]
+
+
+def _bytes_on_disk(path: Path) -> int:
+    """What a file that an export left unfinished takes of the disk: it has holes."""
+    try:
+        return 512 * getattr(path.stat(), "st_blocks", 0)
+    except FileNotFoundError:
+        return 0
+
+
+def _ledger(request: ExportRequest, plan: WeightPlan, placements: Mapping[str, Placement]) -> Ledger:
+    names = [f"{FOLDER}/{path.name}" for path in _data_paths(request, placements)]
+    key = repr((request.algorithm, CHUNK_VALUES, plan, placements))
+    return Ledger(
+        None if request.ledgers is None else request.ledgers / f"{request.scheme.file_name}.ledger",
+        root=request.folder,
+        sizes=data_file_sizes(names, placements),
+        key=hashlib.sha256(key.encode()).hexdigest(),
     )
 
 
@@ -78,7 +115,8 @@ def export_program(request: ExportRequest) -> ExportedProgram:
         attach(model, placements, data_files)
     paths = [folder / name for name in data_files]
     quantize = get_algorithm(request.algorithm)
-    tensors = WeightWriter(request.checkpoint, placements, paths, quantize, request.progress).write(plan)
+    ledger = _ledger(request, plan, placements)
+    tensors = WeightWriter(request.checkpoint, placements, paths, quantize, request.progress, ledger).write(plan)
     names = _save_graphs(graphs, scheme.file_name, folder)
     return ExportedProgram(
         graphs={role: f"{FOLDER}/{name}" for role, name in names.items()},

@@ -2,7 +2,7 @@
 
 In: a checkpoint, a ``WeightPlan`` and an algorithm. Out: external data files, the place of every initializer in
 them, and a record of every tensor's format and quantization error. The places follow from the plan alone, so they
-are known, and the disk can be checked, before anything is read.
+are known, and the disk can be checked, before anything is read. A ledger keeps the pieces that are done.
 
 The work is cut into pieces: some rows of a matrix, or one expert's two matrices that lie interleaved. A thread per core
 takes a piece all the way from the shard to the data file, so that one reads while another computes. Peak memory is a
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from lfm2_export.backends.onnx.plan import Layout, StoredWeight, WeightPlan
 from lfm2_export.background import map_in_threads
 from lfm2_export.checkpoint import Checkpoint, check_finite
 from lfm2_export.config import ModelConfig
+from lfm2_export.ledger import Ledger
 from lfm2_export.manifest import StoredTensor
 from lfm2_export.models._common import rope_tables
 from lfm2_export.quant.formats import (
@@ -66,6 +67,14 @@ def data_file_names(program: str, placements: Mapping[str, Placement]) -> list[s
     """``model_q4.onnx_data``, ``model_q4.onnx_data_1``, ...: as Transformers.js looks for them."""
     count = 1 + max(placement.file for placement in placements.values())
     return [f"{program}_data" + (f"_{index}" if index else "") for index in range(count)]
+
+
+def data_file_sizes(names: Sequence[str], placements: Mapping[str, Placement]) -> dict[str, int]:
+    """The bytes of each data file when it is complete."""
+    return {
+        name: max(there.offset + there.nbytes for there in placements.values() if there.file == index)
+        for index, name in enumerate(names)
+    }
 
 
 def place(plan: WeightPlan, config: ModelConfig) -> dict[str, Placement]:
@@ -124,7 +133,7 @@ def attach(model: ir.Model, placements: Mapping[str, Placement], files: Sequence
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Piece:
+class Piece:
     """Part of a weight: ``rows`` of one checkpoint tensor, or two tensors (w1, w3 of an expert), rows interleaved.
 
     ``first_row``: where they go; the rows of stacked experts are numbered through.
@@ -135,26 +144,35 @@ class _Piece:
     sources: tuple[str, ...]
     rows: slice | None = None
 
+    def stored_bytes(self, checkpoint: Checkpoint) -> int:
+        """How much of the checkpoint it is made of."""
+        return sum(checkpoint.tensors[source].rows(self.rows).nbytes for source in self.sources)
 
-def _pieces(weight: StoredWeight) -> Iterator[_Piece]:
-    """In file order."""
+
+def pieces(plan: WeightPlan) -> list[Piece]:
+    """Every piece of the weights that have bytes of their own, in file order, which is the order of the work."""
+    return [piece for weight in plan.values() if weight.same_bytes_as is None for piece in _pieces(weight)]
+
+
+def _pieces(weight: StoredWeight) -> Iterator[Piece]:
     rows = weight.shape[-2] if len(weight.shape) > 1 else weight.shape[0]
     if weight.layout is Layout.GATE_UP:
         for expert, pair in enumerate(zip(weight.sources[0::2], weight.sources[1::2], strict=True)):
-            yield _Piece(weight=weight, first_row=expert * rows, sources=pair)
+            yield Piece(weight=weight, first_row=expert * rows, sources=pair)
         return
     for index, source in enumerate(weight.sources):
         if weight.layout in (Layout.PLAIN, Layout.TRANSPOSED):
-            yield _Piece(weight=weight, first_row=0, sources=(source,))
+            yield Piece(weight=weight, first_row=0, sources=(source,))
             continue
         step = max(1, CHUNK_VALUES // weight.shape[-1])
         for start in range(0, rows, step):
             part = slice(start, min(start + step, rows))
-            yield _Piece(weight=weight, first_row=index * rows + start, sources=(source,), rows=part)
+            yield Piece(weight=weight, first_row=index * rows + start, sources=(source,), rows=part)
 
 
 class WeightWriter:
-    """Fills data files. ``report`` is told the bytes of checkpoint that each step has consumed."""
+    """Fills data files. ``report`` is told the bytes of checkpoint that each step has consumed. ``ledger`` makes the
+    files, says which pieces are in them already, and is told of every further one."""
 
     def __init__(
         self,
@@ -163,9 +181,10 @@ class WeightWriter:
         paths: Sequence[Path],
         quantize: Quantize,
         report: Report,
+        ledger: Ledger,
     ):
         self.checkpoint, self.placements, self.quantize, self.report = checkpoint, placements, quantize, report
-        self.paths = paths
+        self.paths, self.ledger = paths, ledger
 
     def write(self, plan: WeightPlan) -> tuple[StoredTensor, ...]:
         """Writes every weight of the plan and the rope tables; returns a record of each weight.
@@ -175,29 +194,36 @@ class WeightWriter:
             QuantizationError: a value does not fit the stored dtype.
             OSError: the disk is full or fails.
         """
-        self._files = [os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644) for path in self.paths]
-        try:
-            errors = self._write_pieces(plan)
-            self._write_rope(plan)
-        finally:
-            for file in self._files:
-                os.close(file)
+        with self.ledger:
+            self._files = [os.open(path, os.O_RDWR) for path in self.paths]
+            try:
+                errors = self._write_pieces(plan)
+                self._write_rope(plan)
+            finally:
+                for file in self._files:
+                    os.close(file)
         return tuple(_record(weight, errors.get(weight.name)) for weight in plan.values())
 
     def _write_pieces(self, plan: WeightPlan) -> dict[str, StorageError]:
         """The error of every weight that has bytes of its own."""
-        own = [weight for weight in plan.values() if weight.same_bytes_as is None]
-        pieces = (piece for weight in own for piece in _pieces(weight))
-        errors = {weight.name: StorageError() for weight in own}
-        for piece, error in map_in_threads(self._write_piece, pieces, threads=usable_cores()):
-            errors[piece.weight.name] += error
-            self.report(sum(self._stored_bytes(source, piece.rows) for source in piece.sources))
+        errors: dict[str, StorageError] = {}
+        for piece, error in self._errors(pieces(plan)):
+            errors[piece.weight.name] = errors.get(piece.weight.name, StorageError()) + error
+            self.report(piece.stored_bytes(self.checkpoint))
         return errors
 
-    def _write_piece(self, piece: _Piece) -> StorageError:
+    def _errors(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, StorageError]]:
+        """Every piece with its error, always in the same order: sums of floats depend on it."""
+        done = [StorageError(**figures) for figures in self.ledger.done]
+        yield from zip(pieces[: len(done)], done, strict=True)
+        for piece, error in map_in_threads(self._write_piece, pieces[len(done) :], threads=usable_cores()):
+            self.ledger.add(asdict(error))
+            yield piece, error
+
+    def _write_piece(self, piece: Piece) -> StorageError:
         return self._store(piece.weight, piece.first_row, self._values(piece))
 
-    def _values(self, piece: _Piece) -> np.ndarray:
+    def _values(self, piece: Piece) -> np.ndarray:
         if len(piece.sources) == 1:
             return self._read(piece.sources[0], piece.rows)
         both = np.empty(piece.weight.shape[1:], np.float32)
@@ -209,9 +235,6 @@ class WeightWriter:
         values = self.checkpoint.read(source, rows)
         check_finite(source, values)
         return values
-
-    def _stored_bytes(self, source: str, rows: slice | None) -> int:
-        return self.checkpoint.tensors[source].rows(rows).nbytes
 
     def _store(self, weight: StoredWeight, first_row: int, values: np.ndarray) -> StorageError:
         if isinstance(weight.format, FloatFormat):
