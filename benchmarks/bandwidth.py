@@ -1,4 +1,4 @@
-"""How fast this machine reads memory with N threads: the bound of every decode step.
+"""How fast this machine reads memory with N threads: what decoding is compared with.
 
 In: a number of threads. Out: GB/s (10^9 bytes). A small C program (``bandwidth.c``) adds up a buffer of 1 GiB several
 times; the best pass counts, because whatever disturbs a pass only slows it down.

@@ -32,7 +32,7 @@ def draw(found: Comparison, active_weights: float, path: Path) -> Path:
     axes[0].set_yticks(range(len(found.rows)), [f"{r.system}\n{_short(r)}" for r in found.rows])
     axes[0].invert_yaxis()
     figure.suptitle(f"LFM2 {found.shape}: random weights, {found.threads} threads, {found.cpu}", x=0.01, ha="left")
-    note = f"{found.date[:10]} · read bandwidth {found.read_gb_per_s:.1f} GB/s (black line: the bound of decoding)"
+    note = f"{found.date[:10]} · read bandwidth {found.read_gb_per_s:.1f} GB/s (black line: decoding at that rate)"
     figure.supxlabel(note, x=0.01, ha="left", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})

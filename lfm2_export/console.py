@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lfm2_export.progress import Progress as ExportProgress
+from lfm2_export.resources import human_bytes
 
 _WIDE = 160  # of a pipe, where rich would otherwise fold tables at 80 columns
 
@@ -82,7 +83,13 @@ def export_progress() -> Iterator[ExportProgress]:
                 bar.update(task, visible=False)
             tasks.append(bar.add_task(label, total=total))
 
-        yield ExportProgress(start=start, advance=lambda nbytes: bar.advance(tasks[-1], nbytes))
+        yield ExportProgress(
+            start=start, advance=lambda nbytes: bar.advance(tasks[-1], nbytes), continued=_note_continued
+        )
+
+
+def _note_continued(done: int, total: int) -> None:
+    note(f"continuing an export that was interrupted: {human_bytes(done)} of {human_bytes(total)} are done")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import logging
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,6 @@ def export(
     revision: str | None = None,
     offline: bool = False,
     progress: Progress | None = None,
-    on_continue: Callable[[int, int], None] | None = None,
 ) -> Artifact:
     """Exports a checkpoint under one or more schemes into a folder.
 
@@ -74,8 +73,6 @@ def export(
         max_context: positions that programs with buffers of fixed size hold (executorch).
         moe_op: how a .pte runs quantized experts: "stock" (default: ExecuTorch's operator), "lfm2" (ours) or "both".
         embedding_bits: how wide a .pte's quantized token table is: 8 (default) or 4.
-        on_continue: called where an export of the same that was interrupted is continued, before the work: bytes of
-            the checkpoint (counted once a scheme) that are done, and those in all.
 
     Raises:
         Lfm2ExportError: the matching kind; what was there is unchanged. Nothing else is left behind, unless memory or
@@ -111,8 +108,8 @@ def export(
         estimates = [lowering.estimate(request) for request in requests]
         _check_resources(estimates, writer.folder)
         done = sum(estimate.done_bytes for estimate in estimates)
-        if done and on_continue is not None:
-            on_continue(done, len(requests) * opened.total_bytes)
+        if done:
+            progress.continued(done, len(requests) * opened.total_bytes)
         # Hashing reads every shard: it runs beside the export, once nothing cheap can refuse the work any more.
         record.start()
         for request in requests:

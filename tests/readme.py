@@ -1,6 +1,6 @@
-"""The parts of README.md that the program itself knows: the commands with their options, and the support tables.
+"""The parts of README.md that the program itself knows: commands with their options, support tables, measured speeds.
 
-In: the argument parser and the registries. Out: Markdown between a begin and an end comment. ``python -m
+In: the argument parser, the registries, the results. Out: Markdown between a begin and an end comment. ``python -m
 tests.readme`` writes them; a test compares.
 """
 
@@ -11,10 +11,14 @@ import re
 import textwrap
 from pathlib import Path
 
+from benchmarks.figures import Comparison, table
+from benchmarks.programs import active_weights
+from benchmarks.synthetic import REAL_SHAPES
 from lfm2_export.cli import build_parser
 from lfm2_export.support import DELEGATES, supported
 
 README = Path(__file__).parent.parent / "README.md"
+RESULTS = README.parent / "benchmarks" / "results"
 
 
 def commands() -> str:
@@ -50,9 +54,25 @@ def delegates() -> str:
     return "\n".join(["| Delegate | Dense | Mixture of experts | Because |", "|---|---|---|---|", *rows])
 
 
+def speed() -> str:
+    """The tables of ``benchmarks/compare.py``'s last run."""
+    parts = []
+    for shape in ("350m", "1.2b", "8b-a1b"):
+        found = Comparison.read(RESULTS / f"{shape}.json")
+        machine = f"{found.cpu}, {found.threads} threads, reading {found.read_gb_per_s:.0f} GB/s, {found.date[:10]}"
+        rows = table(found, active_weights(REAL_SHAPES[shape])).splitlines()
+        parts.append("\n".join([f"**{shape}** ({machine}):", "", *rows]))
+    return "\n\n".join(parts)
+
+
 def render(text: str) -> str:
     """The README with its generated parts made anew."""
-    for name, part in (("help", commands()), ("support", support()), ("delegates", delegates())):
+    for name, part in (
+        ("help", commands()),
+        ("support", support()),
+        ("delegates", delegates()),
+        ("speed", speed()),
+    ):
         begin, end = rf"<!-- {name}:begin[^>]*-->\n", rf"\n<!-- {name}:end -->"
         text, count = re.subn(f"({begin}).*?({end})", lambda m, part=part: m[1] + part + m[2], text, flags=re.DOTALL)
         assert count == 1, f"README.md has {count} parts named {name}"

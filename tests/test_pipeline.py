@@ -24,6 +24,7 @@ from lfm2_export import cli, ledger, pipeline, resources
 from lfm2_export.artifact import Artifact
 from lfm2_export.backends.onnx import weights
 from lfm2_export.errors import ArtifactError, CheckpointError, Lfm2ExportError, ResourceError
+from lfm2_export.progress import Progress
 from tests.artifacts import snapshot
 from tests.checkpoints import tiny_config, write_random_checkpoint
 
@@ -61,9 +62,11 @@ def write_piece(self, piece, real=weights.WeightWriter._write_piece):
     global left
     with lock:
         left -= 1
-        last = left < 0
-    if last:
+        mine = left
+    if mine == -1:
         stop()
+    if mine < -1:  # another thread's piece: one of them stops the process
+        time.sleep(600)
     return real(self, piece)
 
 lines_before = lines()
@@ -173,7 +176,10 @@ def test_an_export_of_two_programs_killed_again_and_again_reads_nothing_twice(ch
         assert lines_in(out.parent) == so_far
     seen: list[tuple[int, int]] = []
     lfm2_export.export(
-        checkpoint, scheme=SCHEMES, output=out, on_continue=lambda done, total: seen.append((done, total))
+        checkpoint,
+        scheme=SCHEMES,
+        output=out,
+        progress=Progress(continued=lambda done, total: seen.append((done, total))),
     )
     print(f"{pieces} pieces, {len(written)} in the last attempt, {seen[0][0]} of {seen[0][1]} bytes done before")
     assert len(written) == pieces - so_far
@@ -228,13 +234,15 @@ def test_the_command_says_what_is_done_and_the_bar_begins_there(
 
 def test_progress_counts_what_is_skipped(checkpoint, out, written) -> None:
     events: list[tuple[int, int]] = []
-    progress = pipeline.Progress(advance=lambda nbytes: events.append((len(written), nbytes)))
+    progress = Progress(
+        advance=lambda nbytes: events.append((len(written), nbytes)),
+        continued=lambda done, total: seen.append((done, total)),
+    )
     seen: list[tuple[int, int]] = []
     lfm2_export.export(
         checkpoint,
         output=out,
         progress=progress,
-        on_continue=lambda done, total: seen.append((done, total)),
     )
     ((done, total),) = seen
     assert sum(nbytes for before, nbytes in events if before == 0) == done
@@ -258,7 +266,8 @@ def versions_of(**changed: str) -> Callable[[], dict[str, str]]:
 )
 def test_another_command_starts_anew(checkpoint, out, whole, written, options) -> None:
     seen: list[int] = []
-    lfm2_export.export(checkpoint, output=out, on_continue=lambda done, total: seen.append(done), **options)
+    progress = Progress(continued=lambda done, total: seen.append(done))
+    lfm2_export.export(checkpoint, output=out, progress=progress, **options)
     assert seen == []
     assert len(written) == whole[1]
     Artifact.open(out)

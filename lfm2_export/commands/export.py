@@ -79,7 +79,6 @@ class ExportCommand:
                 revision=options.revision,
                 offline=options.offline,
                 progress=progress,
-                on_continue=_note_continued,
             )
         if options.json:
             programs = [{"backend": p.backend, "scheme": p.scheme, "bytes": _bytes(p)} for p in artifact.programs]
@@ -87,11 +86,6 @@ class ExportCommand:
         else:
             print_programs(str(artifact.path), artifact.programs)
         return 0
-
-
-def _note_continued(done: int, total: int) -> None:
-    done_of_total = f"{human_bytes(done)} of {human_bytes(total)}"
-    console.note(f"continuing an export that was interrupted: {done_of_total} are done")
 
 
 def print_programs(title: str, programs: tuple[Program, ...]) -> None:
