@@ -29,7 +29,7 @@ _RUNTIMES = {
     ("onnx", "fp16"): "lfm2-export, onnxruntime, Transformers.js (Node)",
     ("onnx", "q8"): "lfm2-export, onnxruntime, onnxruntime-genai, Transformers.js (Node)",
     ("onnx", "q4"): "lfm2-export, onnxruntime, onnxruntime-genai, Transformers.js (Node)",
-    ("onnx", "q4f16"): "lfm2-export, onnxruntime, Transformers.js (Node; WebGPU where there is an adapter)",
+    ("onnx", "q4f16"): "lfm2-export, onnxruntime, Transformers.js (Node; the WebGPU test found no adapter yet)",
     ("executorch", "fp32"): "lfm2-export, ExecuTorch's TextLLMRunner",
     ("executorch", "8da4w"): "lfm2-export, ExecuTorch's TextLLMRunner",
 }

@@ -52,7 +52,7 @@ def test_held_out_perplexity_is_what_the_model_card_states(name: str, perplexity
     logits = model(ids[:, :-1]).logits
     found = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).exp().item()
     print(f"{name}: perplexity {found:.2f} of {ids.numel()} tokens, the card says {perplexity}")
-    assert abs(found / perplexity - 1) < 0.15
+    assert abs(found / perplexity - 1) < 0.05
 
 
 def test_no_expert_is_idle() -> None:
