@@ -18,7 +18,7 @@ import numpy as np
 
 from lfm2_export.artifact import Artifact
 from lfm2_export.backends import get_backend
-from lfm2_export.backends.base import Runner
+from lfm2_export.backends.base import Runner, parse_kernels
 from lfm2_export.backends.profile import Profile
 from lfm2_export.errors import GenerationError
 from lfm2_export.runners import load_runner
@@ -63,6 +63,7 @@ def measure(
     threads: int | None = None,
     rounds: int = 3,
     profile: bool = False,
+    kernels: str | None = None,
 ) -> BenchResult:
     """Loads a program and times it.
 
@@ -77,7 +78,7 @@ def measure(
     program = artifact.program(backend, scheme)
     _check_counts(prompt_tokens, new_tokens, rounds, program.context_length)
     started = time.perf_counter()
-    runner = load_runner(artifact, backend=program.backend, scheme=program.scheme, threads=threads)
+    runner = load_runner(artifact, backend=program.backend, scheme=program.scheme, threads=threads, kernels=kernels)
     load_s = time.perf_counter() - started
     prompt = np.random.default_rng(_SEED).integers(0, runner.vocab_size, prompt_tokens).tolist()
     times = [_round(runner, prompt, new_tokens) for _ in range(rounds)]
@@ -99,7 +100,9 @@ def measure(
     if not profile:
         return result
     del runner  # Its memory is needed for the next.
-    taken = get_backend(program.backend).profile_program(artifact.path, program, prompt, threads=threads)
+    taken = get_backend(program.backend).profile_program(
+        artifact.path, program, prompt, threads=threads, kernels=parse_kernels(kernels)
+    )
     return replace(result, profile=taken)
 
 

@@ -11,12 +11,36 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from lfm2_export.errors import ContextLimitError, RunnerError
 from lfm2_export.resources import usable_cores
+
+
+class Kernels(StrEnum):
+    """Whose kernels a runner uses where a program can run on either."""
+
+    AUTO = "auto"  # ours where they can be had here
+    LFM2 = "lfm2"  # ours, or an error
+    STOCK = "stock"  # the runtime's own
+
+
+def parse_kernels(name: str | None) -> Kernels:
+    """The choice of that name; None is "auto".
+
+    Raises:
+        RunnerError: there is no such choice.
+    """
+    if name is None:
+        return Kernels.AUTO
+    try:
+        return Kernels(name)
+    except ValueError:
+        raise RunnerError(f"kernels {name!r}: give one of {', '.join(Kernels)}") from None
+
 
 # One list of token ids per row; an int64 array [B, T] is one too.
 TokenRows = Sequence[Sequence[int]] | Sequence[np.ndarray] | np.ndarray
