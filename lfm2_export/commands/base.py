@@ -8,7 +8,7 @@ import platform
 from typing import Protocol
 
 from lfm2_export import __version__
-from lfm2_export.backends.base import Kernels
+from lfm2_export.backends.base import Kernels, KvCache
 
 _RUNTIMES = ("onnxruntime", "onnxruntime-genai", "executorch", "torch", "transformers", "onnx", "onnxscript", "numpy")
 
@@ -42,6 +42,11 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
         "--kernels",
         choices=[str(kernels) for kernels in Kernels],
         help="lfm2: our operators; stock: the runtime's own (default, auto: ours where they can be had)",
+    )
+    parser.add_argument(
+        "--kv-cache",
+        choices=[str(kept) for kept in KvCache],
+        help="int8: keys and values in a quarter of the memory, for onnx's q4 and q8 on our operators (default: float)",
     )
 
 

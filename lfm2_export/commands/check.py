@@ -108,6 +108,7 @@ class BenchCommand:
                 rounds=options.rounds,
                 profile=options.profile,
                 kernels=options.kernels,
+                kv_cache=options.kv_cache,
             )
         if options.json:
             console.print_json(result.to_json())

@@ -67,6 +67,7 @@ def open_for_text(options: argparse.Namespace) -> Opened:
             scheme=program.scheme,
             threads=options.threads,
             kernels=options.kernels,
+            kv_cache=options.kv_cache,
         )
         tokenizer = Tokenizer.from_dir(artifact.path)
     return Opened(program=program, runner=runner, tokenizer=tokenizer, config=config)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from flatbuffers.table import Table  # type: ignore[import-untyped]
 
-from lfm2_export.backends.base import Kernels
+from lfm2_export.backends.base import Kernels, KvCache
 from lfm2_export.backends.executorch.pte import PteFile
 from lfm2_export.backends.executorch.runner import DEFAULT_CHUNK_SIZE, choose
 from lfm2_export.backends.executorch.session import FORWARD, Session, version
@@ -49,6 +49,7 @@ def profile_program(
     *,
     threads: int | None = None,
     kernels: Kernels | None = None,
+    kv_cache: KvCache | None = None,
 ) -> Profile:
     """A profile of the file that ``ExecutorchRunner`` opens.
 
@@ -56,7 +57,7 @@ def profile_program(
         RunnerError: the program cannot be loaded, or this runtime cannot trace.
         ContextLimitError: the prompt and one token more do not fit.
     """
-    path = folder / choose(program, kernels or Kernels.AUTO)
+    path = folder / choose(program, kernels or Kernels.AUTO, kv_cache or KvCache.FLOAT)
     session = TracedSession(path, threads=threads)
 
     def step(tokens: np.ndarray, position: int) -> None:

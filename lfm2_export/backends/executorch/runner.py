@@ -20,6 +20,7 @@ import numpy as np
 
 from lfm2_export.backends.base import (
     Kernels,
+    KvCache,
     Mark,
     Snapshot,
     TokenRows,
@@ -86,13 +87,19 @@ class ExecutorchRunner:
 
     @classmethod
     def from_program(
-        cls, folder: Path, program: Program, *, threads: int | None = None, kernels: Kernels | None = None
+        cls,
+        folder: Path,
+        program: Program,
+        *,
+        threads: int | None = None,
+        kernels: Kernels | None = None,
+        kv_cache: KvCache | None = None,
     ) -> ExecutorchRunner:
         """The runner of a program in an artifact's ``folder``, on the file whose experts run fastest here."""
         _check_version(folder, program)
         digest = hashlib.sha256("".join(entry.sha256 for _, entry in sorted(program.files.items())).encode())
         return cls(
-            folder / choose(program, kernels or Kernels.AUTO),
+            folder / choose(program, kernels or Kernels.AUTO, kv_cache or KvCache.FLOAT),
             cache=program.cache,
             context_length=program.context_length,
             threads=threads,
@@ -273,14 +280,16 @@ def _positions_last(x: np.ndarray) -> np.ndarray:
     return x.transpose(0, 2, 1, 3)
 
 
-def choose(program: Program, kernels: Kernels) -> str:
+def choose(program: Program, kernels: Kernels, kv_cache: KvCache) -> str:
     """The file to run. Our own operator runs experts faster than ExecuTorch's, many times so where that is not
     optimized (x86); but it has to be built.
 
     Raises:
-        RunnerError: the program has no file for the kernels that were asked for.
+        RunnerError: the program has no file for the kernels that were asked for, or no such cache.
         KernelBuildError: our kernels were asked for and cannot be built.
     """
+    if kv_cache is not KvCache.FLOAT:
+        raise RunnerError(f"{program}: a .pte holds its keys and values in float32; leave --kv-cache out")
     stock, ours = program.graphs[MODEL], program.graphs.get(str(MoeOp.LFM2))
     if kernels is not Kernels.AUTO:
         return _of_kernels(program, kernels, stock, ours)

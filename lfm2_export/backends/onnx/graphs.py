@@ -14,7 +14,7 @@ import onnx_ir as ir
 from lfm2_export.backends.onnx import own_ops, passes
 from lfm2_export.backends.onnx.plan import WeightPlan
 from lfm2_export.backends.onnx.trace import trace
-from lfm2_export.backends.onnx.variants import CPU, LFM2, LFM2_SCORING, SCORING
+from lfm2_export.backends.onnx.variants import CPU, LFM2, LFM2_KV8, LFM2_SCORING, SCORING
 from lfm2_export.cache import CacheSpec
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import ExportError
@@ -53,10 +53,10 @@ def make_graphs(config: ModelConfig, plan: WeightPlan, cache: CacheSpec) -> Grap
     }
     logger.info("passes: %s", ", ".join(f"{name} {count}" for name, count in counts.items()))
     operators = passes.check_operators(model, passes.expected_operators(config, plan))
-    return Graphs(by_role=_variants(model, config, plan), operators=operators)
+    return Graphs(by_role=_variants(model, config, plan, cache), operators=operators)
 
 
-def _variants(model: ir.Model, config: ModelConfig, plan: WeightPlan) -> dict[str, ir.Model]:
+def _variants(model: ir.Model, config: ModelConfig, plan: WeightPlan, cache: CacheSpec) -> dict[str, ir.Model]:
     """The graph and those derived from copies of it; none that would equal another."""
     found = {MODEL: model}
     cpu = model.clone()
@@ -66,6 +66,7 @@ def _variants(model: ir.Model, config: ModelConfig, plan: WeightPlan) -> dict[st
     if own_ops.fits(plan):
         found[LFM2] = _on_own_operators(model, config, plan)
         found[LFM2_SCORING] = _scoring(found[LFM2])
+        found |= _with_int8_cache(found[LFM2], cache)
     return found
 
 
@@ -76,8 +77,18 @@ def _on_own_operators(model: ir.Model, config: ModelConfig, plan: WeightPlan) ->
     if counts != (before["MatMulNBits"], before["QMoE"]):
         raise ExportError(f"{counts} operators became our own; this is a defect, please report it")
     own_ops.fuse_feed_forwards(own, plan)
+    fused = own_ops.fuse_short_convs(own), own_ops.fuse_attention(own)
+    if fused != (len(config.conv_layers), len(config.attention_layers) * (config.head_dim % 16 == 0)):
+        raise ExportError(f"{fused} short convs and attentions became our own; this is a defect, please report it")
     passes.number_nodes(own)
     return own
+
+
+def _with_int8_cache(model: ir.Model, cache: CacheSpec) -> dict[str, ir.Model]:
+    """None where no attention is ours, or there is none."""
+    quantized = model.clone()
+    count = own_ops.quantize_cache(quantized, cache.with_int8_positions())
+    return {LFM2_KV8: quantized} if count else {}
 
 
 def _scoring(model: ir.Model) -> ir.Model:

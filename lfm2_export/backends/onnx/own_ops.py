@@ -7,12 +7,13 @@ twice as fast. Only a session that has registered the library can open it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
 from lfm2_export.backends.onnx.plan import Layout, StoredWeight, WeightPlan
+from lfm2_export.cache import CacheSpec
 from lfm2_export.config import ModelConfig
 from lfm2_export.quant.formats import IntFormat
 
@@ -61,9 +62,7 @@ def fuse_feed_forwards(model: ir.Model, plan: WeightPlan) -> int:
         }
         weights = [value for node in (gate, up, down) for value in _padded(node.inputs, 4)[1:4]]
         _replace(model, down, "FeedForward", (gate.inputs[0], *weights), attributes)
-    if blocks:
-        common_passes.RemoveUnusedNodesPass()(model)
-    return len(blocks)
+    return _finish(model, len(blocks))
 
 
 def _is_whole(plan: WeightPlan, w2: str) -> bool:
@@ -71,6 +70,91 @@ def _is_whole(plan: WeightPlan, w2: str) -> bool:
     block = w2.removesuffix(".w2")
     w1, w3, down = (plan[f"{block}.{part}"] for part in ("w1", "w3", "w2"))
     return isinstance(down.format, IntFormat) and isinstance(w1.format, IntFormat) and w1.format == w3.format
+
+
+def fuse_short_convs(model: ir.Model) -> int:
+    """From a short conv's first projection to its second: gates, convolution and the choice of the new state become one
+    GatedConv. Returns how many."""
+    nodes = [node for node in model.graph if node.op_type == "CausalConvWithState"]
+    for node in nodes:
+        x, weight, bias, state = _padded(node.inputs, 4)
+        masked = _producer(x)
+        gated, attended = masked.inputs
+        projected = _producer(_producer(gated).inputs[0]).inputs[0]
+        window = next(use.node for use in masked.outputs[0].uses() if use.node.op_type == "Concat")
+        (pick,) = window.outputs[0].consumers()
+        rows = _producer(pick.inputs[1]).inputs[0]
+        (out,) = node.outputs[0].consumers()
+        made = ir.node("GatedConv", (projected, weight, bias, state, attended, rows), domain=DOMAIN, num_outputs=2)
+        _insert(model, made, {out.outputs[0]: 0, pick.outputs[0]: 1}, before=pick)
+    return _finish(model, len(nodes))
+
+
+def fuse_attention(model: ir.Model) -> int:
+    """Norms of q and k, RoPE, GroupQueryAttention and its mask become one Attention. Returns how many; head sizes that
+    it does not take are left alone."""
+    mask = next(value for value in model.graph.inputs if value.name == "attention_mask")
+    nodes = [
+        node for node in model.graph if node.op_type == "GroupQueryAttention" and node.attributes["do_rotary"].value
+    ]
+    for node in nodes:
+        q, k, v, past_key, past_value, seqlens_k, _, cos, sin, position_ids, _ = node.inputs
+        (q_norm, q), (k_norm, k) = _before_norm(q), _before_norm(k)
+        attributes = {
+            "num_heads": node.attributes["num_heads"].value,
+            "kv_num_heads": node.attributes["kv_num_heads"].value,
+            "epsilon": q_norm.attributes["epsilon"].value,
+        }
+        inputs = (q, k, v, q_norm.inputs[1], k_norm.inputs[1], past_key, past_value, seqlens_k, mask)
+        made = ir.node("Attention", (*inputs, cos, sin, position_ids), attributes, domain=DOMAIN, num_outputs=3)
+        _insert(model, made, {value: index for index, value in enumerate(node.outputs)}, before=node)
+    return _finish(model, len(nodes))
+
+
+def _before_norm(x: ir.Value | None) -> tuple[ir.Node, ir.Value | None]:
+    """The norm of each head, and the projection that goes into it; a Reshape stands before and behind it."""
+    norm = _producer(_producer(x).inputs[0])
+    assert norm.op_type == "SimplifiedLayerNormalization"
+    return norm, _producer(norm.inputs[0]).inputs[0]
+
+
+def quantize_cache(model: ir.Model, cache: CacheSpec) -> int:
+    """Every Attention keeps its cache in int8; ``cache`` describes it. Returns how many."""
+    boundary = {value.name: value for value in (*model.graph.inputs, *model.graph.outputs)}
+    for tensor in cache.growing:
+        for name, shape in ((tensor.past_name, tensor.shape), (tensor.present_name, tensor.present_shape)):
+            boundary[name].shape = ir.Shape(shape)
+            # A new type: a copy of a graph shares its types with the original.
+            boundary[name].type = ir.TensorType(ir.DataType.UINT8)
+    nodes = [node for node in model.graph if node.op_type == "Attention" and node.domain == DOMAIN]
+    for node in nodes:
+        node.op_type = "AttentionInt8"
+    return len(nodes)
+
+
+def _producer(value: ir.Value | None) -> ir.Node:
+    assert value is not None
+    node = value.producer()
+    assert node is not None
+    return node
+
+
+def _insert(model: ir.Model, made: ir.Node, outputs: Mapping[ir.Value, int], *, before: ir.Node) -> None:
+    """Puts ``made`` into the graph, its outputs in the place of others."""
+    model.graph.insert_before(before, made)
+    for old, index in outputs.items():
+        new, name = made.outputs[index], old.name
+        new.type, new.shape = old.type, old.shape
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        old.name, new.name = None, name
+
+
+def _finish(model: ir.Model, count: int) -> int:
+    """Removes what nothing reads any more."""
+    _import_domain(model, count)
+    if count:
+        common_passes.RemoveUnusedNodesPass()(model)
+    return count
 
 
 def use_own_experts(model: ir.Model, config: ModelConfig) -> int:
@@ -93,10 +177,7 @@ def use_own_experts(model: ir.Model, config: ModelConfig) -> int:
         }
         weights = (gate_up, inputs[3], inputs[11], inputs[5], inputs[6], inputs[12])
         _replace(model, node, "SparseMoe", (inputs[0], logits, bias, *weights), attributes)
-    _import_domain(model, len(nodes))
-    if nodes:
-        common_passes.RemoveUnusedNodesPass()(model)  # the routing around the old nodes
-    return len(nodes)
+    return _finish(model, len(nodes))  # the routing around the old nodes goes too
 
 
 def _padded(inputs: Sequence[ir.Value | None], count: int) -> list[ir.Value | None]:
@@ -114,13 +195,9 @@ def _replace(
     kept = list(inputs)
     while kept[-1] is None:
         kept.pop()
-    name = node.outputs[0].name
     made = ir.node(op, kept, attributes, domain=DOMAIN, name=node.name)
-    model.graph.insert_before(node, made)
-    node.outputs[0].replace_all_uses_with(made.outputs[0], replace_graph_outputs=True)
-    made.outputs[0].type, made.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
+    _insert(model, made, {node.outputs[0]: 0}, before=node)
     model.graph.remove(node, safe=True)
-    made.outputs[0].name = name
 
 
 def _import_domain(model: ir.Model, nodes: int) -> None:

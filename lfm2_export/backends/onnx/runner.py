@@ -20,6 +20,7 @@ import onnxruntime as ort
 
 from lfm2_export.backends.base import (
     Kernels,
+    KvCache,
     Mark,
     Snapshot,
     TokenRows,
@@ -85,20 +86,27 @@ class OnnxRunner:
 
     @classmethod
     def from_program(
-        cls, folder: Path, program: Program, *, threads: int | None = None, kernels: Kernels | None = None
+        cls,
+        folder: Path,
+        program: Program,
+        *,
+        threads: int | None = None,
+        kernels: Kernels | None = None,
+        kv_cache: KvCache | None = None,
     ) -> OnnxRunner:
         """The runner of a program in an artifact's ``folder``, on the graph that is fastest here, or the one for
-        ``kernels``."""
-        variant = choose(folder, program, kernels or Kernels.AUTO)
+        ``kernels`` and ``kv_cache``."""
+        variant = choose(folder, program, kernels or Kernels.AUTO, kv_cache or KvCache.FLOAT)
+        kept = "" if variant.cache == program.cache else f"+{kv_cache}"
         digest = hashlib.sha256("".join(entry.sha256 for _, entry in sorted(program.files.items())).encode())
         return cls(
             variant.path,
-            cache=program.cache,
+            cache=variant.cache,
             context_length=program.context_length,
             threads=threads,
             scoring_path=variant.scoring_path,
             library=variant.library,
-            program_id=f"{program.backend}/{program.scheme}@{digest.hexdigest()[:16]}",
+            program_id=f"{program.backend}/{program.scheme}@{digest.hexdigest()[:16]}{kept}",
         )
 
     @property

@@ -38,8 +38,13 @@ _SCALES = {
     ("QMoE", 5): (6, 12),
     ("SparseMoe", 3): (4, 5),
     ("SparseMoe", 6): (7, 8),
+    ("FeedForward", 1): (2, 3),
+    ("FeedForward", 4): (5, 6),
+    ("FeedForward", 7): (8, 9),
 }
-_BITS = {"QMoE": "expert_weight_bits"}  # others call it "bits"
+# What bits and group size are called, where not "bits" and "block_size".
+_BITS = {("QMoE", 2): "expert_weight_bits", ("QMoE", 5): "expert_weight_bits", ("FeedForward", 7): "down_bits"}
+_GROUP_SIZE = {("FeedForward", 7): "down_block_size"}
 # Operators that multiply by a stored matrix as it is; MatMul's is stored [in, out].
 _TRANSPOSING = ("MatMul",)
 
@@ -248,13 +253,14 @@ class _Graph:
         scale = self.stored(node.input[scale_index])
         outer, groups = scale.shape[:-1], scale.shape[-1]
         rows = math.prod(outer)
+        group_size = attributes[_GROUP_SIZE.get((node.op_type, index), "block_size")]
         return IntMatrix(
             qdata=self.stored(name).as_rows(rows),
             scale=scale.as_rows(rows),
             zero_point=self.stored(point).as_rows(rows) if point else None,
-            bits=attributes[_BITS.get(node.op_type, "bits")],
-            group_size=attributes["block_size"],
-            shape=(*outer, groups * attributes["block_size"]),
+            bits=attributes[_BITS.get((node.op_type, index), "bits")],
+            group_size=group_size,
+            shape=(*outer, groups * group_size),
         )
 
     def stored(self, name: str) -> Stored:

@@ -12,7 +12,8 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lfm2_export.backends.base import Kernels
+from lfm2_export.backends.base import Kernels, KvCache
+from lfm2_export.cache import CacheSpec
 from lfm2_export.errors import RunnerError
 from lfm2_export.kernels import build
 from lfm2_export.manifest import MODEL, Program
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 CPU = "cpu"  # QMoE with int8 activations, which onnxruntime before 1.31 rejects
 SCORING = "scoring"  # logits of every position, otherwise as CPU
 LFM2, LFM2_SCORING = "lfm2", "lfm2_scoring"  # on our operators
+LFM2_KV8 = "lfm2_kv8"  # on our operators, keys and values in int8
 
 
 def graph_name(file_name: str, role: str) -> str:
@@ -32,19 +34,25 @@ def graph_name(file_name: str, role: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """``library``: the operators that a session must know to open ``path`` and ``scoring_path``."""
+    """``library``: the operators that a session must know to open ``path`` and ``scoring_path``. ``cache``: the state
+    that the graph takes and returns."""
 
     path: Path
+    cache: CacheSpec
     scoring_path: Path | None = None
     library: Path | None = None
 
 
-def choose(folder: Path, program: Program, kernels: Kernels = Kernels.AUTO) -> Variant:
-    """The graph that is fastest here, or the one for ``kernels``.
+def choose(
+    folder: Path, program: Program, kernels: Kernels = Kernels.AUTO, kv_cache: KvCache = KvCache.FLOAT
+) -> Variant:
+    """The graph that is fastest here, or the one for ``kernels`` and ``kv_cache``.
 
     Raises:
         RunnerError: our kernels were asked for, and the program has no graph for them or they cannot be had here.
     """
+    if kv_cache is KvCache.INT8:
+        return _with_int8_cache(folder, program, kernels)
     library = _library(program, kernels)
     if library is not None:
         return _variant(folder, program, LFM2, LFM2_SCORING, library)
@@ -55,9 +63,20 @@ def _variant(folder: Path, program: Program, role: str, scoring: str, library: P
     named = program.graphs.get(scoring)
     return Variant(
         path=folder / program.graphs[role],
+        cache=program.cache,
         scoring_path=None if named is None else folder / named,
         library=library,
     )
+
+
+def _with_int8_cache(folder: Path, program: Program, kernels: Kernels) -> Variant:
+    if LFM2_KV8 not in program.graphs or kernels is Kernels.STOCK:
+        raise RunnerError(
+            f"{program}: --kv-cache int8 is for q4 and q8 on our kernels; export such a scheme (again), without "
+            "--kernels stock"
+        )
+    library = _library(program, Kernels.LFM2)
+    return Variant(path=folder / program.graphs[LFM2_KV8], cache=program.cache.with_int8_positions(), library=library)
 
 
 def _library(program: Program, kernels: Kernels) -> Path | None:
@@ -96,7 +115,7 @@ def runnable(program: Program) -> dict[str, Program]:
     """Every shipped graph that runs here, by its file, as a program of its own; without those that score."""
     found = {}
     for role, name in program.graphs.items():
-        if role not in (SCORING, LFM2_SCORING, LFM2):
+        if role not in (SCORING, LFM2_SCORING, LFM2, LFM2_KV8):
             found[name] = replace(program, graphs={MODEL: name})
         elif role == LFM2 and own_library() is not None:
             found[name] = replace(program, graphs={MODEL: name, LFM2: name})

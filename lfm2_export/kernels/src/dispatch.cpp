@@ -5,6 +5,8 @@
 #include <cstring>
 #include <iterator>
 
+#include "attention.h"
+#include "gated_conv.h"
 #include "kernels.h"
 #include "row_matrix.h"
 
@@ -168,6 +170,24 @@ const Kernels& best_kernels() {
 const RowKernels& best_row_kernels() {
   static const RowKernels* const kernels = chosen(kFastestRowsFirst);
   return *kernels;
+}
+
+const AttentionKernels& best_attention_kernels() {
+#if defined(LFM2_HAVE_AVX512VNNI)
+  if (&best_row_kernels() == &kAvx512VnniRowKernels) {
+    return kAvx512AttentionKernels;
+  }
+#endif
+  return kPlainAttentionKernels;
+}
+
+const ConvKernels& best_conv_kernels() {
+#if defined(LFM2_HAVE_AVX512VNNI)
+  if (&best_row_kernels() == &kAvx512VnniRowKernels) {
+    return kAvx512ConvKernels;
+  }
+#endif
+  return kScalarConvKernels;
 }
 
 const Kernels* kernels_by_name(const char* name) {

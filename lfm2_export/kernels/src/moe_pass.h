@@ -31,7 +31,7 @@
 namespace lfm2 {
 
 constexpr int64_t kBlock = 32;          // features of a task's step, in and out
-constexpr int64_t kSegmentPairs = 64;   // activations, weights and sums of a task fit the first two cache levels
+constexpr int64_t kSegmentPairs = 128;  // activations, weights and sums of a task fit the first two cache levels
 constexpr int64_t kPassTokens = 1024;   // bounds the scratch memory; every pass reads the weights once
 constexpr int64_t kTasksPerWorker = 8;  // for the balance, where the number of tasks can be chosen
 

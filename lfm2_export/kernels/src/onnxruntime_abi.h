@@ -54,7 +54,7 @@ namespace lfm2::ort {
 
 constexpr uint32_t kApiVersion = 17;
 
-enum ElementType { kAnyType = 0, kFloat = 1, kUint8 = 2, kHalf = 10 };
+enum ElementType { kAnyType = 0, kFloat = 1, kUint8 = 2, kInt32 = 6, kInt64 = 7, kHalf = 10 };
 enum Characteristic { kRequired = 0, kOptional = 1 };
 enum ErrorCode { kFail = 1, kInvalidArgument = 2 };
 

@@ -4,16 +4,12 @@
 // spread over lanes and applied once per register. block: 16 rows a register; codes, scales and zero points are turned
 // from rows into lanes by transposing 16 x 16 words, which at 4 bits moves 8 weights at once.
 
-#include <immintrin.h>
-
+#include "lanes_avx512.h"
 #include "row_quantize.h"
 
 namespace lfm2 {
 namespace {
 
-#define LFM2_ALWAYS inline __attribute__((always_inline))
-
-constexpr int kLanes = 16;
 constexpr int64_t kAhead = 2048;  // bytes: covers DRAM latency, across page boundaries too
 constexpr int kMostTokens = 4;    // of one pass of `dot`
 constexpr int kTileTokens = 6;    // of one pass of `block`: 2 x 6 sums of integers, as many of floats
@@ -41,6 +37,71 @@ LFM2_ALWAYS __m512 load_points(const uint8_t* points, int64_t first, __mmask16 m
   const __m128i low = _mm_and_si128(pairs, nibble);
   const __m128i high = _mm_and_si128(_mm_srli_epi16(pairs, 4), nibble);
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(low, high)));
+}
+
+// quantize_row_group of elementwise code, on two registers: the same codes and scales.
+LFM2_ALWAYS void quantize_registers(__m512 a, __m512 b, const RowActivations& to, int64_t group, int64_t token) {
+  constexpr float kLeast = 1e-30f;  // as in elementwise.h
+  const __m512 greatest_lanes = _mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b));
+  const __mmask16 odd = _mm512_fpclass_ps_mask(a, 0x99) | _mm512_fpclass_ps_mask(b, 0x99);  // NaN, infinity
+  const float greatest = _mm512_reduce_max_ps(greatest_lanes);
+  const bool usable = odd == 0 && greatest > kLeast;
+  const __m512 inverse = _mm512_set1_ps(usable ? 127.0f / greatest : 0.0f);
+  const __mmask16 keep = usable ? 0xffff : 0;
+  const __m512i low = _mm512_maskz_cvtps_epi32(keep, _mm512_mul_ps(a, inverse));
+  const __m512i high = _mm512_maskz_cvtps_epi32(keep, _mm512_mul_ps(b, inverse));
+  __m256i codes = _mm256_set_m128i(_mm512_cvtepi32_epi8(high), _mm512_cvtepi32_epi8(low));
+  if (to.shifted) {
+    codes = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
+  }
+  int8_t* row = to.codes_of(token);
+  if (to.bits == 8) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + group * kGroupInputs), codes);
+  } else {
+    const __m256i apart = _mm256_set_epi8(15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4, 2, 0,  //
+                                          15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4, 2, 0);
+    codes = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(codes, apart), 0xd8);
+    int8_t* even = row + place_of(group * kGroupInputs, 4);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(even), _mm256_castsi256_si128(codes));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(even + 64), _mm256_extracti128_si256(codes, 1));
+  }
+  const int32_t sum = _mm512_reduce_add_epi32(_mm512_add_epi32(low, high));
+  const float scale = odd != 0 ? bits_to_float(0x7fc00000u) : usable ? greatest / 127.0f : 0.0f;
+  store_scale(scale, sum, to, group, token);
+}
+
+void quantize(const float* x, int64_t columns, const RowActivations& to, int64_t token) {
+  for (int64_t group = 0; group < columns / kGroupInputs; ++group, x += kGroupInputs) {
+    quantize_registers(_mm512_loadu_ps(x), _mm512_loadu_ps(x + kLanes), to, group, token);
+  }
+}
+
+// silu of elementwise.h.
+LFM2_ALWAYS __m512 silu_lanes(__m512 x) {
+  const __m512 one = _mm512_set1_ps(1.0f);
+  const __m512 e = exp_lanes(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_abs_ps(x)));
+  const __mmask16 negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
+  return _mm512_mul_ps(x, _mm512_div_ps(_mm512_mask_blend_ps(negative, one, e), _mm512_add_ps(one, e)));
+}
+
+// 16 values, `step` floats apart, from value `first` on.
+LFM2_ALWAYS __m512 load_apart(const float* x, int first, int step) {
+  if (step == 1) {
+    return _mm512_loadu_ps(x + first);
+  }
+  const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  // The last value of an odd half is the last float there is: one less is loaded behind it.
+  return _mm512_permutex2var_ps(_mm512_loadu_ps(x + 2 * first), even,
+                                _mm512_maskz_loadu_ps(0x7fff, x + 2 * first + kLanes));
+}
+
+void swiglu(const float* gate, const float* up, int step, const RowActivations& to, int64_t group, int64_t token) {
+  __m512 product[2];
+  for (int half = 0; half < 2; ++half) {
+    const __m512 g = load_apart(gate, half * kLanes, step), u = load_apart(up, half * kLanes, step);
+    product[half] = _mm512_mul_ps(silu_lanes(g), u);
+  }
+  quantize_registers(product[0], product[1], to, group, token);
 }
 
 // Which lane of 16 scales of groups of 32 (or of the weights' groups) belongs to a lane.
@@ -155,28 +216,6 @@ void dot(const RowMatrix& w, const RowActivations& x, float* y, int64_t stride) 
   w.bits == 4 ? dot_bits<4>(w, x, y, stride) : dot_bits<8>(w, x, y, stride);
 }
 
-// Rows to lanes: word i of row r becomes lane r of word i.
-LFM2_ALWAYS void transpose(__m512i (&m)[kLanes]) {
-  __m512i a[kLanes];
-  for (int i = 0; i < kLanes; i += 4) {  // 4 x 4 words in each quarter of a register
-    const __m512i t0 = _mm512_unpacklo_epi32(m[i], m[i + 1]), t1 = _mm512_unpackhi_epi32(m[i], m[i + 1]);
-    const __m512i t2 = _mm512_unpacklo_epi32(m[i + 2], m[i + 3]), t3 = _mm512_unpackhi_epi32(m[i + 2], m[i + 3]);
-    a[i] = _mm512_unpacklo_epi64(t0, t2);
-    a[i + 1] = _mm512_unpackhi_epi64(t0, t2);
-    a[i + 2] = _mm512_unpacklo_epi64(t1, t3);
-    a[i + 3] = _mm512_unpackhi_epi64(t1, t3);
-  }
-  for (int j = 0; j < 4; ++j) {  // then the quarters
-    const __m512i t0 = _mm512_shuffle_i32x4(a[j], a[j + 4], 0x88), t1 = _mm512_shuffle_i32x4(a[j], a[j + 4], 0xdd);
-    const __m512i t2 = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0x88);
-    const __m512i t3 = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0xdd);
-    m[j] = _mm512_shuffle_i32x4(t0, t2, 0x88);
-    m[j + 4] = _mm512_shuffle_i32x4(t1, t3, 0x88);
-    m[j + 8] = _mm512_shuffle_i32x4(t0, t2, 0xdd);
-    m[j + 12] = _mm512_shuffle_i32x4(t1, t3, 0xdd);
-  }
-}
-
 // A block's rows as lanes. Words come in the order in which activations lie: at 4 bits, of 8 inputs the even ones, then
 // the odd ones.
 struct Block {
@@ -277,8 +316,21 @@ LFM2_ALWAYS __m512i four_inputs(const int8_t* x) {
   return _mm512_set1_epi32(bits);
 }
 
+// What is probably needed next, the rows behind this block's: fetched line by line while this block computes.
+struct Ahead {
+  uintptr_t at, end;
+
+  LFM2_ALWAYS void step() {
+    if (at < end) {
+      _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
+      at += 64;
+    }
+  }
+};
+
 template <int kTokens, int kBits>
-void block_tile(const Block& block, const RowMatrix& w, const RowActivations& x, float* y, int64_t stride) {
+void block_tile(const Block& block, const RowMatrix& w, const RowActivations& x, float* y, int64_t stride,
+                Ahead& ahead) {
   __m512 total[kTokens][2];
   for (int t = 0; t < kTokens; ++t) {
     total[t][0] = total[t][1] = _mm512_setzero_ps();
@@ -288,6 +340,7 @@ void block_tile(const Block& block, const RowMatrix& w, const RowActivations& x,
   const __m512* scales = block.scales;
   int64_t until_next = groups_per_scale;
   for (int64_t group = 0; group < w.columns / kGroupInputs; ++group) {
+    ahead.step();
     const __m512i* words = block.words + group * (kGroupInputs / 4 * 2);
     // At 4 bits word 2*i holds even inputs, word 2*i + 1 odd ones, which lie 64 further on.
     const int8_t* from = kBits == 4 ? inputs + group / 4 * 128 + group % 4 * 16 : inputs + group * kGroupInputs;
@@ -325,17 +378,19 @@ void block_tile(const Block& block, const RowMatrix& w, const RowActivations& x,
 
 template <int kBits>
 void block_bits(const RowMatrix& w, const RowActivations& x, float* y, int64_t stride, const Block& block) {
+  const auto next = reinterpret_cast<uintptr_t>(w.row(w.rows));
+  Ahead ahead = {next, next + w.rows * w.row_bytes()};
   for (int64_t first = 0; first < x.tokens; first += kTileTokens) {
     const int64_t count = x.tokens - first < kTileTokens ? x.tokens - first : kTileTokens;
     const RowActivations some = x.part(first, count);
     float* to = y + first * stride;
     switch (count) {
-      case 1: block_tile<1, kBits>(block, w, some, to, stride); break;
-      case 2: block_tile<2, kBits>(block, w, some, to, stride); break;
-      case 3: block_tile<3, kBits>(block, w, some, to, stride); break;
-      case 4: block_tile<4, kBits>(block, w, some, to, stride); break;
-      case 5: block_tile<5, kBits>(block, w, some, to, stride); break;
-      default: block_tile<6, kBits>(block, w, some, to, stride);
+      case 1: block_tile<1, kBits>(block, w, some, to, stride, ahead); break;
+      case 2: block_tile<2, kBits>(block, w, some, to, stride, ahead); break;
+      case 3: block_tile<3, kBits>(block, w, some, to, stride, ahead); break;
+      case 4: block_tile<4, kBits>(block, w, some, to, stride, ahead); break;
+      case 5: block_tile<5, kBits>(block, w, some, to, stride, ahead); break;
+      default: block_tile<6, kBits>(block, w, some, to, stride, ahead);
     }
   }
 }
@@ -349,6 +404,6 @@ void block(const RowMatrix& w, const RowActivations& x, float* y, int64_t stride
 }  // namespace
 
 const RowKernels kAvx512VnniRowKernels = {
-    "avx512vnni", quantize_row, swiglu_row, dot, block, accumulate_row};
+    "avx512vnni", quantize, swiglu, dot, block, accumulate_row};
 
 }  // namespace lfm2

@@ -34,18 +34,23 @@ inline void store_codes(const int8_t* codes, const RowActivations& to, int64_t g
   }
 }
 
-// Group `group` of a token; `sums` are added up by the weights' groups, so groups come in order.
+// `sums` are added up by the weights' groups, so groups come in order.
+inline void store_scale(float scale, int32_t sum, const RowActivations& to, int64_t group, int64_t token) {
+  const int64_t groups_per_sum = to.group / kGroupInputs;
+  const float scaled = scale * static_cast<float>(sum);
+  float& total = to.sums_of(token)[group / groups_per_sum];
+  to.scales_of(token)[group] = scale;
+  total = group % groups_per_sum == 0 ? scaled : total + scaled;
+}
+
+// Group `group` of a token.
 inline void quantize_row_group(const float* x, const RowActivations& to, int64_t group, int64_t token) {
   alignas(64) int8_t codes[kGroupInputs];
   float scale;
   int32_t offset;
   quantize_group(x, {codes, &scale, &offset, 1}, 0, 0);
   store_codes(codes, to, group, token);
-  to.scales_of(token)[group] = scale;
-  const float sum = scale * static_cast<float>(offset / -kZeroPoint);
-  const int64_t groups_per_sum = to.group / kGroupInputs;
-  float& total = to.sums_of(token)[group / groups_per_sum];
-  total = group % groups_per_sum == 0 ? sum : total + sum;
+  store_scale(scale, offset / -kZeroPoint, to, group, token);
 }
 
 inline void quantize_row(const float* x, int64_t columns, const RowActivations& to, int64_t token) {

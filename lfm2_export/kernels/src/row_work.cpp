@@ -36,7 +36,7 @@ class Grown {
 }  // namespace
 
 void* thread_scratch(Use use, size_t bytes) {
-  thread_local Grown grown[2];
+  thread_local Grown grown[4];
   return grown[static_cast<int>(use)].at_least(bytes);
 }
 

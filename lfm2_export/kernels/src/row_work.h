@@ -24,7 +24,7 @@ void multiply(const RowKernels& kernels, const RowMatrix& w, const RowActivation
 int64_t rows_of_a_task(const RowMatrix& w, const RowActivations& x, const ThreadPool& pool);
 
 // Memory of this thread, kept from call to call; each `Use` has its own. 64-byte aligned.
-enum class Use { kBlock, kGateUp };
+enum class Use { kBlock, kGateUp, kAttention, kWindow };
 void* thread_scratch(Use use, size_t bytes);
 
 }  // namespace lfm2
