@@ -14,6 +14,8 @@ still lie far apart, or a bandwidth that differs between rounds, say that the ma
 repeat the whole then. --launcher "taskset -c 0,1" or "numactl --membind 0 --cpunodebind 0" keeps every timed run where
 you want it.
 
+"stock kernels" are onnxruntime's own; otherwise ONNX programs run on ours, on the same files.
+
 What is measured: load, until the program can compute; resident, the most memory that the process held, interpreter and
 mapped files included; prefill of 512 tokens and 128 decode steps from an empty context, each after a warm-up; the read
 bandwidth, by a small C program in the same rounds (best pass of each round, then the median). "bits a weight" are those
@@ -148,6 +150,7 @@ def run_once(program: Program, rival: llama_cpp.LlamaBench | None, options: argp
         return rival.run(program.path, prompt=PROMPT, new=NEW, threads=options.threads, launcher=options.launcher)
     command = [sys.executable, "-m", "benchmarks.one_run", str(program.path), "--backend", program.system]
     command += ["--threads", str(options.threads), "--prompt", str(PROMPT), "--new", str(NEW)]
+    command += ["--kernels", program.kernels]
     watched = watch(command, purpose=program.label, launcher=options.launcher)
     try:
         figures = json.loads(watched.stdout.splitlines()[-1])

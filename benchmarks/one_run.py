@@ -16,13 +16,15 @@ import time
 import numpy as np
 
 
-def measure(artifact: str, backend: str, threads: int, prompt: int, new: int) -> dict[str, float]:
+def measure(
+    artifact: str, backend: str, threads: int, prompt: int, new: int, kernels: str = "auto"
+) -> dict[str, float]:
     """Seconds of loading; tokens per second."""
     from lfm2_export import load_runner
 
     print("loading", file=sys.stderr, flush=True)  # whoever watches counts from here
     started = time.perf_counter()
-    runner = load_runner(artifact, backend=backend, threads=threads)
+    runner = load_runner(artifact, backend=backend, threads=threads, kernels=kernels)
     load_s = time.perf_counter() - started
     tokens = np.random.default_rng(0).integers(0, runner.vocab_size, max(prompt, new)).tolist()
     runner.prefill([tokens[:prompt]])
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--kernels", default="auto")
     print(json.dumps(measure(**vars(parser.parse_args()))))
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _COLOURS = {LLAMA_CPP: "#8a8f98", ONNX: "#2a6fdb", EXECUTORCH: "#d9762b"}
-_SHADES = (1.0, 0.75, 0.5)  # of one system's rows, in their order
+_SHADES = (1.0, 0.75, 0.5, 0.3)  # of one system's rows, in their order
 
 
 def draw(found: Comparison, active_weights: float, path: Path) -> Path:

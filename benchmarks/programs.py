@@ -10,7 +10,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from lfm2_export.quant.schemes import get_scheme
 from lfm2_export.resources import check_disk
 
 ONNX_SCHEME, PTE_SCHEME = "q4", "8da4w"
+EQUAL_BITS_GROUP = 64  # with float32 scales it comes to the 4.5 bits of Q4_0
 _PTE_CONTEXT = 1024  # positions: enough for 512 + 128
 _WEIGHT_BITS = 5.2  # the most that any of the files takes, for the disk's estimate
 _TOKENIZER = "tiny-dense"  # never used, but an artifact wants one
@@ -34,13 +35,15 @@ _TOKENIZER = "tiny-dense"  # never used, but an artifact wants one
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """One contender. ``path``: a .gguf or an artifact's folder; ``files``: what it reads when it loads."""
+    """One contender. ``path``: a .gguf or an artifact's folder; ``files``: what it reads when it loads; ``kernels``: which
+    ones an artifact is run on."""
 
     system: str
     name: str
     path: Path
     files: tuple[Path, ...]
     bits_per_weight: float
+    kernels: str = "auto"
 
     @property
     def label(self) -> str:
@@ -62,7 +65,7 @@ def prepare(
     """
     makers = {
         LLAMA_CPP: lambda: [gguf_program(folder, raw_config)],
-        ONNX: lambda: [onnx_program(folder, raw_config, group) for group in onnx_groups],
+        ONNX: lambda: onnx_programs(folder, raw_config, onnx_groups),
         EXECUTORCH: lambda: [pte_program(folder, raw_config)],
     }
     check_disk(folder, disk_needed(folder, raw_config, systems, onnx_groups), purpose="this comparison")
@@ -88,6 +91,17 @@ def gguf_program(folder: Path, raw_config: Mapping[str, Any]) -> Program:
     used = [(tensor.nbytes, tensor.count, tensor.active) for tensor in random_gguf.tensors(raw_config)]
     bits = 8 * sum(n * active for n, _, active in used) / sum(count * active for _, count, active in used)
     return Program(system=LLAMA_CPP, name="Q4_0", path=path, files=(path,), bits_per_weight=bits)
+
+
+def onnx_programs(folder: Path, raw_config: Mapping[str, Any], groups: Sequence[int]) -> list[Program]:
+    """Each group size on our kernels, and the one whose bits equal llama.cpp's on onnxruntime's own as well."""
+    found = [onnx_program(folder, raw_config, group) for group in groups]
+    stock = [
+        replace(program, name=f"{program.name}, stock kernels", kernels="stock")
+        for program, group in zip(found, groups, strict=True)
+        if group == EQUAL_BITS_GROUP
+    ]
+    return found + stock
 
 
 def onnx_program(folder: Path, raw_config: Mapping[str, Any], group_size: int) -> Program:

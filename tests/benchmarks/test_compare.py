@@ -58,9 +58,9 @@ def test_compare_times_all_systems_in_turn_and_writes_table_json_and_plot(
     shown = capsys.readouterr()
     assert "built by gcc 12.2.0 with -march=native, -mno-amx-tile" in shown.err
     turns = [line.split(":")[0].strip() for line in shown.err.splitlines() if line.startswith("  ")]
-    assert turns == ["llama.cpp Q4_0", "onnx q4 group 32", "onnx q4 group 64"] * 3
+    assert turns == ["llama.cpp Q4_0", "onnx q4 group 32", "onnx q4 group 64", "onnx q4 group 64, stock kernels"] * 3
     found = Comparison.read(tmp_path / "results/tiny.json")
-    assert [row.system for row in found.rows] == ["llama.cpp", "onnx", "onnx"]
+    assert [row.system for row in found.rows] == ["llama.cpp", "onnx", "onnx", "onnx"]
     assert found.rows[1].bits_per_weight > found.rows[2].bits_per_weight > 4
     assert all(row.decode_tps > 0 and row.resident_bytes > 0 and row.artifact_bytes > 0 for row in found.rows)
     assert found.versions["llama.cpp"].startswith("abc (llama-cpp-python 0; -march=native -mno-amx-tile")
