@@ -17,8 +17,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from lfm2_export.quant._groups import Chunk, fit_range, quantize_in_chunks, write_codes
-from lfm2_export.quant.formats import FloatArray, IntFormat, QuantizedTensor
+from lfm2_export.quant._groups import Chunk, fit_range, write_codes
+from lfm2_export.quant.formats import FloatArray
 
 # How much longer or shorter the grid may get, in its own steps: shorter cuts the extremes off. On Gaussian, Laplace and
 # Student-t weights in groups of 32 and 128 this is within 0.5 % of an exhaustive search over scales and zero points.
@@ -27,27 +27,21 @@ _STEPS = (0.0, 1.5, 1.0, 0.5, -0.6, -1.2, -2.0)
 _LEAST_GAIN = np.float32(1e-4)
 
 
-def quantize(
-    weight: FloatArray, format: IntFormat, *, fqn: str = "weight", threads: int | None = None
-) -> QuantizedTensor:
-    """``weight`` float32 [rows, in_features] in ``format``; ``threads`` None takes every usable core.
+def quantize_chunk(chunk: Chunk) -> None:
+    """Quantizes the groups of ``chunk``.
 
     Raises:
-        QuantizationError: the width does not fit the group size, a weight is not finite, or a scale overflows.
+        UnfitGroupError: a weight is not finite, or a scale overflows.
     """
-    return quantize_in_chunks(weight, format, _quantize_chunk, fqn=fqn, threads=threads)
-
-
-def _quantize_chunk(chunk: Chunk) -> None:
     rounded_scale_C, chunk.zero_point_C[:] = fit_range(chunk.values_GC, chunk.format)
-    values_GC = np.multiply(chunk.values_GC, 1 / rounded_scale_C, out=chunk.values_GC)
+    values_GC = np.multiply(chunk.values_GC, 1 / rounded_scale_C, out=chunk.scratch_GC[0])
     search = _Search(chunk, values_GC)
     ratio_C = search.refit(search.best_of(1 + step / chunk.format.greatest_code for step in _STEPS))
     chunk.scale_C[:] = chunk.format.representable_scale(rounded_scale_C * ratio_C)
     ratio_C = chunk.scale_C / rounded_scale_C
     rounding_wins_C = search.squared_error(ratio_C) >= search.squared_error(1.0) * (1 - _LEAST_GAIN)
     np.copyto(chunk.scale_C, rounded_scale_C, where=rounding_wins_C)
-    write_codes(np.multiply(values_GC, 1 / (chunk.scale_C / rounded_scale_C), out=values_GC), chunk)
+    write_codes(values_GC, chunk.scale_C / rounded_scale_C, chunk)
 
 
 class _Search:
@@ -55,7 +49,7 @@ class _Search:
 
     def __init__(self, chunk: Chunk, values_GC: FloatArray):
         self.values_GC = values_GC
-        self.codes_GC, self.product_GC = chunk.scratch_GC
+        self.codes_GC, self.product_GC = chunk.codes_GC, chunk.scratch_GC[1]
         self.least_C = -chunk.zero_point_C
         self.greatest_C = chunk.format.greatest_code - chunk.zero_point_C
 
