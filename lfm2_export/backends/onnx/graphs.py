@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from lfm2_export.backends.onnx import passes
 from lfm2_export.backends.onnx.plan import WeightPlan
-from lfm2_export.backends.onnx.trace import trace
+from lfm2_export.backends.onnx.trace import trace, without_collection
 from lfm2_export.cache import CacheSpec
 from lfm2_export.config import ModelConfig
 
@@ -33,6 +33,7 @@ class Graphs:
         return [model for model in (self.portable, self.cpu, self.scoring) if model is not None]
 
 
+@without_collection()
 def make_graphs(config: ModelConfig, plan: WeightPlan, cache: CacheSpec) -> Graphs:
     """Traces once and derives the other graphs from copies.
 
