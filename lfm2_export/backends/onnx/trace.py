@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lfm2_export.backends.onnx import ops
+from lfm2_export.backends.onnx.decompose import decompose_
 from lfm2_export.backends.onnx.lower import Lowering
 from lfm2_export.backends.onnx.plan import WeightPlan
 from lfm2_export.cache import CacheSpec
@@ -70,6 +71,7 @@ def trace(config: ModelConfig, plan: WeightPlan, cache: CacheSpec) -> ir.Model:
         program = OnnxProgram(causal_lm, cache)
         arguments = _example_inputs(cache)
         exported = torch.export.export(program, arguments, dynamic_shapes=_dynamic_shapes(cache), strict=False)
+        decompose_(exported)
         return _to_onnx(exported, cache)
 
 
