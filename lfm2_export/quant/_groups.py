@@ -56,7 +56,8 @@ class Chunk:
 
 
 def _sum_of_squares(values_GC: FloatArray) -> float:
-    return float(np.vecdot(values_GC, values_GC).sum(dtype=np.float64))
+    with np.errstate(over="ignore"):  # weights above 1e19 have no error to speak of
+        return float(np.vecdot(values_GC, values_GC).sum(dtype=np.float64))
 
 
 QuantizeChunk = Callable[[Chunk], None]

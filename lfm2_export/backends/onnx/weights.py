@@ -5,8 +5,8 @@ them, and a record of every tensor's format and quantization error. The places f
 are known, and the disk can be checked, before anything is read. A ledger keeps the pieces that are done.
 
 The work is cut into pieces: some rows of a matrix, or one expert's two matrices that lie interleaved. A thread per core
-takes a piece all the way from the shard to the data file, so that one reads while another computes. Peak memory is a
-piece per core, whatever the model's size.
+takes a piece all the way from the shard to the data file, so that one reads while another computes. What is quantized
+goes through the cache some hundred rows at a time. Peak memory is a piece per core, whatever the model's size.
 """
 
 from __future__ import annotations
@@ -139,6 +139,11 @@ class Piece:
     sources: tuple[str, ...]
     rows: slice | None = None
 
+    @property
+    def row_count(self) -> int:
+        """Rows of the stored matrix that it makes."""
+        return self.weight.shape[-2] if self.rows is None else self.rows.stop - self.rows.start
+
     def stored_bytes(self, checkpoint: Checkpoint) -> int:
         """How much of the checkpoint it is made of."""
         return sum(checkpoint.tensors[source].rows(self.rows).nbytes for source in self.sources)
@@ -239,13 +244,12 @@ class WeightWriter:
 
     def _quantize(self, piece: Piece, form: IntFormat) -> StorageError:
         """One chunk of a source at a time: it stays in the cache from the file to its packed rows."""
-        columns, count = piece.weight.shape[-1], len(piece.sources)
-        step = rows_per_chunk(columns)
-        packed = empty_rows(form, count * self.checkpoint.tensors[piece.sources[0]].rows(piece.rows).shape[0], columns)
+        columns = piece.weight.shape[-1]
+        packed = empty_rows(form, piece.row_count, columns)
         error = StorageError()
         for offset, source in enumerate(piece.sources):
-            rows = range(offset, len(packed["qdata"]), count)
-            for stored in self._finite_blocks(source, piece.rows, step):
+            rows = range(offset, piece.row_count, len(piece.sources))
+            for stored in self._finite_blocks(source, piece.rows, rows_per_chunk(columns)):
                 rows, these = rows[len(stored) :], rows[: len(stored)]
                 chunk = self.algorithm.rows(stored, form, self._threads.workspace, fqn=piece.weight.name, rows=these)
                 error += chunk.storage_error()
