@@ -18,7 +18,7 @@ import numpy as np
 
 from lfm2_export.artifact import Artifact
 from lfm2_export.backends import get_backend
-from lfm2_export.backends.base import Runner
+from lfm2_export.backends.base import Runner, parse_kernels, parse_kv_cache
 from lfm2_export.backends.profile import Profile
 from lfm2_export.errors import GenerationError
 from lfm2_export.runners import load_runner
@@ -63,6 +63,8 @@ def measure(
     threads: int | None = None,
     rounds: int = 3,
     profile: bool = False,
+    kernels: str | None = None,
+    kv_cache: str | None = None,
 ) -> BenchResult:
     """Loads a program and times it.
 
@@ -77,7 +79,14 @@ def measure(
     program = artifact.program(backend, scheme)
     _check_counts(prompt_tokens, new_tokens, rounds, program.context_length)
     started = time.perf_counter()
-    runner = load_runner(artifact, backend=program.backend, scheme=program.scheme, threads=threads)
+    runner = load_runner(
+        artifact,
+        backend=program.backend,
+        scheme=program.scheme,
+        threads=threads,
+        kernels=kernels,
+        kv_cache=kv_cache,
+    )
     load_s = time.perf_counter() - started
     prompt = np.random.default_rng(_SEED).integers(0, runner.vocab_size, prompt_tokens).tolist()
     times = [_round(runner, prompt, new_tokens) for _ in range(rounds)]
@@ -93,13 +102,20 @@ def measure(
         prefill_tps=prompt_tokens / prefill_s,
         decode_tps=new_tokens / decode_s,
         peak_memory_bytes=peak_memory(),
-        state_bytes=program.cache.fixed_bytes() + program.cache.bytes_per_token() * (prompt_tokens + new_tokens),
+        state_bytes=runner.cache.fixed_bytes() + runner.cache.bytes_per_token() * (prompt_tokens + new_tokens),
         artifact_bytes=sum(entry.bytes for entry in program.files.values()),
     )
     if not profile:
         return result
     del runner  # Its memory is needed for the next.
-    taken = get_backend(program.backend).profile_program(artifact.path, program, prompt, threads=threads)
+    taken = get_backend(program.backend).profile_program(
+        artifact.path,
+        program,
+        prompt,
+        threads=threads,
+        kernels=parse_kernels(kernels),
+        kv_cache=parse_kv_cache(kv_cache),
+    )
     return replace(result, profile=taken)
 
 

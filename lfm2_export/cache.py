@@ -7,7 +7,7 @@ and values of every position so far. Each is an explicit tensor with a name, a s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,9 @@ from lfm2_export.errors import ArtifactError
 BATCH = "batch_size"
 PAST = "past_sequence_length"
 TOTAL = "total_sequence_length"
+
+# Of a position's scale, in caches of int8: a float32 behind its codes.
+SCALE_BYTES = 4
 
 CONV_STATE, KEY_STATE, VALUE_STATE = "conv", "key", "value"
 
@@ -79,6 +82,16 @@ class CacheSpec:
                 shape = (BATCH, config.num_key_value_heads, PAST, config.head_dim)
                 tensors += [_state(layer, KEY_STATE, shape, dtype), _state(layer, VALUE_STATE, shape, dtype)]
         return cls(tensors=tuple(tensors))
+
+    def with_int8_positions(self) -> CacheSpec:
+        """The same state with keys and values in int8: rows of head_dim codes and their scale, as bytes
+        (kernels/src/attention.h)."""
+        return CacheSpec(
+            tensors=tuple(
+                replace(t, shape=(*t.shape[:-1], int(t.shape[-1]) + SCALE_BYTES), dtype="uint8") if t.grows else t
+                for t in self.tensors
+            )
+        )
 
     @property
     def conv(self) -> tuple[StateTensor, ...]:

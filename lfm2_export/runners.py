@@ -10,19 +10,31 @@ from pathlib import Path
 
 from lfm2_export.artifact import Artifact
 from lfm2_export.backends import get_backend
-from lfm2_export.backends.base import Runner
+from lfm2_export.backends.base import Runner, parse_kernels, parse_kv_cache
 
 
 def load_runner(
-    path: str | Path | Artifact, *, backend: str | None = None, scheme: str | None = None, threads: int | None = None
+    path: str | Path | Artifact,
+    *,
+    backend: str | None = None,
+    scheme: str | None = None,
+    threads: int | None = None,
+    kernels: str | None = None,
+    kv_cache: str | None = None,
 ) -> Runner:
     """A runner on one program of the artifact at ``path``; files are checked against the manifest first.
 
+    ``kernels``: "auto" (ours where they can be had, which is the default), "lfm2" or "stock" (the runtime's own).
+    ``kv_cache``: "float" (the default), or "int8": a quarter of float32's memory, for onnx's q4 and q8 on our kernels.
+
     Raises:
         ArtifactError: no artifact there, no such program in it, or a file is missing or was changed.
-        RunnerError: the runtime cannot load the program.
+        RunnerError: the runtime cannot load the program, or ``kernels`` or ``kv_cache`` cannot be had.
     """
+    wanted, cache = parse_kernels(kernels), parse_kv_cache(kv_cache)
     artifact = path if isinstance(path, Artifact) else Artifact.open(path, verify=False)
     program = artifact.program(backend, scheme)
     artifact.verify(program)
-    return get_backend(program.backend).load_runner(artifact.path, program, threads=threads)
+    return get_backend(program.backend).load_runner(
+        artifact.path, program, threads=threads, kernels=wanted, kv_cache=cache
+    )

@@ -11,12 +11,58 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from enum import StrEnum
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
+from lfm2_export.cache import CacheSpec
 from lfm2_export.errors import ContextLimitError, RunnerError
 from lfm2_export.resources import usable_cores
+
+
+class Kernels(StrEnum):
+    """Whose kernels a runner uses where a program can run on either."""
+
+    AUTO = "auto"  # ours where they can be had here
+    LFM2 = "lfm2"  # ours, or an error
+    STOCK = "stock"  # the runtime's own
+
+
+class KvCache(StrEnum):
+    """How keys and values are kept while a program runs."""
+
+    FLOAT = "float"  # as the program's activations
+    INT8 = "int8"  # a scale per position and head: a quarter of float32's memory
+
+
+def parse_kernels(name: str | None) -> Kernels:
+    """The choice of that name; None is "auto".
+
+    Raises:
+        RunnerError: there is no such choice.
+    """
+    return Kernels.AUTO if name is None else _one_of(Kernels, name, "kernels")
+
+
+def parse_kv_cache(name: str | None) -> KvCache:
+    """The choice of that name; None is "float".
+
+    Raises:
+        RunnerError: there is no such choice.
+    """
+    return KvCache.FLOAT if name is None else _one_of(KvCache, name, "kv_cache")
+
+
+_Choice = TypeVar("_Choice", bound=StrEnum)
+
+
+def _one_of(choices: type[_Choice], name: str, what: str) -> _Choice:
+    try:
+        return choices(name)
+    except ValueError:
+        raise RunnerError(f"{what} {name!r}: give one of {', '.join(choices)}") from None
+
 
 # One list of token ids per row; an int64 array [B, T] is one too.
 TokenRows = Sequence[Sequence[int]] | Sequence[np.ndarray] | np.ndarray
@@ -60,6 +106,10 @@ class Runner(Protocol):
 
     @property
     def vocab_size(self) -> int: ...
+
+    @property
+    def cache(self) -> CacheSpec:
+        """The state that it keeps, tensor by tensor."""
 
     @property
     def context_length(self) -> int:

@@ -8,6 +8,7 @@ import platform
 from typing import Protocol
 
 from lfm2_export import __version__
+from lfm2_export.backends.base import Kernels, KvCache
 
 _RUNTIMES = ("onnxruntime", "onnxruntime-genai", "executorch", "torch", "transformers", "onnx", "onnxscript", "numpy")
 
@@ -34,8 +35,19 @@ def add_program_choice(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scheme", help="which scheme's program (default: the preferred one in the folder)")
 
 
-def add_threads(parser: argparse.ArgumentParser) -> None:
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """How a program is run here."""
     parser.add_argument("--threads", type=int, help="CPU threads (default: every core)")
+    parser.add_argument(
+        "--kernels",
+        choices=[str(kernels) for kernels in Kernels],
+        help="lfm2: our operators; stock: the runtime's own (default, auto: ours where they can be had)",
+    )
+    parser.add_argument(
+        "--kv-cache",
+        choices=[str(kept) for kept in KvCache],
+        help="int8: keys and values in a quarter of the memory, for onnx's q4 and q8 on our operators (default: float)",
+    )
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lfm2_export import console
-from lfm2_export.commands.base import add_artifact, add_json, add_source, add_threads
+from lfm2_export.commands.base import add_artifact, add_json, add_machine, add_source
 from lfm2_export.errors import Lfm2ExportError
 from lfm2_export.resources import human_bytes
 
@@ -91,7 +91,7 @@ class BenchCommand:
         parser.add_argument("--new-tokens", type=int, default=128, metavar="N", help="default: 128")
         parser.add_argument("--rounds", type=int, default=3, metavar="N", help="medians over N rounds (default: 3)")
         parser.add_argument("--profile", action="store_true", help="also show where a step's time goes, by operator")
-        add_threads(parser)
+        add_machine(parser)
         add_json(parser)
 
     def run(self, options: argparse.Namespace) -> int:
@@ -107,6 +107,8 @@ class BenchCommand:
                 threads=options.threads,
                 rounds=options.rounds,
                 profile=options.profile,
+                kernels=options.kernels,
+                kv_cache=options.kv_cache,
             )
         if options.json:
             console.print_json(result.to_json())

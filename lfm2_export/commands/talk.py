@@ -15,7 +15,7 @@ from lfm2_export import console
 from lfm2_export.artifact import Artifact
 from lfm2_export.backends.base import Runner
 from lfm2_export.chat import Chat
-from lfm2_export.commands.base import add_artifact, add_json, add_threads
+from lfm2_export.commands.base import add_artifact, add_json, add_machine
 from lfm2_export.errors import GenerationError, Lfm2ExportError
 from lfm2_export.generation import TokenEvent, generate
 from lfm2_export.generation_config import GenerationConfig
@@ -61,7 +61,14 @@ def open_for_text(options: argparse.Namespace) -> Opened:
         seed=options.seed,
     )
     with console.busy(f"loading {program}"):
-        runner = load_runner(artifact, backend=program.backend, scheme=program.scheme, threads=options.threads)
+        runner = load_runner(
+            artifact,
+            backend=program.backend,
+            scheme=program.scheme,
+            threads=options.threads,
+            kernels=options.kernels,
+            kv_cache=options.kv_cache,
+        )
         tokenizer = Tokenizer.from_dir(artifact.path)
     return Opened(program=program, runner=runner, tokenizer=tokenizer, config=config)
 
@@ -81,7 +88,7 @@ class RunCommand:
         parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to say; - reads standard input")
         parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
         add_generation(parser)
-        add_threads(parser)
+        add_machine(parser)
         add_json(parser)
 
     def run(self, options: argparse.Namespace) -> int:
@@ -180,7 +187,7 @@ class ChatCommand:
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         add_artifact(parser)
         add_generation(parser)
-        add_threads(parser)
+        add_machine(parser)
 
     def run(self, options: argparse.Namespace) -> int:
         check_text(options.system or "", "--system")

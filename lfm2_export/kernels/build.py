@@ -1,8 +1,9 @@
-"""Builds the operator library at first use, and remembers it.
+"""Builds the operator libraries at first use, and remembers them.
 
-In: the C++ sources beside this file, the installed executorch wheel, a C++ compiler and CMake. Out: the path of
-``liblfm2_ops.so`` (or of the native runner) in the user's cache, in a folder named for everything that went into it: a
-new version of anything builds anew, and what older ones built stays valid. Needs no ExecuTorch source.
+In: the C++ sources beside this file, a C++ compiler and CMake, and for ExecuTorch its installed wheel. Out: the path of
+``liblfm2_ops.so`` (ExecuTorch's operator), ``liblfm2_onnx.so`` (ONNX Runtime's operators) or the native runner in the
+user's cache, in a folder named for everything that went into it: a new version of anything builds anew, and what older
+ones built stays valid. Needs no source of either runtime.
 """
 
 from __future__ import annotations
@@ -29,9 +30,13 @@ from lfm2_export.hashing import cache_folder
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
-LIBRARY = "liblfm2_ops.dylib" if sys.platform == "darwin" else "liblfm2_ops.so"
+_SUFFIX = "dylib" if sys.platform == "darwin" else "so"
+LIBRARY, ONNX_LIBRARY = f"liblfm2_ops.{_SUFFIX}", f"liblfm2_onnx.{_SUFFIX}"
 RUNNER = "lfm2_native_run"
 _COMPILERS = ("c++", "g++", "clang++")
+# What to do instead of building.
+_REMEDY = {ONNX_LIBRARY: "onnxruntime's own kernels (--kernels stock)"}
+_STOCK_OPERATOR = "the program with the stock operator (--moe-op stock)"
 
 
 class KernelBuildError(Lfm2ExportError):
@@ -41,13 +46,26 @@ class KernelBuildError(Lfm2ExportError):
 
 
 def library_path() -> Path | None:
-    """The operator library, built now if it is not there; None without a compiler, which is said once.
+    """ExecuTorch's operator library, built now if it is not there; None without a compiler, which is said once.
 
     Raises:
         KernelBuildError: executorch is not installed, or the build failed.
     """
     package = executorch_folder()
-    return None if tools() is None else _remembered(LIBRARY, {}, package)
+    if tools() is None:
+        _say_once(_missing_tools(LIBRARY))
+        return None
+    return _remembered(LIBRARY, {}, package)
+
+
+def onnx_library_path() -> Path | None:
+    """ONNX Runtime's operator library, built now if it is not there; None without a compiler.
+
+    Raises:
+        KernelBuildError: the build failed.
+    """
+    options = {"LFM2_BUILD_ONNX": "ON", "LFM2_BUILD_OPS": "OFF"}
+    return None if tools() is None else _remembered(ONNX_LIBRARY, options, None)
 
 
 def runner_path() -> Path:
@@ -59,24 +77,21 @@ def runner_path() -> Path:
     return _remembered(RUNNER, {"LFM2_BUILD_RUNNER": "ON", "LFM2_BUILD_OPS": "OFF"}, executorch_folder())
 
 
-def build(target: str, into: Path, *, options: Mapping[str, str], package: Path) -> Path:
+def build(target: str, into: Path, *, options: Mapping[str, str], package: Path | None) -> Path:
     """Runs CMake on our sources and puts the file ``target`` into the folder ``into`` once it is whole.
 
     Args:
         options: CMake cache entries, such as those of another compiler.
-        package: the executorch wheel's folder.
+        package: the executorch wheel's folder, for what is built against it.
 
     Raises:
         KernelBuildError: there is no compiler or CMake, or they failed; what they printed stays in a file.
     """
     found = tools()
     if found is None:
-        raise KernelBuildError(_missing_tools())
-    entries = {
-        "CMAKE_CXX_COMPILER": found.compiler,
-        "CMAKE_PREFIX_PATH": str(package / "share" / "cmake"),
-        **options,
-    }
+        raise KernelBuildError(_missing_tools(target))
+    wheel = {} if package is None else {"CMAKE_PREFIX_PATH": str(package / "share" / "cmake")}
+    entries = {"CMAKE_CXX_COMPILER": found.compiler, **wheel, **options}
     logger.info("building %s (once)", target)
     try:
         return _build(found.cmake, target, into, [f"-D{name}={value}" for name, value in entries.items()])
@@ -90,17 +105,24 @@ def _build(cmake: str, target: str, into: Path, definitions: list[str]) -> Path:
     into.mkdir(parents=True, exist_ok=True)
     log = into / f"{target}.log"
     with tempfile.TemporaryDirectory(prefix=f"{target}.", dir=into) as work:
-        _run(log, [cmake, "-S", str(SOURCES), "-B", work, *definitions], "w")
-        _run(log, [cmake, "--build", work, "--parallel"], "a")
+        for mode, command in (
+            ("w", [cmake, "-S", str(SOURCES), "-B", work, *definitions]),
+            ("a", [cmake, "--build", work, "--target", _cmake_name(target), "--parallel"]),
+        ):
+            _run(log, command, mode, remedy=_remedy(target))
         os.replace(Path(work, target), into / target)
     log.unlink(missing_ok=True)
     return into / target
 
 
-def _remembered(target: str, options: Mapping[str, str], package: Path) -> Path:
+def _cmake_name(target: str) -> str:
+    return target.removeprefix("lib").partition(".")[0]
+
+
+def _remembered(target: str, options: Mapping[str, str], package: Path | None) -> Path:
     found = tools()
     if found is None:
-        raise KernelBuildError(_missing_tools())
+        raise KernelBuildError(_missing_tools(target))
     folder = cache_folder() / "kernels" / _key(package, found.compiler)
     built = folder / target
     return built if built.exists() else build(target, folder, options=options, package=package)
@@ -127,27 +149,34 @@ class Tools(NamedTuple):
 
 @cache
 def tools() -> Tools | None:
-    """CMake and the compiler ($CXX, or the first that is found); None, said once, if one is missing."""
+    """CMake and the compiler ($CXX, or the first that is found); None if one is missing."""
     scripts = sysconfig.get_path("scripts")  # `pip install cmake` puts it there, on the PATH or not
     cmake = shutil.which("cmake") or shutil.which("cmake", path=scripts)
     named = os.environ.get("CXX")
     compiler = next(filter(None, map(shutil.which, [named] if named else _COMPILERS)), None)
-    if cmake is None or compiler is None:
-        logger.warning("%s", _missing_tools())
-        return None
-    return Tools(cmake, compiler)
+    return None if cmake is None or compiler is None else Tools(cmake, compiler)
 
 
-def _missing_tools() -> str:
+@cache
+def _say_once(message: str) -> None:
+    logger.warning("%s", message)
+
+
+def _remedy(target: str) -> str:
+    return _REMEDY.get(target, _STOCK_OPERATOR)
+
+
+def _missing_tools(target: str) -> str:
     wanted = os.environ.get("CXX") or " or ".join(_COMPILERS)
     return (
-        f"lfm2::moe_ffn cannot be built: it needs CMake and a C++20 compiler ({wanted}); install them, or use the "
-        "program with the stock operator (--moe-op stock)"
+        f"{target} cannot be built: it needs CMake and a C++20 compiler ({wanted}); install them (pip install cmake), "
+        f"or use {_remedy(target)}"
     )
 
 
-def _key(package: Path, compiler: str) -> str:
-    parts = [platform.machine(), str(package), importlib.metadata.version("executorch"), _version(compiler)]
+def _key(package: Path | None, compiler: str) -> str:
+    wheel = [] if package is None else [str(package), importlib.metadata.version("executorch")]
+    parts = [platform.machine(), *wheel, _version(compiler)]
     digest = hashlib.sha256("\n".join(parts).encode())
     for file in sorted(_source_files()):
         digest.update(f"\n{file.relative_to(SOURCES)}\n".encode() + file.read_bytes())
@@ -162,11 +191,11 @@ def _version(compiler: str) -> str:
     return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
 
 
-def _run(log: Path, command: list[str], mode: str) -> None:
+def _run(log: Path, command: list[str], mode: str, *, remedy: str) -> None:
     with log.open(mode) as output:
         done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, check=False)
     if done.returncode:
         raise KernelBuildError(
             f"{Path(command[0]).name} failed with exit code {done.returncode} on {SOURCES}: its output is in {log}; "
-            "or use the program with the stock operator (--moe-op stock)"
+            f"or use {remedy}"
         )

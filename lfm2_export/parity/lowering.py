@@ -21,7 +21,7 @@ import numpy as np
 
 from lfm2_export.backends import Backend, FullPrecision
 from lfm2_export.backends.base import Runner
-from lfm2_export.manifest import MODEL, Program
+from lfm2_export.manifest import Program
 from lfm2_export.models._common import DecoderForCausalLM
 from lfm2_export.parity.control import find_control, one_norm, one_row
 from lfm2_export.parity.divergence import Divergence, compare, largest, max_abs_error
@@ -38,7 +38,6 @@ CHUNK_SIZES = (7, 24)
 RAGGED = (1, 40, 9, 23)
 STEPS = 64
 FEW_STEPS = 16
-SCORING = "scoring"
 # Of the text's windows, what the controls and the comparison at full precision look at.
 FEW_WINDOWS = 2
 
@@ -97,11 +96,9 @@ class Subject:
     threads: int | None
 
     def other_graphs(self) -> dict[str, Program]:
-        """Every graph that is shipped, as a program of its own; the scoring graph is compared by ``score``."""
-        graphs = {role: name for role, name in self.program.graphs.items() if role != SCORING}
-        if len(graphs) == 1:
-            return {}
-        return {name: replace(self.program, graphs={MODEL: name}) for name in graphs.values()}
+        """Every graph that is shipped and runs here, as a program of its own; ``score`` compares those that score."""
+        graphs = self.backend.runnable_graphs(self.program)
+        return graphs if len(graphs) > 1 else {}
 
 
 def measure_lowering(subject: Subject, sample: Sample, text: Divergence, scored: Sequence[np.ndarray]) -> Hop:

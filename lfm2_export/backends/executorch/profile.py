@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from flatbuffers.table import Table  # type: ignore[import-untyped]
 
+from lfm2_export.backends.base import Kernels, KvCache
 from lfm2_export.backends.executorch.pte import PteFile
-from lfm2_export.backends.executorch.runner import DEFAULT_CHUNK_SIZE, _fastest
+from lfm2_export.backends.executorch.runner import DEFAULT_CHUNK_SIZE, choose
 from lfm2_export.backends.executorch.session import FORWARD, Session, version
 from lfm2_export.backends.profile import NOTHING, Profile, Spent, Trace, summarize, take_steps
 from lfm2_export.errors import RunnerError
@@ -41,14 +42,22 @@ _PROFILE_NAME, _PROFILE_INSTRUCTION, _PROFILE_DELEGATE_PART, _PROFILE_START, _PR
 _NUMBER = re.compile(r" #\d+$")
 
 
-def profile_program(folder: Path, program: Program, prompt: Sequence[int], *, threads: int | None = None) -> Profile:
+def profile_program(
+    folder: Path,
+    program: Program,
+    prompt: Sequence[int],
+    *,
+    threads: int | None = None,
+    kernels: Kernels | None = None,
+    kv_cache: KvCache | None = None,
+) -> Profile:
     """A profile of the file that ``ExecutorchRunner`` opens.
 
     Raises:
         RunnerError: the program cannot be loaded, or this runtime cannot trace.
         ContextLimitError: the prompt and one token more do not fit.
     """
-    path = folder / _fastest(program)
+    path = folder / choose(program, kernels or Kernels.AUTO, kv_cache or KvCache.FLOAT)
     session = TracedSession(path, threads=threads)
 
     def step(tokens: np.ndarray, position: int) -> None:

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lfm2_export.backends.base import (
+    Kernels,
+    KvCache,
     Mark,
     Snapshot,
     TokenRows,
@@ -84,12 +86,20 @@ class ExecutorchRunner:
         self._marks: weakref.WeakSet[Mark] = weakref.WeakSet()
 
     @classmethod
-    def from_program(cls, folder: Path, program: Program, *, threads: int | None = None) -> ExecutorchRunner:
+    def from_program(
+        cls,
+        folder: Path,
+        program: Program,
+        *,
+        threads: int | None = None,
+        kernels: Kernels | None = None,
+        kv_cache: KvCache | None = None,
+    ) -> ExecutorchRunner:
         """The runner of a program in an artifact's ``folder``, on the file whose experts run fastest here."""
         _check_version(folder, program)
         digest = hashlib.sha256("".join(entry.sha256 for _, entry in sorted(program.files.items())).encode())
         return cls(
-            folder / _fastest(program),
+            folder / choose(program, kernels or Kernels.AUTO, kv_cache or KvCache.FLOAT),
             cache=program.cache,
             context_length=program.context_length,
             threads=threads,
@@ -270,11 +280,19 @@ def _positions_last(x: np.ndarray) -> np.ndarray:
     return x.transpose(0, 2, 1, 3)
 
 
-def _fastest(program: Program) -> str:
-    """Our own operator runs experts faster than ExecuTorch's, many times so where that is not optimized (x86); but it
-    has
-    to be built."""
+def choose(program: Program, kernels: Kernels, kv_cache: KvCache) -> str:
+    """The file to run. Our own operator runs experts faster than ExecuTorch's, many times so where that is not
+    optimized (x86); but it has to be built.
+
+    Raises:
+        RunnerError: the program has no file for the kernels that were asked for, or no such cache.
+        KernelBuildError: our kernels were asked for and cannot be built.
+    """
+    if kv_cache is not KvCache.FLOAT:
+        raise RunnerError(f"{program}: a .pte holds its keys and values in float32; leave --kv-cache out")
     stock, ours = program.graphs[MODEL], program.graphs.get(str(MoeOp.LFM2))
+    if kernels is not Kernels.AUTO:
+        return _of_kernels(program, kernels, stock, ours)
     if ours is None or ours == stock:
         if platform.machine() in _X86 and list(program.options.get("moe_op", {}).values()) == [MoeOp.STOCK]:
             logger.warning(
@@ -289,6 +307,18 @@ def _fastest(program: Program) -> str:
     except KernelBuildError as error:
         logger.warning("%s; running %s instead", error, stock)
         return stock
+
+
+def _of_kernels(program: Program, kernels: Kernels, stock: str, ours: str | None) -> str:
+    if kernels is Kernels.STOCK and ours != stock:
+        return stock
+    if kernels is Kernels.LFM2 and ours is not None:
+        if not load_kernels():
+            raise RunnerError(f"{ours}: its operator cannot be built here; pass --kernels stock")
+        return ours
+    raise RunnerError(
+        f"{program}: has no file for the {kernels} kernels; leave --kernels out, or export with --moe-op both"
+    )
 
 
 def _check_version(folder: Path, program: Program) -> None:

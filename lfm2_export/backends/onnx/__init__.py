@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from lfm2_export.artifact import ArtifactWriter
     from lfm2_export.backends import FullPrecision
+    from lfm2_export.backends.base import Kernels, KvCache
     from lfm2_export.backends.onnx.runner import OnnxRunner
     from lfm2_export.backends.onnx.stored import StoredWeights
     from lfm2_export.backends.profile import Profile
@@ -48,18 +49,40 @@ def runtime_files(checkpoint: Checkpoint, writer: ArtifactWriter) -> None:
     runtimes.write(checkpoint, writer)
 
 
-def load_runner(folder: Path, program: Program, *, threads: int | None = None) -> OnnxRunner:
-    """A runner on the graph with the fastest CPU kernels that the program has."""
+def load_runner(
+    folder: Path,
+    program: Program,
+    *,
+    threads: int | None = None,
+    kernels: Kernels | None = None,
+    kv_cache: KvCache | None = None,
+) -> OnnxRunner:
+    """A runner on the graph that is fastest here, or the one for ``kernels``."""
     from lfm2_export.backends.onnx.runner import OnnxRunner
 
-    return OnnxRunner.from_program(folder, program, threads=threads)
+    return OnnxRunner.from_program(folder, program, threads=threads, kernels=kernels, kv_cache=kv_cache)
 
 
-def profile_program(folder: Path, program: Program, prompt: Sequence[int], *, threads: int | None = None) -> Profile:
+def runnable_graphs(program: Program) -> dict[str, Program]:
+    """Every graph that runs here, by its file; those that score every position apart."""
+    from lfm2_export.backends.onnx import variants
+
+    return variants.runnable(program)
+
+
+def profile_program(
+    folder: Path,
+    program: Program,
+    prompt: Sequence[int],
+    *,
+    threads: int | None = None,
+    kernels: Kernels | None = None,
+    kv_cache: KvCache | None = None,
+) -> Profile:
     """A prefill and a decode step by operator, from onnxruntime's profiler."""
     from lfm2_export.backends.onnx import profile
 
-    return profile.profile_program(folder, program, prompt, threads=threads)
+    return profile.profile_program(folder, program, prompt, threads=threads, kernels=kernels, kv_cache=kv_cache)
 
 
 def stored_weights(folder: Path, program: Program, config: ModelConfig) -> StoredWeights:

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from lfm2_export.backends.onnx.graphs import Graphs, make_graphs
 from lfm2_export.backends.onnx.plan import Layout, StoredWeight, WeightPlan, make_plan
+from lfm2_export.backends.onnx.variants import graph_name
 from lfm2_export.backends.onnx.weights import (
     CHUNK_VALUES,
     Placement,
@@ -29,12 +30,11 @@ from lfm2_export.backends.program import Estimate, ExportedProgram, ExportReques
 from lfm2_export.cache import CacheSpec
 from lfm2_export.errors import ExportError
 from lfm2_export.ledger import Ledger
-from lfm2_export.manifest import MODEL, TensorSpec
+from lfm2_export.manifest import TensorSpec
 from lfm2_export.quant.algorithms import get_algorithm
 from lfm2_export.resources import export_memory_needed, usable_cores
 
 FOLDER = "onnx"
-CPU, SCORING = "cpu", "scoring"
 
 
 def estimate(request: ExportRequest) -> Estimate:
@@ -111,7 +111,7 @@ def export_program(request: ExportRequest) -> ExportedProgram:
     data_files = data_file_names(scheme.file_name, placements)
     folder = request.folder / FOLDER
     folder.mkdir(exist_ok=True)
-    for model in graphs.all():
+    for model in graphs.by_role.values():
         attach(model, placements, data_files)
     paths = [folder / name for name in data_files]
     algorithm = get_algorithm(request.algorithm)
@@ -137,16 +137,10 @@ def _options(request: ExportRequest, plan: WeightPlan) -> dict[str, object]:
 
 def _save_graphs(graphs: Graphs, file_name: str, folder: Path) -> dict[str, str]:
     """Writes the graphs beside their data files; returns the file of each role."""
-    stem = file_name.removesuffix(".onnx")
-    roles: dict[str, tuple[str, ir.Model | None]] = {
-        MODEL: (file_name, graphs.portable),
-        CPU: (f"{stem}_cpu.onnx", graphs.cpu),
-        SCORING: (f"{stem}_scoring.onnx", graphs.scoring),
-    }
-    for name, model in roles.values():
-        if model is not None:
-            ir.save(model, folder / name)
-    return {role: name for role, (name, model) in roles.items() if model is not None}
+    names = {role: graph_name(file_name, role) for role in graphs.by_role}
+    for role, model in graphs.by_role.items():
+        ir.save(model, folder / names[role])
+    return names
 
 
 def _describe(values: object) -> tuple[TensorSpec, ...]:

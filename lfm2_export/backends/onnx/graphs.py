@@ -1,4 +1,4 @@
-"""The graphs of one program: the portable one, the one for fast CPU kernels, and the one that scores every position.
+"""The graphs of one program: the portable one, those for faster CPU kernels, and those that score every position.
 
 In: a model's config, a weight plan, a cache spec. Out: ``onnx_ir`` models with the artifact's names, operator counts
 checked, that differ in a few nodes and share every initializer, so that one data file serves them all.
@@ -11,26 +11,29 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from lfm2_export.backends.onnx import passes
+from lfm2_export.backends.onnx import own_ops, passes
 from lfm2_export.backends.onnx.plan import WeightPlan
 from lfm2_export.backends.onnx.trace import trace, without_collection
+from lfm2_export.backends.onnx.variants import CPU, LFM2, LFM2_KV8, LFM2_SCORING, SCORING
 from lfm2_export.cache import CacheSpec
 from lfm2_export.config import ModelConfig
+from lfm2_export.errors import ExportError
+from lfm2_export.manifest import MODEL
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Graphs:
-    """``cpu`` is None where it would equal ``portable``. ``operators``: how often each fused operator occurs."""
+    """``by_role``: what each is for (variants.py). ``operators``: how often each fused operator occurs in the portable
+    one."""
 
-    portable: ir.Model
-    cpu: ir.Model | None
-    scoring: ir.Model
+    by_role: dict[str, ir.Model]
     operators: dict[str, int]
 
-    def all(self) -> list[ir.Model]:
-        return [model for model in (self.portable, self.cpu, self.scoring) if model is not None]
+    @property
+    def portable(self) -> ir.Model:
+        return self.by_role[MODEL]
 
 
 @without_collection()
@@ -51,9 +54,45 @@ def make_graphs(config: ModelConfig, plan: WeightPlan, cache: CacheSpec) -> Grap
     }
     logger.info("passes: %s", ", ".join(f"{name} {count}" for name, count in counts.items()))
     operators = passes.check_operators(model, passes.expected_operators(config, plan))
-    cpu: ir.Model | None = model.clone()
-    if not passes.allow_int8_experts(cpu):
-        cpu = None
-    scoring = (cpu or model).clone()
+    return Graphs(by_role=_variants(model, config, plan, cache), operators=operators)
+
+
+def _variants(model: ir.Model, config: ModelConfig, plan: WeightPlan, cache: CacheSpec) -> dict[str, ir.Model]:
+    """The graph and those derived from copies of it; none that would equal another."""
+    found = {MODEL: model}
+    cpu = model.clone()
+    if passes.allow_int8_experts(cpu):
+        found[CPU] = cpu
+    found[SCORING] = _scoring(cpu)
+    if own_ops.fits(plan):
+        found[LFM2] = _on_own_operators(model, config, plan)
+        found[LFM2_SCORING] = _scoring(found[LFM2])
+        found |= _with_int8_cache(found[LFM2], cache)
+    return found
+
+
+def _on_own_operators(model: ir.Model, config: ModelConfig, plan: WeightPlan) -> ir.Model:
+    own = model.clone()
+    before = passes.expected_operators(config, plan)
+    counts = own_ops.use_own_products(own), own_ops.use_own_experts(own, config)
+    if counts != (before["MatMulNBits"], before["QMoE"]):
+        raise ExportError(f"{counts} operators became our own; this is a defect, please report it")
+    own_ops.fuse_feed_forwards(own, plan)
+    fused = own_ops.fuse_short_convs(own), own_ops.fuse_attention(own)
+    if fused != (len(config.conv_layers), len(config.attention_layers) * (config.head_dim % 16 == 0)):
+        raise ExportError(f"{fused} short convs and attentions became our own; this is a defect, please report it")
+    passes.number_nodes(own)
+    return own
+
+
+def _with_int8_cache(model: ir.Model, cache: CacheSpec) -> dict[str, ir.Model]:
+    """None where no attention is ours, or there is none."""
+    quantized = model.clone()
+    count = own_ops.quantize_cache(quantized, cache.with_int8_positions())
+    return {LFM2_KV8: quantized} if count else {}
+
+
+def _scoring(model: ir.Model) -> ir.Model:
+    scoring = model.clone()
     passes.score_every_position(scoring)
-    return Graphs(portable=model, cpu=cpu, scoring=scoring, operators=operators)
+    return scoring

@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
+from lfm2_export.backends.base import Kernels, KvCache
 from lfm2_export.backends.onnx.buffers import StateBuffers
 from lfm2_export.backends.onnx.runner import DEFAULT_CHUNK_SIZE, run
 from lfm2_export.backends.onnx.session import check_program, session_options
+from lfm2_export.backends.onnx.variants import Variant, choose
 from lfm2_export.backends.profile import NOTHING, Profile, Spent, Step, Trace, summarize, take_steps
 from lfm2_export.errors import RunnerError
 
@@ -29,38 +31,46 @@ if TYPE_CHECKING:
 _KERNEL = "_kernel_time"
 
 
-def profile_program(folder: Path, program: Program, prompt: Sequence[int], *, threads: int | None = None) -> Profile:
+def profile_program(
+    folder: Path,
+    program: Program,
+    prompt: Sequence[int],
+    *,
+    threads: int | None = None,
+    kernels: Kernels | None = None,
+    kv_cache: KvCache | None = None,
+) -> Profile:
     """A profile of the graph that ``OnnxRunner`` opens.
 
     Raises:
         RunnerError: the program cannot be loaded, or its runs were not all traced.
         ContextLimitError: the prompt and one token more do not fit.
     """
-    path = folder / program.graphs.get("cpu", program.graphs["model"])
+    variant = choose(folder, program, kernels or Kernels.AUTO, kv_cache or KvCache.FLOAT)
     with tempfile.TemporaryDirectory(prefix="lfm2-export-") as scratch:
-        session = _open(path, Path(scratch) / "profile", threads)
+        session = _open(variant, Path(scratch) / "profile", threads)
         try:
-            steps = _take_steps(session, path, program, prompt)
+            steps = _take_steps(session, variant, program, prompt)
         finally:
             written = session.end_profiling()
         traces = read_traces(json.loads(Path(written).read_text(encoding="utf-8")))
     return summarize(steps, traces, prompt_tokens=len(prompt))
 
 
-def _open(path: Path, prefix: Path, threads: int | None) -> ort.InferenceSession:
-    options = session_options(threads)
+def _open(variant: Variant, prefix: Path, threads: int | None) -> ort.InferenceSession:
+    options = session_options(threads, variant.library)
     options.enable_profiling = True
     options.profile_file_prefix = str(prefix)
     try:
-        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(variant.path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no common base class of their own
-        raise RunnerError(f"{path}: cannot be profiled: {' '.join(str(error).split())[:300]}") from error
+        raise RunnerError(f"{variant.path}: cannot be profiled: {' '.join(str(error).split())[:300]}") from error
 
 
-def _take_steps(session: ort.InferenceSession, path: Path, program: Program, prompt: Sequence[int]) -> list[Step]:
-    state = StateBuffers(program.cache, 1, 0)
+def _take_steps(session: ort.InferenceSession, variant: Variant, program: Program, prompt: Sequence[int]) -> list[Step]:
+    state = StateBuffers(variant.cache, 1, 0)
     state.ensure(min(2 * len(prompt), program.context_length), program.context_length)
-    logits = np.empty((1, 1, check_program(session, path, program.cache)), dtype=np.float32)
+    logits = np.empty((1, 1, check_program(session, variant.path, variant.cache)), dtype=np.float32)
 
     def step(tokens: np.ndarray, position: int) -> None:
         if position == 0:

@@ -19,6 +19,8 @@ import numpy as np
 import onnxruntime as ort
 
 from lfm2_export.backends.base import (
+    Kernels,
+    KvCache,
     Mark,
     Snapshot,
     TokenRows,
@@ -31,6 +33,7 @@ from lfm2_export.backends.base import (
 )
 from lfm2_export.backends.onnx.buffers import StateBuffers, as_ortvalue
 from lfm2_export.backends.onnx.session import check_program, open_session
+from lfm2_export.backends.onnx.variants import choose
 from lfm2_export.cache import CacheSpec
 from lfm2_export.errors import RunnerError
 
@@ -51,6 +54,7 @@ class OnnxRunner:
         context_length: the most tokens that a row may hold.
         threads: default: every core that this process may use.
         scoring_path: the graph with the logits of every position, loaded on first use.
+        library: our operators, for graphs that have them.
         program_id: names the program in snapshots; default: a hash of the graph's bytes and place.
     """
 
@@ -62,6 +66,7 @@ class OnnxRunner:
         context_length: int,
         threads: int | None = None,
         scoring_path: str | Path | None = None,
+        library: Path | None = None,
         program_id: str | None = None,
         chunk_size: int = DEFAULT_CHUNK_SIZE,
     ):
@@ -70,7 +75,8 @@ class OnnxRunner:
         self._context_length = context_length
         self._threads = check_threads(threads)
         self._chunk_size = check_chunk_size(chunk_size, DEFAULT_CHUNK_SIZE)
-        self._session = open_session(self._path, threads=threads)
+        self._library = library
+        self._session = open_session(self._path, threads=threads, library=library)
         self._vocab_size = check_program(self._session, self._path, cache)
         self._scoring_path = None if scoring_path is None else Path(scoring_path)
         self._scoring: ort.InferenceSession | None = None
@@ -79,17 +85,28 @@ class OnnxRunner:
         self._marks: weakref.WeakSet[Mark] = weakref.WeakSet()
 
     @classmethod
-    def from_program(cls, folder: Path, program: Program, *, threads: int | None = None) -> OnnxRunner:
-        """The runner of a program in an artifact's ``folder``, on the graph that is fastest here."""
-        scoring = program.graphs.get("scoring")
+    def from_program(
+        cls,
+        folder: Path,
+        program: Program,
+        *,
+        threads: int | None = None,
+        kernels: Kernels | None = None,
+        kv_cache: KvCache | None = None,
+    ) -> OnnxRunner:
+        """The runner of a program in an artifact's ``folder``, on the graph that is fastest here, or the one for
+        ``kernels`` and ``kv_cache``."""
+        variant = choose(folder, program, kernels or Kernels.AUTO, kv_cache or KvCache.FLOAT)
+        kept = "" if variant.cache == program.cache else f"+{kv_cache}"
         digest = hashlib.sha256("".join(entry.sha256 for _, entry in sorted(program.files.items())).encode())
         return cls(
-            folder / program.graphs.get("cpu", program.graphs["model"]),
-            cache=program.cache,
+            variant.path,
+            cache=variant.cache,
             context_length=program.context_length,
             threads=threads,
-            scoring_path=None if scoring is None else folder / scoring,
-            program_id=f"{program.backend}/{program.scheme}@{digest.hexdigest()[:16]}",
+            scoring_path=variant.scoring_path,
+            library=variant.library,
+            program_id=f"{program.backend}/{program.scheme}@{digest.hexdigest()[:16]}{kept}",
         )
 
     @property
@@ -250,7 +267,7 @@ class OnnxRunner:
         if self._scoring_path is None:
             raise RunnerError(f"{self._path}: the artifact has no scoring graph for this scheme; export it again")
         if self._scoring is None:
-            session = open_session(self._scoring_path, threads=self._threads)
+            session = open_session(self._scoring_path, threads=self._threads, library=self._library)
             check_program(session, self._scoring_path, self._cache)
             self._scoring = session
         return self._scoring

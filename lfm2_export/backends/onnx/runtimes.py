@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lfm2_export.artifact import ArtifactWriter
+from lfm2_export.backends.onnx.variants import CPU
 from lfm2_export.cache import CONV_STATE, KEY_STATE, VALUE_STATE, StateTensor
 from lfm2_export.checkpoint import Checkpoint, read_json_object
 from lfm2_export.config import ModelConfig
@@ -59,7 +60,7 @@ def genai_config(config: ModelConfig, generation: Mapping[str, Any], program: Pr
             "vocab_size": config.vocab_size,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-                "filename": program.graphs.get("cpu", program.graphs[MODEL]),
+                "filename": program.graphs.get(CPU, program.graphs[MODEL]),
                 "head_size": config.head_dim,
                 "hidden_size": config.hidden_size,
                 "num_attention_heads": config.num_attention_heads,

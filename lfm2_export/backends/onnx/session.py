@@ -20,8 +20,8 @@ MIN_ONNXRUNTIME = (1, 31)
 _LOG_ERRORS_ONLY = 3
 
 
-def open_session(path: Path, *, threads: int | None = None) -> ort.InferenceSession:
-    """Loads ``path`` for the CPU.
+def open_session(path: Path, *, threads: int | None = None, library: Path | None = None) -> ort.InferenceSession:
+    """Loads ``path`` for the CPU; ``library``: our operators, for a graph that has them.
 
     Raises:
         ArtifactError: the file is not there.
@@ -30,14 +30,16 @@ def open_session(path: Path, *, threads: int | None = None) -> ort.InferenceSess
     if not path.is_file():
         raise ArtifactError(f"{path}: no such program; export the scheme again")
     try:
-        return ort.InferenceSession(path, session_options(threads), providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(path, session_options(threads, library), providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no common base class of their own
         raise _load_error(path, error) from error
 
 
-def session_options(threads: int | None = None) -> ort.SessionOptions:
+def session_options(threads: int | None = None, library: Path | None = None) -> ort.SessionOptions:
     """Sequential execution on ``threads`` threads (default: the cores that this process may use)."""
     options = ort.SessionOptions()
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     options.intra_op_num_threads = check_threads(threads)
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL

@@ -22,16 +22,29 @@ import numpy as np
 import onnx
 from onnx import external_data_helper, helper, numpy_helper
 
+from lfm2_export.backends.onnx.variants import choose
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import ArtifactError
-from lfm2_export.manifest import MODEL, Program
+from lfm2_export.manifest import Program
 from lfm2_export.models import Family, get_family
 
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(w[123])\.weight")
 _STACK = {"w1": "gate_up", "w3": "gate_up", "w2": "down"}
 # (scale, zero point) among the inputs, by operator and the input that holds the codes.
-_SCALES = {("MatMulNBits", 1): (2, 3), ("GatherBlockQuantized", 0): (2, 3), ("QMoE", 2): (3, 11), ("QMoE", 5): (6, 12)}
-_BITS = {"MatMulNBits": "bits", "GatherBlockQuantized": "bits", "QMoE": "expert_weight_bits"}
+_SCALES = {
+    ("MatMulNBits", 1): (2, 3),  # com.microsoft's and ours
+    ("GatherBlockQuantized", 0): (2, 3),
+    ("QMoE", 2): (3, 11),
+    ("QMoE", 5): (6, 12),
+    ("SparseMoe", 3): (4, 5),
+    ("SparseMoe", 6): (7, 8),
+    ("FeedForward", 1): (2, 3),
+    ("FeedForward", 4): (5, 6),
+    ("FeedForward", 7): (8, 9),
+}
+# What bits and group size are called, where not "bits" and "block_size".
+_BITS = {("QMoE", 2): "expert_weight_bits", ("QMoE", 5): "expert_weight_bits", ("FeedForward", 7): "down_bits"}
+_GROUP_SIZE = {("FeedForward", 7): "down_block_size"}
 # Operators that multiply by a stored matrix as it is; MatMul's is stored [in, out].
 _TRANSPOSING = ("MatMul",)
 
@@ -240,13 +253,14 @@ class _Graph:
         scale = self.stored(node.input[scale_index])
         outer, groups = scale.shape[:-1], scale.shape[-1]
         rows = math.prod(outer)
+        group_size = attributes[_GROUP_SIZE.get((node.op_type, index), "block_size")]
         return IntMatrix(
             qdata=self.stored(name).as_rows(rows),
             scale=scale.as_rows(rows),
             zero_point=self.stored(point).as_rows(rows) if point else None,
-            bits=attributes[_BITS[node.op_type]],
-            group_size=attributes["block_size"],
-            shape=(*outer, groups * attributes["block_size"]),
+            bits=attributes[_BITS.get((node.op_type, index), "bits")],
+            group_size=group_size,
+            shape=(*outer, groups * group_size),
         )
 
     def stored(self, name: str) -> Stored:
@@ -278,4 +292,4 @@ class _Graph:
 
 def open_stored(folder: Path, program: Program, config: ModelConfig) -> StoredWeights:
     """The weights of the graph that the runner opens."""
-    return StoredWeights(folder / program.graphs.get("cpu", program.graphs[MODEL]), config)
+    return StoredWeights(choose(folder, program).path, config)

@@ -7,12 +7,13 @@
 
 #include "layout.h"
 #include "moe.h"
+#include "row_matrix.h"
 
 #define LFM2_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
 
-void run_threads(int workers, void (*task)(void*, int), void* context) {
+void run_threads(const void*, int workers, void (*task)(void*, int), void* context) {
   std::vector<std::thread> others;
   for (int worker = 1; worker < workers; ++worker) {
     others.emplace_back(task, context, worker);
@@ -28,6 +29,11 @@ void run_threads(int workers, void (*task)(void*, int), void* context) {
 // The names of the kernels that this processor runs, fastest first; the list ends with null.
 LFM2_EXPORT const char* const* lfm2_runnable_kernels() {
   return lfm2::runnable_kernels();
+}
+
+// The same of the kernels for ONNX Runtime's weights.
+LFM2_EXPORT const char* const* lfm2_runnable_row_kernels() {
+  return lfm2::runnable_row_kernels();
 }
 
 // One sparse feed-forward on plain buffers (see moe.h for their shapes); `expert_bias` may be null. Returns 0, or 1 for
@@ -50,6 +56,6 @@ LFM2_EXPORT int lfm2_moe_ffn(const char* kernels_name, int threads, const float*
   if (scratch == nullptr) {
     return 3;
   }
-  lfm2::run_moe(problem, *kernels, {threads, run_threads}, scratch.get());
+  lfm2::run_moe(problem, *kernels, {threads, run_threads, nullptr}, scratch.get());
   return 0;
 }

@@ -3,8 +3,12 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 
+#include "attention.h"
+#include "gated_conv.h"
 #include "kernels.h"
+#include "row_matrix.h"
 
 #if defined(__aarch64__) && defined(__APPLE__)
 #include <sys/sysctl.h>
@@ -19,7 +23,8 @@ namespace {
 bool has_avx512vnni() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("bmi2");
 }
 #endif
 
@@ -73,12 +78,13 @@ bool always() {
   return true;
 }
 
+template <typename Table>
 struct Candidate {
-  const Kernels* kernels;
+  const Table* kernels;
   bool (*runs_here)();
 };
 
-constexpr Candidate kFastestFirst[] = {
+constexpr Candidate<Kernels> kFastestFirst[] = {
 #if defined(LFM2_HAVE_AVX512VNNI)
     {&kAvx512VnniKernels, has_avx512vnni},
 #endif
@@ -97,38 +103,28 @@ constexpr Candidate kFastestFirst[] = {
     {&kScalarKernels, always},
 };
 
-constexpr int kCandidates = sizeof kFastestFirst / sizeof kFastestFirst[0];
+constexpr Candidate<RowKernels> kFastestRowsFirst[] = {
+#if defined(LFM2_HAVE_AVX512VNNI)
+    {&kAvx512VnniRowKernels, has_avx512vnni},
+#endif
+#if defined(LFM2_HAVE_NEONDOT)
+    {&kNeonDotRowKernels, has_neondot},
+#endif
+    {&kScalarRowKernels, always},
+};
 
-const Kernels* fastest() {
-  for (const Candidate& candidate : kFastestFirst) {
-    if (candidate.runs_here()) {
-      return candidate.kernels;
-    }
+// The first that runs here; the last one always does.
+template <typename Table>
+const Table* fastest(const Candidate<Table>* candidate) {
+  while (!candidate->runs_here()) {
+    ++candidate;
   }
-  return &kScalarKernels;
+  return candidate->kernels;
 }
 
-const Kernels* chosen() {
-  const char* name = std::getenv("LFM2_KERNELS");
-  if (name == nullptr || *name == '\0') {
-    return fastest();
-  }
-  if (const Kernels* kernels = kernels_by_name(name)) {
-    return kernels;
-  }
-  std::fprintf(stderr, "LFM2_KERNELS=%s: unknown here, or not for this processor; using %s\n", name, fastest()->name);
-  return fastest();
-}
-
-}  // namespace
-
-const Kernels& best_kernels() {
-  static const Kernels* const kernels = chosen();
-  return *kernels;
-}
-
-const Kernels* kernels_by_name(const char* name) {
-  for (const Candidate& candidate : kFastestFirst) {
+template <typename Table, size_t kCount>
+const Table* by_name(const Candidate<Table> (&candidates)[kCount], const char* name) {
+  for (const Candidate<Table>& candidate : candidates) {
     if (std::strcmp(candidate.kernels->name, name) == 0) {
       return candidate.runs_here() ? candidate.kernels : nullptr;
     }
@@ -136,17 +132,80 @@ const Kernels* kernels_by_name(const char* name) {
   return nullptr;
 }
 
-const char* const* runnable_kernels() {
-  static const char* names[kCandidates + 1] = {};
+template <typename Table, size_t kCount>
+const Table* chosen(const Candidate<Table> (&candidates)[kCount]) {
+  const Table* const best = fastest(candidates);
+  const char* name = std::getenv("LFM2_KERNELS");
+  if (name == nullptr || *name == '\0') {
+    return best;
+  }
+  if (const Table* kernels = by_name(candidates, name)) {
+    return kernels;
+  }
+  std::fprintf(stderr, "LFM2_KERNELS=%s: unknown here, or not for this processor; using %s\n", name, best->name);
+  return best;
+}
+
+// Fills `names` [candidates + 1], once, with what runs here; ends with null.
+template <typename Table, size_t kCount>
+const char* const* runnable(const Candidate<Table> (&candidates)[kCount], const char* (&names)[kCount + 1]) {
   if (names[0] == nullptr) {
     int count = 0;
-    for (const Candidate& candidate : kFastestFirst) {
+    for (const Candidate<Table>& candidate : candidates) {
       if (candidate.runs_here()) {
         names[count++] = candidate.kernels->name;
       }
     }
   }
   return names;
+}
+
+}  // namespace
+
+const Kernels& best_kernels() {
+  static const Kernels* const kernels = chosen(kFastestFirst);
+  return *kernels;
+}
+
+const RowKernels& best_row_kernels() {
+  static const RowKernels* const kernels = chosen(kFastestRowsFirst);
+  return *kernels;
+}
+
+const AttentionKernels& best_attention_kernels() {
+#if defined(LFM2_HAVE_AVX512VNNI)
+  if (&best_row_kernels() == &kAvx512VnniRowKernels) {
+    return kAvx512AttentionKernels;
+  }
+#endif
+  return kPlainAttentionKernels;
+}
+
+const ConvKernels& best_conv_kernels() {
+#if defined(LFM2_HAVE_AVX512VNNI)
+  if (&best_row_kernels() == &kAvx512VnniRowKernels) {
+    return kAvx512ConvKernels;
+  }
+#endif
+  return kScalarConvKernels;
+}
+
+const Kernels* kernels_by_name(const char* name) {
+  return by_name(kFastestFirst, name);
+}
+
+const RowKernels* row_kernels_by_name(const char* name) {
+  return by_name(kFastestRowsFirst, name);
+}
+
+const char* const* runnable_kernels() {
+  static const char* names[std::size(kFastestFirst) + 1] = {};
+  return runnable(kFastestFirst, names);
+}
+
+const char* const* runnable_row_kernels() {
+  static const char* names[std::size(kFastestRowsFirst) + 1] = {};
+  return runnable(kFastestRowsFirst, names);
 }
 
 }  // namespace lfm2

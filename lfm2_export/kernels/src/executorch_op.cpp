@@ -21,7 +21,7 @@ using executorch::aten::Tensor;
 using executorch::runtime::Error;
 using executorch::runtime::KernelRuntimeContext;
 
-void run_on_pool(int workers, void (*task)(void*, int), void* context) {
+void run_on_pool(const void*, int workers, void (*task)(void*, int), void* context) {
   executorch::extension::parallel_for(0, workers, 1, [task, context](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
       task(context, static_cast<int>(worker));
@@ -119,7 +119,7 @@ Tensor& moe_ffn_out(KernelRuntimeContext& context, const Tensor& x, const Tensor
   ET_KERNEL_CHECK_MSG(context, scratch.data() != nullptr, MemoryAllocationFailed, out,
                       "lfm2::moe_ffn: no memory for %zu bytes", moe_scratch_bytes(problem));
   const int workers = static_cast<int>(executorch::extension::get_thread_count());
-  run_moe(problem, best_kernels(), {workers, run_on_pool}, scratch.data());
+  run_moe(problem, best_kernels(), {workers, run_on_pool, nullptr}, scratch.data());
   return out;
 }
 

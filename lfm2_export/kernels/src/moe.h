@@ -7,6 +7,7 @@
 
 #include "kernels.h"
 #include "routing.h"
+#include "work.h"
 
 namespace lfm2 {
 
@@ -19,13 +20,6 @@ struct MoeProblem {
   int64_t width;  // multiple of 32
   int64_t inner;  // multiple of 32
   float* out;     // [tokens, width]
-};
-
-// Runs task(context, worker) for worker 0 .. workers-1, at once or in turn, and returns when all are done. Workers
-// share the work by counters, so fewer threads than workers are right too.
-struct ThreadPool {
-  int workers;
-  void (*run)(int workers, void (*task)(void* context, int worker), void* context);
 };
 
 // Bytes of scratch memory that `run_moe` needs.

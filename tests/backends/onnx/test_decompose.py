@@ -34,7 +34,7 @@ def lines(raw_config: dict[str, Any], scheme: str) -> list[str]:
     found = get_scheme(scheme)
     cache = CacheSpec.from_config(config, found.activation_dtype)
     graphs = make_graphs(config, make_plan(config, found), cache)
-    return [line for model in graphs.all() for line in _lines(model)]
+    return [line for model in graphs.by_role.values() for line in _lines(model)]
 
 
 def _lines(model: ir.Model) -> Iterator[str]:

@@ -1,0 +1,205 @@
+"""Rewrites a graph to the operators of our library (domain ``lfm2``; kernels/src/onnxruntime_ops.cpp).
+
+In: a graph with com.microsoft's MatMulNBits and QMoE. Out: the same graph, in place, on operators that read the very
+same initializers without packing them anew: it loads at once, its weights are in memory once, and prefill is about
+twice as fast. Only a session that has registered the library can open it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+
+from lfm2_export.backends.onnx.plan import Layout, StoredWeight, WeightPlan
+from lfm2_export.cache import CacheSpec
+from lfm2_export.config import ModelConfig
+from lfm2_export.quant.formats import IntFormat
+
+DOMAIN, VERSION = "lfm2", 1
+# Inputs that share a scale in the kernels' activations: widths are multiples of it.
+_INPUTS = 32
+_GROUP_SIZES = (32, 64, 128, 256)
+_PRODUCTS = (Layout.MATMUL, Layout.GATE_UP, Layout.DOWN)
+
+
+def fits(plan: WeightPlan) -> bool:
+    """Whether the kernels take every product of the plan, and there is one."""
+    products = [w for w in plan.values() if w.layout in _PRODUCTS and isinstance(w.format, IntFormat)]
+    return plan.activation_dtype == "float32" and bool(products) and all(map(_fits, products))
+
+
+def _fits(weight: StoredWeight) -> bool:
+    form = weight.format
+    assert isinstance(form, IntFormat)
+    has_blocks = weight.layout is Layout.MATMUL or weight.shape[-2] % _INPUTS == 0  # experts' rows come in blocks too
+    return form.group_size in _GROUP_SIZES and has_blocks and (form.bits == 4 or form.symmetric)
+
+
+def use_own_products(model: ir.Model) -> int:
+    """Every com.microsoft MatMulNBits becomes ours. Returns how many."""
+    nodes = [node for node in model.graph if node.op_type == "MatMulNBits" and node.domain != DOMAIN]
+    for node in nodes:
+        x, qdata, scale, zero_point, _, bias = _padded(node.inputs, 6)
+        attributes = {name: node.attributes[name].value for name in ("N", "K", "bits", "block_size")}
+        _replace(model, node, "MatMulNBits", (x, qdata, scale, zero_point, bias), attributes)
+    _import_domain(model, len(nodes))
+    return len(nodes)
+
+
+def fuse_feed_forwards(model: ir.Model, plan: WeightPlan) -> int:
+    """The three products of a dense feed-forward, ours already, and what lies between them become one FeedForward.
+    Returns how many."""
+    blocks = [name.removesuffix(".w2") for name in plan if name.endswith(".feed_forward.w2") and _is_whole(plan, name)]
+    for block in blocks:
+        gate, up, down = (_only_reader(model, f"{block}.{part}.qdata") for part in ("w1", "w3", "w2"))
+        assert gate.inputs[0] is up.inputs[0]
+        attributes = {
+            "inner": gate.attributes["N"].value,
+            **{name: gate.attributes[name].value for name in ("bits", "block_size")},
+            **{f"down_{name}": down.attributes[name].value for name in ("bits", "block_size")},
+        }
+        weights = [value for node in (gate, up, down) for value in _padded(node.inputs, 4)[1:4]]
+        _replace(model, down, "FeedForward", (gate.inputs[0], *weights), attributes)
+    return _finish(model, len(blocks))
+
+
+def _is_whole(plan: WeightPlan, w2: str) -> bool:
+    """Whether all three matrices are quantized, the first two alike, and the width between them comes in groups."""
+    block = w2.removesuffix(".w2")
+    w1, w3, down = (plan[f"{block}.{part}"] for part in ("w1", "w3", "w2"))
+    return isinstance(down.format, IntFormat) and isinstance(w1.format, IntFormat) and w1.format == w3.format
+
+
+def fuse_short_convs(model: ir.Model) -> int:
+    """From a short conv's first projection to its second: gates, convolution and the choice of the new state become one
+    GatedConv. Returns how many."""
+    nodes = [node for node in model.graph if node.op_type == "CausalConvWithState"]
+    for node in nodes:
+        x, weight, bias, state = _padded(node.inputs, 4)
+        masked = _producer(x)
+        gated, attended = masked.inputs
+        projected = _producer(_producer(gated).inputs[0]).inputs[0]
+        window = next(use.node for use in masked.outputs[0].uses() if use.node.op_type == "Concat")
+        (pick,) = window.outputs[0].consumers()
+        rows = _producer(pick.inputs[1]).inputs[0]
+        (out,) = node.outputs[0].consumers()
+        made = ir.node("GatedConv", (projected, weight, bias, state, attended, rows), domain=DOMAIN, num_outputs=2)
+        _insert(model, made, {out.outputs[0]: 0, pick.outputs[0]: 1}, before=pick)
+    return _finish(model, len(nodes))
+
+
+def fuse_attention(model: ir.Model) -> int:
+    """Norms of q and k, RoPE, GroupQueryAttention and its mask become one Attention. Returns how many; head sizes that
+    it does not take are left alone."""
+    mask = next(value for value in model.graph.inputs if value.name == "attention_mask")
+    nodes = [
+        node for node in model.graph if node.op_type == "GroupQueryAttention" and node.attributes["do_rotary"].value
+    ]
+    for node in nodes:
+        q, k, v, past_key, past_value, seqlens_k, _, cos, sin, position_ids, _ = node.inputs
+        (q_norm, q), (k_norm, k) = _before_norm(q), _before_norm(k)
+        attributes = {
+            "num_heads": node.attributes["num_heads"].value,
+            "kv_num_heads": node.attributes["kv_num_heads"].value,
+            "epsilon": q_norm.attributes["epsilon"].value,
+        }
+        inputs = (q, k, v, q_norm.inputs[1], k_norm.inputs[1], past_key, past_value, seqlens_k, mask)
+        made = ir.node("Attention", (*inputs, cos, sin, position_ids), attributes, domain=DOMAIN, num_outputs=3)
+        _insert(model, made, {value: index for index, value in enumerate(node.outputs)}, before=node)
+    return _finish(model, len(nodes))
+
+
+def _before_norm(x: ir.Value | None) -> tuple[ir.Node, ir.Value | None]:
+    """The norm of each head, and the projection that goes into it; a Reshape stands before and behind it."""
+    norm = _producer(_producer(x).inputs[0])
+    assert norm.op_type == "SimplifiedLayerNormalization"
+    return norm, _producer(norm.inputs[0]).inputs[0]
+
+
+def quantize_cache(model: ir.Model, cache: CacheSpec) -> int:
+    """Every Attention keeps its cache in int8; ``cache`` describes it. Returns how many."""
+    boundary = {value.name: value for value in (*model.graph.inputs, *model.graph.outputs)}
+    for tensor in cache.growing:
+        for name, shape in ((tensor.past_name, tensor.shape), (tensor.present_name, tensor.present_shape)):
+            boundary[name].shape = ir.Shape(shape)
+            # A new type: a copy of a graph shares its types with the original.
+            boundary[name].type = ir.TensorType(ir.DataType.UINT8)
+    nodes = [node for node in model.graph if node.op_type == "Attention" and node.domain == DOMAIN]
+    for node in nodes:
+        node.op_type = "AttentionInt8"
+    return len(nodes)
+
+
+def _producer(value: ir.Value | None) -> ir.Node:
+    assert value is not None
+    node = value.producer()
+    assert node is not None
+    return node
+
+
+def _insert(model: ir.Model, made: ir.Node, outputs: Mapping[ir.Value, int], *, before: ir.Node) -> None:
+    """Puts ``made`` into the graph, its outputs in the place of others."""
+    model.graph.insert_before(before, made)
+    for old, index in outputs.items():
+        new, name = made.outputs[index], old.name
+        new.type, new.shape = old.type, old.shape
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        old.name, new.name = None, name
+
+
+def _finish(model: ir.Model, count: int) -> int:
+    """Removes what nothing reads any more."""
+    _import_domain(model, count)
+    if count:
+        common_passes.RemoveUnusedNodesPass()(model)
+    return count
+
+
+def use_own_experts(model: ir.Model, config: ModelConfig) -> int:
+    """Every QMoE becomes a SparseMoe, which routes by itself from the router's logits. Returns how many."""
+    nodes = [node for node in model.graph if node.op_type == "QMoE"]
+    for node in nodes:
+        inputs = _padded(node.inputs, 15)
+        gate_up = inputs[2]
+        assert gate_up is not None
+        assert gate_up.name is not None
+        block = gate_up.name.removesuffix(".experts.gate_up.qdata")
+        logits = _only_reader(model, f"{block}.gate.weight").outputs[0]
+        bias = model.graph.initializers.get(f"{block}.expert_bias")
+        attributes = {
+            "top_k": config.num_experts_per_tok,
+            "normalize": int(config.norm_topk_prob),
+            "routed_scaling_factor": float(config.routed_scaling_factor),
+            "bits": node.attributes["expert_weight_bits"].value,
+            "block_size": node.attributes["block_size"].value,
+        }
+        weights = (gate_up, inputs[3], inputs[11], inputs[5], inputs[6], inputs[12])
+        _replace(model, node, "SparseMoe", (inputs[0], logits, bias, *weights), attributes)
+    return _finish(model, len(nodes))  # the routing around the old nodes goes too
+
+
+def _padded(inputs: Sequence[ir.Value | None], count: int) -> list[ir.Value | None]:
+    return [*inputs, *[None] * (count - len(inputs))]
+
+
+def _only_reader(model: ir.Model, name: str) -> ir.Node:
+    (use,) = model.graph.initializers[name].uses()
+    return use.node
+
+
+def _replace(
+    model: ir.Model, node: ir.Node, op: str, inputs: Sequence[ir.Value | None], attributes: dict[str, object]
+) -> None:
+    kept = list(inputs)
+    while kept[-1] is None:
+        kept.pop()
+    made = ir.node(op, kept, attributes, domain=DOMAIN, name=node.name)
+    _insert(model, made, {node.outputs[0]: 0}, before=node)
+    model.graph.remove(node, safe=True)
+
+
+def _import_domain(model: ir.Model, nodes: int) -> None:
+    if nodes:
+        model.graph.opset_imports[DOMAIN] = VERSION

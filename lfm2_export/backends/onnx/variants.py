@@ -1,0 +1,122 @@
+"""Which of a program's graphs is opened: the one for our operators where these can be had, else onnxruntime's own.
+
+In: a program and a choice of kernels. Out: a ``Variant``: the graph, its twin that scores every position, and the
+library to register. All graphs of a program read the same data files.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lfm2_export.backends.base import Kernels, KvCache
+from lfm2_export.cache import CacheSpec
+from lfm2_export.errors import RunnerError
+from lfm2_export.kernels import build
+from lfm2_export.manifest import MODEL, Program
+
+logger = logging.getLogger(__name__)
+
+# Roles of a program's graphs beside MODEL.
+CPU = "cpu"  # QMoE with int8 activations, which onnxruntime before 1.31 rejects
+SCORING = "scoring"  # logits of every position, otherwise as CPU
+LFM2, LFM2_SCORING = "lfm2", "lfm2_scoring"  # on our operators
+LFM2_KV8 = "lfm2_kv8"  # on our operators, keys and values in int8
+
+
+def graph_name(file_name: str, role: str) -> str:
+    """The file of a graph: ``model_q4.onnx``, ``model_q4_cpu.onnx``, ..."""
+    return file_name if role == MODEL else f"{file_name.removesuffix('.onnx')}_{role}.onnx"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """``library``: the operators that a session must know to open ``path`` and ``scoring_path``. ``cache``: the state
+    that the graph takes and returns."""
+
+    path: Path
+    cache: CacheSpec
+    scoring_path: Path | None = None
+    library: Path | None = None
+
+
+def choose(
+    folder: Path, program: Program, kernels: Kernels = Kernels.AUTO, kv_cache: KvCache = KvCache.FLOAT
+) -> Variant:
+    """The graph that is fastest here, or the one for ``kernels`` and ``kv_cache``.
+
+    Raises:
+        RunnerError: our kernels were asked for, and the program has no graph for them or they cannot be had here.
+    """
+    if kv_cache is KvCache.INT8:
+        return _with_int8_cache(folder, program, kernels)
+    library = _library(program, kernels)
+    if library is not None:
+        return _variant(folder, program, LFM2, LFM2_SCORING, library)
+    return _variant(folder, program, CPU if CPU in program.graphs else MODEL, SCORING, None)
+
+
+def _variant(folder: Path, program: Program, role: str, scoring: str, library: Path | None) -> Variant:
+    named = program.graphs.get(scoring)
+    return Variant(
+        path=folder / program.graphs[role],
+        cache=program.cache,
+        scoring_path=None if named is None else folder / named,
+        library=library,
+    )
+
+
+def _with_int8_cache(folder: Path, program: Program, kernels: Kernels) -> Variant:
+    if LFM2_KV8 not in program.graphs or kernels is Kernels.STOCK:
+        raise RunnerError(
+            f"{program}: --kv-cache int8 is for q4 and q8 on our kernels; export such a scheme (again), without "
+            "--kernels stock"
+        )
+    library = _library(program, Kernels.LFM2)
+    return Variant(path=folder / program.graphs[LFM2_KV8], cache=program.cache.with_int8_positions(), library=library)
+
+
+def _library(program: Program, kernels: Kernels) -> Path | None:
+    if kernels is Kernels.STOCK or (kernels is Kernels.AUTO and LFM2 not in program.graphs):
+        return None
+    if LFM2 not in program.graphs:
+        raise RunnerError(f"{program}: has no graph for our kernels; export the scheme again, or pass --kernels stock")
+    library = own_library()
+    if library is None and kernels is Kernels.LFM2:
+        raise RunnerError(
+            "our kernels cannot be had here: they need CMake, a C++20 compiler, and AVX512-VNNI or NEON with dot "
+            "products; pass --kernels stock"
+        )
+    return library
+
+
+@functools.cache
+def own_library() -> Path | None:
+    """The library with our operators, built at first use; None where it cannot be built or has no fast kernels."""
+    try:
+        path = build.onnx_library_path()
+    except build.KernelBuildError as error:
+        logger.warning("%s", error)
+        return None
+    return path if path is not None and _fastest(path) != "scalar" else None
+
+
+def _fastest(library: Path) -> str:
+    """The best kernels that this processor runs."""
+    names = ctypes.CDLL(str(library)).lfm2_runnable_row_kernels
+    names.restype = ctypes.POINTER(ctypes.c_char_p)
+    return names()[0].decode()
+
+
+def runnable(program: Program) -> dict[str, Program]:
+    """Every shipped graph that runs here, by its file, as a program of its own; without those that score."""
+    found = {}
+    for role, name in program.graphs.items():
+        if role not in (SCORING, LFM2_SCORING, LFM2, LFM2_KV8):
+            found[name] = replace(program, graphs={MODEL: name})
+        elif role == LFM2 and own_library() is not None:
+            found[name] = replace(program, graphs={MODEL: name, LFM2: name})
+    return found

@@ -1,0 +1,181 @@
+// How the work is cut: first every token's keys, values and queries are made, then tiles of queries pass over the cache.
+// A decode step has one tile per head only, so the cache is cut into pieces there, whose results are put together.
+
+#include "attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "row_work.h"
+
+namespace lfm2 {
+namespace {
+
+constexpr int64_t kPieceKeys = 1024;
+constexpr int64_t kTasksWanted = 8;  // per worker
+
+struct Plan {
+  int64_t queries;  // of one head of the cache: tokens * (heads / kv_heads)
+  int64_t tiles;    // of one head
+  int64_t pieces;   // of the cache
+  int64_t slots() const { return tiles * pieces; }
+};
+
+Plan plan_of(const AttentionProblem& p, int workers) {
+  Plan plan;
+  plan.queries = p.tokens * (p.heads / p.kv_heads);
+  plan.tiles = ceil_div(plan.queries, kTileQueries);
+  const int64_t wanted = ceil_div(workers * kTasksWanted, p.batch * p.kv_heads * plan.tiles);
+  plan.pieces = std::clamp<int64_t>(p.total / kPieceKeys, 1, std::max<int64_t>(1, wanted));
+  return plan;
+}
+
+struct Scratch {
+  float* queries;   // [batch, kv_heads, queries, head_dim]; of a head the token comes first, then the head of the group
+  int64_t* ends;    // [batch, tokens]
+  float* greatest;  // [batch, kv_heads, pieces, queries]
+  float* weight;    // likewise
+  float* sum;       // [batch, kv_heads, pieces, queries, head_dim]
+};
+
+Scratch take(Arena& arena, const AttentionProblem& p, const Plan& plan) {
+  const int64_t rows = p.batch * p.kv_heads * plan.queries;
+  Scratch s;
+  s.queries = arena.take<float>(rows * p.head_dim);
+  s.ends = arena.take<int64_t>(p.batch * plan.queries);
+  s.greatest = arena.take<float>(rows * plan.pieces);
+  s.weight = arena.take<float>(rows * plan.pieces);
+  s.sum = arena.take<float>(rows * plan.pieces * p.head_dim);
+  return s;
+}
+
+// norm(x) * weight, then RoPE at a position, then times `scale`.
+void normalize_and_turn(const float* x, const float* weight, float eps, const float* cos, const float* sin, float scale,
+                        int64_t head_dim, float* to) {
+  float squares = 0.0f;
+  for (int64_t i = 0; i < head_dim; ++i) {
+    squares += x[i] * x[i];
+  }
+  const float factor = 1.0f / std::sqrt(squares / static_cast<float>(head_dim) + eps) * scale;
+  const int64_t half = head_dim / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    const float a = x[i] * factor * weight[i], b = x[half + i] * factor * weight[half + i];
+    to[i] = a * cos[i] - b * sin[i];
+    to[half + i] = b * cos[i] + a * sin[i];
+  }
+}
+
+HeadCache head_of(uint8_t* cache, const AttentionProblem& p, int64_t row, int64_t head) {
+  const int64_t bytes = p.capacity * cache_row_bytes(p.head_dim, p.is_int8);
+  return {cache + (row * p.kv_heads + head) * bytes, p.head_dim, p.is_int8};
+}
+
+// Where a row's tokens of this call go. A first prompt begins at 0, padded or not; later tokens end at the row's last one.
+int64_t first_slot(const AttentionProblem& p, int64_t row) {
+  return p.tokens == p.total ? 0 : std::max<int64_t>(0, p.last[row] + 1 - p.tokens);
+}
+
+void prepare_token(const AttentionProblem& p, const AttentionKernels& kernels, const Plan& plan, const Scratch& s,
+                   int64_t row, int64_t token) {
+  const int64_t at = row * p.tokens + token, half = p.head_dim / 2, group = p.heads / p.kv_heads;
+  const int64_t position = std::clamp<int64_t>(p.position_ids[at], 0, p.positions - 1);
+  const float *cos = p.cos + position * half, *sin = p.sin + position * half;
+  const int64_t slot = first_slot(p, row) + token;
+  alignas(kAlignment) float turned[kMostHeadDim];
+  for (int64_t head = 0; head < p.kv_heads; ++head) {
+    const int64_t from = (at * p.kv_heads + head) * p.head_dim;
+    normalize_and_turn(p.k + from, p.k_norm, p.eps, cos, sin, 1.0f, p.head_dim, turned);
+    kernels.store(turned, head_of(p.key, p, row, head), slot);
+    kernels.store(p.v + from, head_of(p.value, p, row, head), slot);
+  }
+  const float scale = 1.0f / std::sqrt(static_cast<float>(p.head_dim));
+  for (int64_t head = 0; head < p.heads; ++head) {
+    const int64_t query = ((row * p.kv_heads + head / group) * plan.queries + token * group + head % group);
+    normalize_and_turn(p.q + (at * p.heads + head) * p.head_dim, p.q_norm, p.eps, cos, sin, scale, p.head_dim,
+                       s.queries + query * p.head_dim);
+    s.ends[row * plan.queries + token * group + head % group] = slot + 1;
+  }
+}
+
+void attend(const AttentionProblem& p, const AttentionKernels& kernels, const Plan& plan, const Scratch& s, int64_t row,
+            int64_t head, int64_t tile, int64_t piece) {
+  const int64_t first = tile * kTileQueries, count = std::min<int64_t>(kTileQueries, plan.queries - first);
+  const int64_t of_head = row * p.kv_heads + head;
+  const int64_t to = (of_head * plan.pieces + piece) * plan.queries + first;
+  const int64_t* ends = s.ends + row * plan.queries + first;
+  const QueryTile queries = {s.queries + (of_head * plan.queries + first) * p.head_dim,
+                             ends,
+                             p.mask + row * p.total,
+                             count,
+                             s.greatest + to,
+                             s.weight + to,
+                             s.sum + to * p.head_dim};
+  std::fill_n(queries.greatest, count, -std::numeric_limits<float>::infinity());
+  std::fill_n(queries.weight, count, 0.0f);
+  std::fill_n(queries.sum, count * p.head_dim, 0.0f);
+  const int64_t seen = std::min(*std::max_element(ends, ends + count), p.total);
+  // Pieces begin at multiples of a step.
+  const auto border = [&](int64_t i) { return i == plan.pieces ? seen : seen * i / plan.pieces / kStepKeys * kStepKeys; };
+  auto* scratch = static_cast<float*>(
+      thread_scratch(Use::kAttention, attention_scratch_floats(p.head_dim) * sizeof(float)));
+  kernels.attend(head_of(p.key, p, row, head), head_of(p.value, p, row, head), border(piece), border(piece + 1), queries,
+                 scratch);
+}
+
+// The pieces of one query together.
+void combine(const AttentionProblem& p, const Plan& plan, const Scratch& s, int64_t row, int64_t head, int64_t query) {
+  const int64_t group = p.heads / p.kv_heads;
+  const int64_t begin = (row * p.kv_heads + head) * plan.pieces * plan.queries + query;
+  float greatest = -std::numeric_limits<float>::infinity();
+  for (int64_t piece = 0; piece < plan.pieces; ++piece) {
+    greatest = std::max(greatest, s.greatest[begin + piece * plan.queries]);
+  }
+  const int64_t token = query / group, own = head * group + query % group;
+  float* out = p.out + ((row * p.tokens + token) * p.heads + own) * p.head_dim;
+  std::fill_n(out, p.head_dim, 0.0f);
+  float weight = 0.0f;
+  for (int64_t piece = 0; piece < plan.pieces; ++piece) {
+    const int64_t at = begin + piece * plan.queries;
+    if (s.weight[at] == 0.0f) {
+      continue;  // nothing to see: greatest is minus infinity, or so far below that nothing is left
+    }
+    const float share = std::exp(s.greatest[at] - greatest);
+    weight += share * s.weight[at];
+    for (int64_t i = 0; i < p.head_dim; ++i) {
+      out[i] += share * s.sum[at * p.head_dim + i];
+    }
+  }
+  const float inverse = weight > 0.0f ? 1.0f / weight : weight == 0.0f ? 0.0f : weight;  // NaN stays NaN
+  for (int64_t i = 0; i < p.head_dim; ++i) {
+    out[i] *= inverse;
+  }
+}
+
+}  // namespace
+
+size_t attention_scratch_bytes(const AttentionProblem& problem, int workers) {
+  Arena arena(nullptr);
+  take(arena, problem, plan_of(problem, workers));
+  return arena.used();
+}
+
+void run_attention(const AttentionProblem& p, const AttentionKernels& kernels, const ThreadPool& pool, void* scratch) {
+  Arena arena(scratch);
+  const Plan plan = plan_of(p, pool.workers);
+  const Scratch s = take(arena, p, plan);
+  share_out(pool, p.batch * p.tokens,
+            [&](int64_t task) { prepare_token(p, kernels, plan, s, task / p.tokens, task % p.tokens); });
+  const int64_t heads = p.batch * p.kv_heads;
+  share_out(pool, heads * plan.slots(), [&](int64_t task) {
+    const int64_t of_head = task / plan.slots(), slot = task % plan.slots();
+    attend(p, kernels, plan, s, of_head / p.kv_heads, of_head % p.kv_heads, slot / plan.pieces, slot % plan.pieces);
+  });
+  share_out(pool, heads, [&](int64_t of_head) {
+    for (int64_t query = 0; query < plan.queries; ++query) {
+      combine(p, plan, s, of_head / p.kv_heads, of_head % p.kv_heads, query);
+    }
+  });
+}
+
+}  // namespace lfm2

@@ -1,0 +1,53 @@
+#include "gated_conv.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "gated_conv_loops.h"
+#include "row_work.h"
+
+namespace lfm2 {
+namespace {
+
+constexpr int64_t kChunkTokens = 16;  // whose gated inputs stay in the second-level cache
+
+void copy_row(const float* from, int64_t width, float* to) {
+  std::memcpy(to, from, width * sizeof(float));
+}
+
+// Entry `index` of (state, gated inputs).
+void window_entry(const GatedConvProblem& p, const ConvKernels& kernels, int64_t row, int64_t index, float* to) {
+  const int64_t held = p.taps - 1;
+  if (index < held) {
+    copy_row(p.state + (row * held + index) * p.width, p.width, to);
+  } else {
+    kernels.gate(p, row, index - held, to);
+  }
+}
+
+void chunk(const GatedConvProblem& p, const ConvKernels& kernels, int64_t row, int64_t first) {
+  const int64_t count = std::min(kChunkTokens, p.tokens - first), entries = count + p.taps - 1;
+  auto* window = static_cast<float*>(thread_scratch(Use::kWindow, entries * p.width * sizeof(float)));
+  for (int64_t i = 0; i < entries; ++i) {
+    window_entry(p, kernels, row, first + i, window + i * p.width);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    kernels.convolve(p, row, first + i, window + i * p.width);
+  }
+}
+
+}  // namespace
+
+void run_gated_conv(const GatedConvProblem& p, const ConvKernels& kernels, const ThreadPool& pool) {
+  const int64_t chunks = ceil_div(p.tokens, kChunkTokens);
+  share_out(pool, p.batch * chunks,
+            [&](int64_t task) { chunk(p, kernels, task / chunks, task % chunks * kChunkTokens); });
+  const int64_t held = p.taps - 1;
+  for (int64_t i = 0; i < p.batch * held; ++i) {
+    window_entry(p, kernels, i / held, p.rows[i], p.present + i * p.width);
+  }
+}
+
+const ConvKernels kScalarConvKernels = {gate_row, convolve_row};
+
+}  // namespace lfm2

@@ -1,0 +1,70 @@
+// The reference of row_matrix.h: no intrinsics, one weight at a time.
+
+#include "row_quantize.h"
+
+namespace lfm2 {
+namespace {
+
+float half_to_float(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
+  const uint32_t exponent = (half >> 10) & 0x1fu;
+  const uint32_t mantissa = half & 0x3ffu;
+  if (exponent == 0) {  // zero or subnormal: mantissa * 2^-24
+    const float value = static_cast<float>(mantissa) * 5.9604644775390625e-8f;
+    return sign ? -value : value;
+  }
+  const uint32_t wide = exponent == 31 ? 255u : exponent + 112u;
+  return bits_to_float(sign | (wide << 23) | (mantissa << 13));
+}
+
+float scale_at(const RowMatrix& w, int64_t row, int64_t group) {
+  if (w.half_scales) {
+    uint16_t half;
+    std::memcpy(&half, w.scales_of(row) + 2 * group, sizeof half);
+    return half_to_float(half);
+  }
+  float scale;
+  std::memcpy(&scale, w.scales_of(row) + 4 * group, sizeof scale);
+  return scale;
+}
+
+int32_t nibble_at(const uint8_t* pairs, int64_t index) {
+  return pairs[index / 2] >> (index % 2 * 4) & 15;
+}
+
+int32_t point_at(const RowMatrix& w, int64_t row, int64_t group) {
+  if (w.zero_points == nullptr) {
+    return w.bits == 4 ? 8 : 128;
+  }
+  return nibble_at(w.points_of(row), group);
+}
+
+// The integers of one group of 32 inputs, zero point taken out.
+int32_t sum_of_group(const RowMatrix& w, int64_t row, int64_t group, const int8_t* x) {
+  const int32_t point = point_at(w, row, group * kGroupInputs / w.group);
+  int32_t sum = 0;
+  for (int64_t index = group * kGroupInputs; index < (group + 1) * kGroupInputs; ++index) {
+    const int32_t code = w.bits == 4 ? nibble_at(w.row(row), index) : w.row(row)[index];
+    sum += (code - point) * x[place_of(index, w.bits)];
+  }
+  return sum;
+}
+
+void dot(const RowMatrix& w, const RowActivations& x, float* y, int64_t stride) {
+  for (int64_t token = 0; token < x.tokens; ++token) {
+    for (int64_t row = 0; row < w.rows; ++row) {
+      float total = 0.0f;
+      for (int64_t group = 0; group < w.columns / kGroupInputs; ++group) {
+        const float scale = scale_at(w, row, group * kGroupInputs / w.group) * x.scales_of(token)[group];
+        total = __builtin_fmaf(static_cast<float>(sum_of_group(w, row, group, x.codes_of(token))), scale, total);
+      }
+      y[token * stride + row] = total;
+    }
+  }
+}
+
+}  // namespace
+
+const RowKernels kScalarRowKernels = {"scalar", quantize_row, swiglu_row, dot, nullptr, accumulate_row};
+
+}  // namespace lfm2

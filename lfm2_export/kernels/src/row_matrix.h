@@ -1,0 +1,125 @@
+// Weights as the ONNX contrib operators (MatMulNBits, QMoE) store them, row by row, and what multiplies with them.
+//
+// Nothing is packed anew: kernels read the initializers where the runtime has mapped them, so a program is loaded as soon
+// as its graph is read, and its weights are in memory once. With few tokens a row is one dot product, read front to
+// back; with many, 32 rows at a time are rearranged into a buffer in the second-level cache, which all tokens then use.
+//
+// Activations are int8 in groups of 32, whatever the weights' group size: value = codes * scale.
+
+#pragma once
+
+#include <cstdint>
+
+// What is inline here is compiled for every instruction set: none of those copies may be linked into the others' code.
+#define LFM2_INLINE __attribute__((always_inline))
+
+namespace lfm2 {
+
+constexpr int kGroupInputs = 32;  // inputs that share a scale in the activations
+constexpr int kBlockRows = 32;    // rows that are rearranged together
+constexpr int kPadding = 512;     // rows of activations are that far apart, or a multiple; what lies between is not read
+constexpr int kShift = 128;       // what `shifted` activations have on top
+
+// value = (code - zero_point) * scale. 4-bit codes: two in a byte, the earlier one in its lower half.
+struct RowMatrix {
+  const uint8_t* codes;        // [rows, columns * bits / 8]
+  const void* scales;          // [rows, columns / group]: float, or IEEE half
+  const uint8_t* zero_points;  // [rows, ceil(columns / group / 2)], two in a byte; null: 8 or 128. Only of 4-bit codes
+  int64_t rows;
+  int64_t columns;  // a multiple of 32
+  int64_t group;    // 32, 64, 128 or 256
+  int bits;         // 4 or 8
+  bool half_scales;
+
+  LFM2_INLINE int64_t groups() const { return columns / group; }
+  LFM2_INLINE int64_t row_bytes() const { return columns * bits / 8; }
+  LFM2_INLINE int64_t point_bytes() const { return (groups() + 1) / 2; }
+  LFM2_INLINE int64_t scale_bytes() const { return groups() * (half_scales ? 2 : 4); }
+  LFM2_INLINE const uint8_t* row(int64_t index) const { return codes + index * row_bytes(); }
+  LFM2_INLINE const uint8_t* scales_of(int64_t index) const {
+    return static_cast<const uint8_t*>(scales) + index * scale_bytes();
+  }
+  LFM2_INLINE const uint8_t* points_of(int64_t index) const {
+    return zero_points == nullptr ? nullptr : zero_points + index * point_bytes();
+  }
+
+  // `count` rows from `first` on.
+  LFM2_INLINE RowMatrix part(int64_t first, int64_t count) const {
+    RowMatrix found = *this;
+    found.codes = row(first);
+    found.scales = scales_of(first);
+    found.zero_points = points_of(first);
+    found.rows = count;
+    return found;
+  }
+};
+
+// `tokens` quantized rows. The codes' order is the one in which 4-bit weights come apart: of 128 inputs the 64 even ones,
+// then the 64 odd ones. For 8-bit weights they are in their own order.
+struct RowActivations {
+  int8_t* codes;  // [tokens][padded]; + 128 where `shifted`, as uint8
+  float* scales;  // [tokens][padded / 32]; NaN where the group held a NaN or an infinity
+  float* sums;    // [tokens][padded / group]: scale * sum of the codes, by the weights' groups
+  int64_t tokens;
+  int64_t padded;
+  int64_t group;  // the weights'
+  int bits;       // the weights'
+  bool shifted;
+
+  LFM2_INLINE int64_t scale_count() const { return padded / kGroupInputs; }
+  LFM2_INLINE int64_t sum_count() const { return padded / group; }
+  LFM2_INLINE int8_t* codes_of(int64_t token) const { return codes + token * padded; }
+  LFM2_INLINE float* scales_of(int64_t token) const { return scales + token * scale_count(); }
+  LFM2_INLINE float* sums_of(int64_t token) const { return sums + token * sum_count(); }
+
+  LFM2_INLINE RowActivations part(int64_t first, int64_t count) const {
+    RowActivations found = *this;
+    found.codes = codes_of(first);
+    found.scales = scales_of(first);
+    found.sums = sums_of(first);
+    found.tokens = count;
+    return found;
+  }
+};
+
+// Whether so many tokens are worth rearranging the weights; such activations are `shifted`.
+constexpr int64_t kFewTokens = 8;
+
+// Bytes that `RowKernels::block` needs for a matrix of so many columns (in groups of at least 32), 64-byte aligned.
+constexpr int64_t block_scratch_bytes(int64_t columns) {
+  return kBlockRows * (columns + columns / kGroupInputs * 8);
+}
+
+struct RowKernels {
+  const char* name;
+
+  // One token: `columns` floats.
+  void (*quantize)(const float* x, int64_t columns, const RowActivations& to, int64_t token);
+
+  // silu(gate) * up of 32 neighbouring inputs, `step` (1 or 2) floats apart: group `group` of the token.
+  void (*swiglu)(const float* gate, const float* up, int step, const RowActivations& to, int64_t group, int64_t token);
+
+  // y[token * stride + row] for all rows of w and all tokens of x, which is not `shifted`.
+  void (*dot)(const RowMatrix& w, const RowActivations& x, float* y, int64_t stride);
+
+  // The same for up to 32 rows, with x `shifted`; null where `dot` serves any number of tokens.
+  void (*block)(const RowMatrix& w, const RowActivations& x, float* y, int64_t stride, void* scratch);
+
+  // out[count] += weight * y[count]
+  void (*accumulate)(float weight, const float* y, float* out, int64_t count);
+};
+
+extern const RowKernels kScalarRowKernels;
+extern const RowKernels kAvx512VnniRowKernels;
+extern const RowKernels kNeonDotRowKernels;
+
+// The fastest of this processor (or those that LFM2_KERNELS names); the scalar ones where there are no fast ones.
+const RowKernels& best_row_kernels();
+
+// By name, null if unknown here or not runnable on this processor.
+const RowKernels* row_kernels_by_name(const char* name);
+
+// The names of all that this processor runs, fastest first; ends with null.
+const char* const* runnable_row_kernels();
+
+}  // namespace lfm2

@@ -1,0 +1,84 @@
+// Quantizing activations for row_matrix.h: plain loops, compiled once per instruction set.
+
+#pragma once
+
+#include <cstring>
+
+#include "elementwise.h"
+#include "row_matrix.h"
+
+namespace lfm2 {
+namespace {
+
+static_assert(kGroupInputs == kGroup);
+
+// Where input `index` of a token goes.
+inline int64_t place_of(int64_t index, int bits) {
+  return bits == 8 ? index : index / 128 * 128 + (index % 2) * 64 + index % 128 / 2;
+}
+
+inline void store_codes(const int8_t* codes, const RowActivations& to, int64_t group, int64_t token) {
+  const auto flip = static_cast<int8_t>(to.shifted ? -kShift : 0);
+  int8_t* row = to.codes_of(token);
+  if (to.bits == 8) {
+    for (int i = 0; i < kGroupInputs; ++i) {
+      row[group * kGroupInputs + i] = static_cast<int8_t>(codes[i] ^ flip);
+    }
+    return;
+  }
+  int8_t* even = row + place_of(group * kGroupInputs, 4);
+  int8_t* odd = row + place_of(group * kGroupInputs + 1, 4);
+  for (int i = 0; i < kGroupInputs / 2; ++i) {
+    even[i] = static_cast<int8_t>(codes[2 * i] ^ flip);
+    odd[i] = static_cast<int8_t>(codes[2 * i + 1] ^ flip);
+  }
+}
+
+// `sums` are added up by the weights' groups, so groups come in order.
+inline void store_scale(float scale, int32_t sum, const RowActivations& to, int64_t group, int64_t token) {
+  const int64_t groups_per_sum = to.group / kGroupInputs;
+  const float scaled = scale * static_cast<float>(sum);
+  float& total = to.sums_of(token)[group / groups_per_sum];
+  to.scales_of(token)[group] = scale;
+  total = group % groups_per_sum == 0 ? scaled : total + scaled;
+}
+
+// Group `group` of a token.
+inline void quantize_row_group(const float* x, const RowActivations& to, int64_t group, int64_t token) {
+  alignas(64) int8_t codes[kGroupInputs];
+  float scale;
+  int32_t offset;
+  quantize_group(x, {codes, &scale, &offset, 1}, 0, 0);
+  store_codes(codes, to, group, token);
+  store_scale(scale, offset / -kZeroPoint, to, group, token);
+}
+
+inline void quantize_row(const float* x, int64_t columns, const RowActivations& to, int64_t token) {
+  for (int64_t group = 0; group < columns / kGroupInputs; ++group) {
+    quantize_row_group(x + group * kGroupInputs, to, group, token);
+  }
+}
+
+template <int kStep>
+inline void swiglu_row_group(const float* gate, const float* up, const RowActivations& to, int64_t group,
+                             int64_t token) {
+  alignas(64) float product[kGroupInputs];
+  for (int i = 0; i < kGroupInputs; ++i) {
+    product[i] = silu(gate[kStep * i]) * up[kStep * i];
+  }
+  quantize_row_group(product, to, group, token);
+}
+
+inline void swiglu_row(const float* gate, const float* up, int step, const RowActivations& to, int64_t group,
+                       int64_t token) {
+  step == 1 ? swiglu_row_group<1>(gate, up, to, group, token) : swiglu_row_group<2>(gate, up, to, group, token);
+}
+
+inline void accumulate_row(float weight, const float* y, float* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    out[i] = __builtin_fmaf(weight, y[i], out[i]);
+  }
+}
+
+}  // namespace
+}  // namespace lfm2

@@ -1,0 +1,84 @@
+#include "row_work.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+namespace lfm2 {
+namespace {
+
+constexpr int64_t kTasksPerWorker = 8;
+constexpr int64_t kLeastRows = 16;  // of a task: less is not worth fetching one
+
+class Grown {
+ public:
+  void* at_least(size_t bytes) {
+    if (size_ < bytes) {
+      size_ = 0;
+      memory_.reset(std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment));
+      if (memory_ == nullptr) {
+        throw std::bad_alloc();
+      }
+      size_ = bytes;
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<void, Free> memory_;
+  size_t size_ = 0;
+};
+
+}  // namespace
+
+void* thread_scratch(Use use, size_t bytes) {
+  thread_local Grown grown[4];
+  return grown[static_cast<int>(use)].at_least(bytes);
+}
+
+RowActivations take_activations(Arena& arena, int64_t tokens, const RowMatrix& w) {
+  const int64_t padded = ceil_div(w.columns, kPadding) * kPadding;
+  RowActivations found = {};
+  found.codes = arena.take<int8_t>(tokens * padded);
+  found.scales = arena.take<float>(tokens * (padded / kGroupInputs));
+  found.sums = arena.take<float>(tokens * (padded / w.group));
+  found.tokens = tokens;
+  found.padded = padded;
+  found.group = w.group;
+  found.bits = w.bits;
+  return found;
+}
+
+bool is_worth_arranging(const RowKernels& kernels, int64_t tokens) {
+  return kernels.block != nullptr && tokens > kFewTokens;
+}
+
+void quantize_all(const RowKernels& kernels, const ThreadPool& pool, const float* x, int64_t columns,
+                  const RowActivations& to) {
+  const int64_t at_once = ceil_div(to.tokens, pool.workers * kTasksPerWorker);
+  share_out(pool, ceil_div(to.tokens, at_once), [&](int64_t task) {
+    for (int64_t token = task * at_once; token < std::min(to.tokens, (task + 1) * at_once); ++token) {
+      kernels.quantize(x + token * columns, columns, to, token);
+    }
+  });
+}
+
+void multiply(const RowKernels& kernels, const RowMatrix& w, const RowActivations& x, float* y, int64_t stride) {
+  if (!x.shifted) {
+    return kernels.dot(w, x, y, stride);
+  }
+  void* scratch = thread_scratch(Use::kBlock, block_scratch_bytes(w.columns));
+  for (int64_t row = 0; row < w.rows; row += kBlockRows) {
+    kernels.block(w.part(row, std::min<int64_t>(kBlockRows, w.rows - row)), x, y + row, stride, scratch);
+  }
+}
+
+int64_t rows_of_a_task(const RowMatrix& w, const RowActivations& x, const ThreadPool& pool) {
+  return x.shifted ? kBlockRows : std::max(kLeastRows, ceil_div(w.rows, pool.workers * kTasksPerWorker));
+}
+
+}  // namespace lfm2

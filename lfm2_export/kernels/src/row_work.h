@@ -1,0 +1,30 @@
+// What the products on row_matrix.h share: room for activations, and one matrix times them on one thread.
+
+#pragma once
+
+#include "row_matrix.h"
+#include "work.h"
+
+namespace lfm2 {
+
+// Room for `tokens` quantized inputs of w.
+RowActivations take_activations(Arena& arena, int64_t tokens, const RowMatrix& w);
+
+// Whether weights are rearranged for so many tokens; such activations are `shifted`.
+bool is_worth_arranging(const RowKernels& kernels, int64_t tokens);
+
+// All tokens of x [tokens, columns] into `to`, by all workers.
+void quantize_all(const RowKernels& kernels, const ThreadPool& pool, const float* x, int64_t columns,
+                  const RowActivations& to);
+
+// y[token * stride + row] of all rows of w, on this thread.
+void multiply(const RowKernels& kernels, const RowMatrix& w, const RowActivations& x, float* y, int64_t stride);
+
+// Rows of a task, where w is shared out among all workers.
+int64_t rows_of_a_task(const RowMatrix& w, const RowActivations& x, const ThreadPool& pool);
+
+// Memory of this thread, kept from call to call; each `Use` has its own. 64-byte aligned.
+enum class Use { kBlock, kGateUp, kAttention, kWindow };
+void* thread_scratch(Use use, size_t bytes);
+
+}  // namespace lfm2
