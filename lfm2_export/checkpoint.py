@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,14 @@ from lfm2_export.errors import CheckpointError
 from lfm2_export.hashing import sha256_files
 from lfm2_export.models import FAMILIES, Family, get_family
 from lfm2_export.models._names import FusedTensor
-from lfm2_export.safetensors_file import Shard, TensorInfo, read_float32, read_shard, read_stored
+from lfm2_export.safetensors_file import (
+    Shard,
+    TensorInfo,
+    read_float32,
+    read_row_blocks,
+    read_shard,
+    read_stored,
+)
 from lfm2_export.source import Source, resolve
 
 logger = logging.getLogger(__name__)
@@ -43,6 +50,7 @@ COMPANIONS = (
 )
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_BF16_INFINITY = 0x7F80  # every bit pattern above it is a NaN
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # Facts about the file, not about the model: they differ between two downloads of the same weights.
 _VOLATILE_KEYS = ("transformers_version", "_name_or_path")
@@ -94,6 +102,15 @@ class Checkpoint:
         """
         info = self.tensors[name].rows(rows)
         return read_stored(self._shards[info.file], info)
+
+    def read_raw_blocks(self, name: str, rows: slice | None, block_rows: int) -> Iterator[np.ndarray]:
+        """What ``read_raw`` returns, in blocks of ``block_rows`` rows; the next one overwrites the one before.
+
+        Raises:
+            CheckpointError: the file changed or cannot be read.
+        """
+        info = self.tensors[name].rows(rows)
+        return read_row_blocks(self._shards[info.file], info, block_rows)
 
     @property
     def parameter_count(self) -> int:
@@ -192,6 +209,15 @@ def check_finite(name: str, array: np.ndarray) -> None:
         f"{name}: {int(bad.sum())} of {array.size} values are not finite, first {array[first]} at {list(first)}; "
         "the weights are damaged, download or train them again"
     )
+
+
+def is_finite(stored: np.ndarray) -> bool:
+    """Whether no value is NaN or infinity; float16, float32, or bfloat16's bits as uint16."""
+    if stored.dtype != np.uint16:
+        return bool(np.isfinite(stored.max(initial=0)) and np.isfinite(stored.min(initial=0)))
+    # Signed, the bits of positive values are in the values' order; unsigned, those of negative ones lie above them.
+    greatest, most_negative = stored.view(np.int16).max(initial=0), stored.max(initial=0)
+    return bool(greatest < _BF16_INFINITY and most_negative < _BF16_INFINITY | 0x8000)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

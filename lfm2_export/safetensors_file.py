@@ -106,10 +106,22 @@ def read_stored(shard: Shard, info: TensorInfo) -> np.ndarray:
     out = np.empty(info.shape, info.stored_dtype)
     flat = out.reshape(-1)
     done = 0
-    for block in _blocks(shard, info):
+    for block in _blocks(shard, info, _BLOCK_BYTES):
         flat[done : done + block.size] = block
         done += block.size
     return out
+
+
+def read_row_blocks(shard: Shard, info: TensorInfo, rows: int) -> Iterator[np.ndarray]:
+    """The tensor as stored (see ``read_stored``), in blocks of so many rows, the last one shorter. The next block
+    overwrites the one before.
+
+    Raises:
+        CheckpointError: the file changed since its header was read.
+    """
+    row_bytes = math.prod(info.shape[1:]) * info.stored_dtype.itemsize
+    for block in _blocks(shard, info, rows * row_bytes):
+        yield block.reshape(-1, *info.shape[1:])
 
 
 def read_float32(shard: Shard, info: TensorInfo) -> np.ndarray:
@@ -122,7 +134,7 @@ def read_float32(shard: Shard, info: TensorInfo) -> np.ndarray:
     flat = out.reshape(-1)
     bits = flat.view(np.uint32)
     done = 0
-    for block in _blocks(shard, info):
+    for block in _blocks(shard, info, _BLOCK_BYTES):
         if info.dtype == "BF16":
             part = bits[done : done + block.size]
             part[...] = block
@@ -133,15 +145,15 @@ def read_float32(shard: Shard, info: TensorInfo) -> np.ndarray:
     return out
 
 
-def _blocks(shard: Shard, info: TensorInfo) -> Iterator[np.ndarray]:
+def _blocks(shard: Shard, info: TensorInfo, block_bytes: int) -> Iterator[np.ndarray]:
     """A tensor's stored values in order, in blocks that share one buffer."""
-    buffer = np.empty(min(_BLOCK_BYTES, max(info.nbytes, 1)), np.uint8)
+    buffer = np.empty(min(block_bytes, max(info.nbytes, 1)), np.uint8)
     try:
         with open(info.file, "rb", buffering=0) as file:
             _check_unchanged(shard, file)
             file.seek(info.offset)
-            for done in range(0, info.nbytes, _BLOCK_BYTES):
-                block = buffer[: min(_BLOCK_BYTES, info.nbytes - done)]
+            for done in range(0, info.nbytes, block_bytes):
+                block = buffer[: min(block_bytes, info.nbytes - done)]
                 _read_exactly(info, file, block.data)
                 yield block.view(info.stored_dtype)
             _drop_from_page_cache(file, info.offset, info.nbytes)

@@ -18,7 +18,7 @@ import pytest
 from safetensors import safe_open
 
 from lfm2_export import paths
-from lfm2_export.checkpoint import Checkpoint, check_finite, open_checkpoint
+from lfm2_export.checkpoint import Checkpoint, check_finite, is_finite, open_checkpoint
 from lfm2_export.errors import CheckpointError, ConfigError, Lfm2ExportError
 from lfm2_export.source import BUNDLED
 from tests.checkpoints import tiny_config, to_stored, write_header, write_random_checkpoint
@@ -131,6 +131,16 @@ def test_raw_reads_keep_the_stored_dtype(moe: Path) -> None:
     raw = checkpoint.read_raw("model.embed_tokens.weight", slice(2, 9))
     assert raw.dtype == np.uint16
     np.testing.assert_array_equal(to_stored(checkpoint.read("model.embed_tokens.weight")[2:9], "BF16"), raw)
+
+
+@pytest.mark.parametrize("rows", [None, slice(3, 20), slice(4, 4)])
+def test_raw_blocks_are_the_raw_rows_in_order(moe: Path, rows: slice | None) -> None:
+    checkpoint = open_checkpoint(moe)
+    for name in ("model.embed_tokens.weight", NORM):
+        raw = checkpoint.read_raw(name, rows)
+        blocks = [block.copy() for block in checkpoint.read_raw_blocks(name, rows, 8)]
+        assert all(len(block) == 8 for block in blocks[:-1])
+        np.testing.assert_array_equal(np.concatenate([raw[:0], *blocks]), raw)
 
 
 def test_special_values_survive_the_conversion(tmp_path: Path) -> None:
@@ -471,3 +481,16 @@ def test_names_the_tensor_with_values_that_are_not_finite(value: float, text: st
         f"model.layers.0.conv.in_proj.weight: 2 of 20 values are not finite, first {text} at [2, 3]; "
         "the weights are damaged, download or train them again"
     )
+
+
+@pytest.mark.parametrize("broken", [0x7F80, 0xFF80, 0x7FC0, 0xFFC0, 0x7F81, 0xFFFF])
+def test_bits_that_are_not_finite_are_seen_among_all_others(broken: int) -> None:
+    bits = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)
+    finite = bits[(bits & 0x7F80) != 0x7F80]
+    assert is_finite(finite)
+    assert is_finite(finite[:0])
+    assert not is_finite(np.append(finite, np.uint16(broken)))
+    values = np.array([broken << 16], np.uint32).view(np.float32)
+    for stored in (values, values.astype(np.float16)):
+        assert is_finite(np.ones(3, stored.dtype))
+        assert not is_finite(np.append(np.ones(3, stored.dtype), stored))

@@ -1,10 +1,11 @@
-"""Runs an algorithm over a matrix: some thousand groups at a time, in threads, in buffers that are used again.
+"""Runs an algorithm over a matrix: some thousand groups at a time, in buffers that are used again.
 
-In: a weight [rows, in_features] and an algorithm's inner function. Out: the ``QuantizedTensor``. The inner function is
-given chunks of groups turned on their side, one group per column: a sum over a group is then an addition of long
-vectors, which numpy does ten times faster than sums of 32 neighbours. numpy releases the interpreter lock inside each
-pass over a chunk. Handing it over costs as much as a pass over 256 KB, so that two threads on chunks of that size are
-slower than one; with 2 MB they are 1.5 to 2 times as fast, and all buffers still fit the L3 cache.
+In: rows of a weight as they are stored, and an algorithm's inner function. Out: a ``Chunk`` whose codes, scales and
+error a backend takes from there, or the whole ``QuantizedTensor``. The inner function is given the groups turned on
+their side, one per column: a sum over a group is then an addition of long vectors, which numpy does ten times faster
+than sums of 32 neighbours. numpy releases the interpreter lock inside each pass over a chunk; handing it over costs as
+much as a pass over 256 KB, so smaller chunks would keep two threads from working side by side. Twice as large ones take
+longer to turn, for their columns no longer fit the cache.
 
 Shape suffixes: G group_size, C groups in the chunk (columns).
 """
@@ -15,71 +16,143 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from lfm2_export.errors import QuantizationError
-from lfm2_export.quant.formats import ByteArray, FloatArray, IntFormat, QuantizedTensor
+from lfm2_export.quant.formats import FloatArray, IntFormat, QuantizedTensor, StorageError
 from lfm2_export.resources import usable_cores
 
-_CHUNK_WEIGHTS = 1 << 19  # float32: 2 MB a buffer, three buffers a thread
+_CHUNK_WEIGHTS = 1 << 18  # float32: 1 MB a buffer, four buffers a thread
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """``values_GC`` may be overwritten. The inner function fills ``codes_GC``, ``scale_C`` and ``zero_point_C``; these
-    two are float32 numbers that their stored dtypes hold exactly."""
+    """Some groups of a weight. The inner function reads ``values_GC``, may write to ``scratch_GC``, and fills
+    ``codes_GC``, ``scale_C`` and ``zero_point_C``: whole numbers, and scales that their stored dtype holds exactly."""
 
     format: IntFormat
     values_GC: FloatArray
+    codes_GC: FloatArray
     scratch_GC: tuple[FloatArray, FloatArray]
-    codes_GC: ByteArray
     scale_C: FloatArray
     zero_point_C: FloatArray
 
-    def columns(self, count: int) -> Chunk:
-        """The first ``count`` columns."""
-        return Chunk(
-            format=self.format,
-            values_GC=self.values_GC[:, :count],
-            scratch_GC=(self.scratch_GC[0][:, :count], self.scratch_GC[1][:, :count]),
-            codes_GC=self.codes_GC[:, :count],
-            scale_C=self.scale_C[:count],
-            zero_point_C=self.zero_point_C[:count],
+    def storage_error(self) -> StorageError:
+        """What storing these groups costs; call it once they are quantized. Overwrites ``scratch_GC``.
+
+        Sums over a row of ``values_GC`` are float32, their sum is float64: six digits, whatever the number of cores.
+        """
+        difference_GC = np.subtract(self.codes_GC, self.zero_point_C, out=self.scratch_GC[0])
+        np.multiply(difference_GC, self.scale_C, out=difference_GC)
+        np.subtract(self.values_GC, difference_GC, out=difference_GC)
+        return StorageError(
+            squared_error=_sum_of_squares(difference_GC),
+            squared_weight=_sum_of_squares(self.values_GC),
+            greatest_error=float(max(difference_GC.max(), -difference_GC.min())),
         )
+
+
+def _sum_of_squares(values_GC: FloatArray) -> float:
+    with np.errstate(over="ignore"):  # weights above 1e19 have no error to speak of
+        return float(np.vecdot(values_GC, values_GC).sum(dtype=np.float64))
 
 
 QuantizeChunk = Callable[[Chunk], None]
 
 
+class Workspace:
+    """The buffers of one thread. The chunk of one call is overwritten by the next."""
+
+    def __init__(self) -> None:
+        self._buffers: list[FloatArray] = []
+
+    def quantize(
+        self,
+        stored: npt.NDArray[Any],
+        format: IntFormat,
+        quantize_chunk: QuantizeChunk,
+        *,
+        fqn: str,
+        rows: range | None = None,
+    ) -> Chunk:
+        """Applies ``quantize_chunk`` to every group of ``stored``, whole rows of a weight [rows, in_features]: float32,
+        float16, or bfloat16's bits as uint16. ``rows`` are their numbers in error messages, if not 0, 1, ...
+
+        Raises:
+            QuantizationError: names the row of a group that cannot be stored.
+        """
+        groups = format.groups(stored.shape[1], fqn)
+        chunk = self._chunk(format, len(stored) * groups)
+        _turn(stored, chunk)
+        try:
+            quantize_chunk(chunk)
+        except UnfitGroupError as error:
+            row = error.column // groups
+            raise QuantizationError(f"{fqn}: row {row if rows is None else rows[row]} {error}") from None
+        return chunk
+
+    def _chunk(self, format: IntFormat, groups: int) -> Chunk:
+        """Contiguous views of the buffers, which grow where they are too small."""
+        size = groups * format.group_size
+        if not self._buffers or self._buffers[0].size < size:
+            self._buffers = [np.empty(size, np.float32) for _ in range(4)]
+        shape = (format.group_size, groups)
+        values_GC, codes_GC, *scratch_GC = (buffer[:size].reshape(shape) for buffer in self._buffers)
+        return Chunk(
+            format=format,
+            values_GC=values_GC,
+            codes_GC=codes_GC,
+            scratch_GC=(scratch_GC[0], scratch_GC[1]),
+            scale_C=np.empty(groups, np.float32),
+            zero_point_C=np.empty(groups, np.float32),
+        )
+
+
+def rows_per_chunk(in_features: int) -> int:
+    """How many rows of a matrix make a chunk of the best size."""
+    return max(1, _CHUNK_WEIGHTS // max(1, in_features))
+
+
+def _turn(stored: npt.NDArray[Any], chunk: Chunk) -> None:
+    """Fills ``values_GC``."""
+    groups = stored.reshape(-1, chunk.format.group_size)
+    if stored.dtype != np.uint16:
+        np.copyto(chunk.values_GC, groups.T)
+        return
+    # Turning is what costs: pairs of bfloat16 are half as many numbers. The earlier one is the lower half.
+    pairs = chunk.scratch_GC[0][: len(chunk.values_GC) // 2].view(np.uint32)
+    np.copyto(pairs, groups.view("<u4").T)
+    bits_GC = chunk.values_GC.view(np.uint32)
+    np.left_shift(pairs, 16, out=bits_GC[0::2])
+    np.bitwise_and(pairs, 0xFFFF0000, out=bits_GC[1::2])
+
+
 def quantize_in_chunks(
     weight: FloatArray, format: IntFormat, quantize_chunk: QuantizeChunk, *, fqn: str, threads: int | None
 ) -> QuantizedTensor:
-    """Applies ``quantize_chunk`` to every group of ``weight`` [rows, in_features]."""
+    """Applies ``quantize_chunk`` to every group of ``weight`` [rows, in_features], in threads."""
     if weight.ndim != 2:
         raise QuantizationError(f"{fqn}: has shape {list(weight.shape)}; only a matrix can be quantized in groups")
     workers = threads or usable_cores()
     out = _empty(weight.shape[0], format.groups(weight.shape[1], fqn), format)
-    values = np.ascontiguousarray(weight, np.float32).reshape(-1, format.group_size)
-    step = _chunk_length(len(values), format.group_size, workers)
-    starts = range(0, len(values), step)
-    buffers: SimpleQueue[Chunk] = SimpleQueue()
+    step = _rows_per_worker(weight.shape, workers)
+    starts = range(0, len(weight), step)
+    workspaces: SimpleQueue[Workspace] = SimpleQueue()
     for _ in range(min(workers, len(starts))):
-        buffers.put(_new_chunk(format, step))
+        workspaces.put(Workspace())
 
     def run(start: int) -> None:
-        part = slice(start, min(start + step, len(values)))
-        buffer = buffers.get()
+        rows = range(start, min(start + step, len(weight)))
+        values = np.ascontiguousarray(weight[start : rows.stop], np.float32)
+        workspace = workspaces.get()
         try:
-            chunk = buffer.columns(part.stop - start)
-            np.copyto(chunk.values_GC, values[part].T)
-            quantize_chunk(chunk)
-            _store(chunk, out, part)
-        except UnfitGroupError as error:
-            row = (start + error.column) // out.scale.shape[1]
-            raise QuantizationError(f"{fqn}: row {row} {error}") from None
+            chunk = workspace.quantize(values, format, quantize_chunk, fqn=fqn, rows=rows)
+            _store(chunk, out.rows(slice(start, rows.stop)))
         finally:
-            buffers.put(buffer)
+            workspaces.put(workspace)
 
     _run_in_threads(run, starts, workers)
     return out
@@ -115,12 +188,12 @@ def fit_range(values_GC: FloatArray, format: IntFormat) -> tuple[FloatArray, Flo
     return scale_C, np.clip(np.rint(-least_C / scale_C), 0, format.greatest_code, dtype=np.float32)
 
 
-def write_codes(scaled_GC: FloatArray, chunk: Chunk) -> None:
-    """Rounds ``scaled_GC`` (values over scale; overwritten) to the grid and fills ``chunk.codes_GC``."""
-    np.rint(scaled_GC, out=scaled_GC)
-    np.add(scaled_GC, chunk.zero_point_C, out=scaled_GC)
-    np.clip(scaled_GC, 0, chunk.format.greatest_code, out=scaled_GC)
-    np.copyto(chunk.codes_GC, scaled_GC, casting="unsafe")
+def write_codes(values_GC: FloatArray, scale_C: FloatArray, chunk: Chunk) -> None:
+    """Fills ``chunk.codes_GC`` with the points of the grid that are nearest to ``values_GC`` over ``scale_C``."""
+    codes_GC = np.multiply(values_GC, 1 / scale_C, out=chunk.codes_GC)
+    np.rint(codes_GC, out=codes_GC)
+    np.add(codes_GC, chunk.zero_point_C, out=codes_GC)
+    np.clip(codes_GC, 0, chunk.format.greatest_code, out=codes_GC)
 
 
 def _symmetric_scale(least_C: FloatArray, greatest_C: FloatArray, format: IntFormat) -> FloatArray:
@@ -153,31 +226,20 @@ def _empty(rows: int, groups: int, format: IntFormat) -> QuantizedTensor:
     )
 
 
-def _store(chunk: Chunk, out: QuantizedTensor, part: slice) -> None:
-    """Puts the chunk's columns where groups ``part`` of the whole tensor belong."""
-    np.copyto(out.qdata.reshape(-1, chunk.format.group_size)[part], chunk.codes_GC.T)
-    out.scale.reshape(-1)[part] = chunk.scale_C
+def _store(chunk: Chunk, out: QuantizedTensor) -> None:
+    """Puts a chunk into the rows that it is made of."""
+    np.copyto(out.qdata.reshape(-1, chunk.format.group_size), chunk.codes_GC.T, casting="unsafe")
+    out.scale[...] = chunk.scale_C.reshape(out.scale.shape)
     if out.zero_point is not None:
-        np.copyto(out.zero_point.reshape(-1)[part], chunk.zero_point_C, casting="unsafe")
+        np.copyto(out.zero_point, chunk.zero_point_C.reshape(out.scale.shape), casting="unsafe")
 
 
-def _new_chunk(format: IntFormat, columns: int) -> Chunk:
-    shape = (format.group_size, columns)
-    return Chunk(
-        format=format,
-        values_GC=np.empty(shape, np.float32),
-        scratch_GC=(np.empty(shape, np.float32), np.empty(shape, np.float32)),
-        codes_GC=np.empty(shape, np.uint8),
-        scale_C=np.empty(columns, np.float32),
-        zero_point_C=np.empty(columns, np.float32),
-    )
-
-
-def _chunk_length(groups: int, group_size: int, workers: int) -> int:
-    """Groups per chunk, so that every worker has as many chunks as the others."""
-    chunks = -(-groups * group_size // _CHUNK_WEIGHTS)
+def _rows_per_worker(shape: tuple[int, ...], workers: int) -> int:
+    """Rows per chunk, so that every worker has as many chunks as the others."""
+    rows, in_features = shape
+    chunks = -(-rows // rows_per_chunk(in_features))
     chunks = max(1, -(-chunks // workers) * workers if chunks > 1 else chunks)
-    return max(1, -(-groups // chunks))
+    return max(1, -(-rows // chunks))
 
 
 def _run_in_threads(run: Callable[[int], None], starts: range, workers: int) -> None:

@@ -17,37 +17,31 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from lfm2_export.quant._groups import Chunk, fit_range, quantize_in_chunks, write_codes
-from lfm2_export.quant.formats import FloatArray, IntFormat, QuantizedTensor
+from lfm2_export.quant._groups import Chunk, fit_range, write_codes
+from lfm2_export.quant.formats import FloatArray
 
 # How much longer or shorter the grid may get, in its own steps: shorter cuts the extremes off. On Gaussian, Laplace and
 # Student-t weights in groups of 32 and 128 this is within 0.5 % of an exhaustive search over scales and zero points.
-_STEPS = (0.0, 1.5, 1.0, 0.5, -0.6, -1.2, -2.0)
+_STEPS = (1.5, 1.0, 0.5, -0.6, -1.2, -2.0)
 # A gain below this share is within the rounding errors of the comparison.
 _LEAST_GAIN = np.float32(1e-4)
 
 
-def quantize(
-    weight: FloatArray, format: IntFormat, *, fqn: str = "weight", threads: int | None = None
-) -> QuantizedTensor:
-    """``weight`` float32 [rows, in_features] in ``format``; ``threads`` None takes every usable core.
+def quantize_chunk(chunk: Chunk) -> None:
+    """Quantizes the groups of ``chunk``.
 
     Raises:
-        QuantizationError: the width does not fit the group size, a weight is not finite, or a scale overflows.
+        UnfitGroupError: a weight is not finite, or a scale overflows.
     """
-    return quantize_in_chunks(weight, format, _quantize_chunk, fqn=fqn, threads=threads)
-
-
-def _quantize_chunk(chunk: Chunk) -> None:
     rounded_scale_C, chunk.zero_point_C[:] = fit_range(chunk.values_GC, chunk.format)
-    values_GC = np.multiply(chunk.values_GC, 1 / rounded_scale_C, out=chunk.values_GC)
+    values_GC = np.multiply(chunk.values_GC, 1 / rounded_scale_C, out=chunk.scratch_GC[0])
     search = _Search(chunk, values_GC)
-    ratio_C = search.refit(search.best_of(1 + step / chunk.format.greatest_code for step in _STEPS))
+    rounding_error_C, ratio_C = search.best_of(1 + step / chunk.format.greatest_code for step in _STEPS)
+    ratio_C = search.refit(ratio_C)
     chunk.scale_C[:] = chunk.format.representable_scale(rounded_scale_C * ratio_C)
-    ratio_C = chunk.scale_C / rounded_scale_C
-    rounding_wins_C = search.squared_error(ratio_C) >= search.squared_error(1.0) * (1 - _LEAST_GAIN)
+    rounding_wins_C = search.squared_error(chunk.scale_C / rounded_scale_C) >= rounding_error_C * (1 - _LEAST_GAIN)
     np.copyto(chunk.scale_C, rounded_scale_C, where=rounding_wins_C)
-    write_codes(np.multiply(values_GC, 1 / (chunk.scale_C / rounded_scale_C), out=values_GC), chunk)
+    write_codes(values_GC, chunk.scale_C / rounded_scale_C, chunk)
 
 
 class _Search:
@@ -55,45 +49,61 @@ class _Search:
 
     def __init__(self, chunk: Chunk, values_GC: FloatArray):
         self.values_GC = values_GC
-        self.codes_GC, self.product_GC = chunk.scratch_GC
+        self.codes_GC, self.product_GC = chunk.codes_GC, chunk.scratch_GC[1]
         self.least_C = -chunk.zero_point_C
         self.greatest_C = chunk.format.greatest_code - chunk.zero_point_C
 
-    def best_of(self, ratios: Iterable[float]) -> FloatArray:
-        """The least squares scale for the codes of that ratio whose codes explain most of the values."""
-        best_gain_C = np.full_like(self.least_C, -1)
-        best_C = np.ones_like(self.least_C)
+    def best_of(self, ratios: Iterable[float]) -> tuple[FloatArray, FloatArray]:
+        """Plain rounding's squared error, and the least squares scale for the codes of that ratio, 1 or one of
+        ``ratios``, whose codes explain most of the values."""
+        np.rint(self.values_GC, out=self.codes_GC)
+        self._clamp()
+        best_C, best_gain_C = self._fit()
+        np.subtract(self.values_GC, self.codes_GC, out=self.product_GC)
+        rounding_error_C = self._sum_of_squares()
         for ratio in ratios:
-            fitted_C, gain_C = self._fit(ratio)
-            better_C = gain_C > best_gain_C
-            np.copyto(best_gain_C, gain_C, where=better_C)
-            np.copyto(best_C, fitted_C, where=better_C)
-        return best_C
+            self._encode(ratio)
+            fitted_C, gain_C = self._fit()
+            best_C = np.where(gain_C > best_gain_C, fitted_C, best_C)
+            np.maximum(gain_C, best_gain_C, out=best_gain_C)
+        return rounding_error_C, _positive(best_C)
 
     def refit(self, ratio_C: FloatArray) -> FloatArray:
         """One more round: codes for the scale, then the scale for the codes. The error cannot grow."""
-        return self._fit(ratio_C)[0]
-
-    def squared_error(self, ratio_C: FloatArray | float) -> FloatArray:
         self._encode(ratio_C)
-        np.multiply(self.codes_GC, ratio_C, out=self.codes_GC)
-        np.subtract(self.values_GC, self.codes_GC, out=self.codes_GC)
-        return self._sum_of_products(self.codes_GC)
+        return _positive(self._fit()[0])
 
-    def _fit(self, ratio_C: FloatArray | float) -> tuple[FloatArray, FloatArray]:
-        """For the codes of ``ratio_C``: the scale of least squared error, and the squared values that it explains."""
+    def squared_error(self, ratio_C: FloatArray) -> FloatArray:
         self._encode(ratio_C)
-        along_C = self._sum_of_products(self.values_GC)
-        square_C = np.maximum(self._sum_of_products(self.codes_GC), np.float32(1e-30))
-        fitted_C = np.divide(along_C, square_C)
-        return np.where(fitted_C > 0, fitted_C, np.float32(1)), fitted_C * along_C
+        np.multiply(self.codes_GC, ratio_C, out=self.product_GC)
+        np.subtract(self.values_GC, self.product_GC, out=self.product_GC)
+        return self._sum_of_squares()
+
+    def _fit(self) -> tuple[FloatArray, FloatArray]:
+        """The scale of least squared error for the codes, and the squared values that it explains."""
+        np.multiply(self.codes_GC, self.values_GC, out=self.product_GC)
+        along_C = np.add.reduce(self.product_GC, axis=0)
+        # Exact whatever the order: squares of codes are whole numbers, and their sums stay below 2^24.
+        square_C = np.einsum("gc,gc->c", self.codes_GC, self.codes_GC)
+        np.maximum(square_C, np.float32(1e-30), out=square_C)
+        fitted_C = np.divide(along_C, square_C, out=square_C)
+        return fitted_C, np.multiply(fitted_C, along_C, out=along_C)
 
     def _encode(self, ratio_C: FloatArray | float) -> None:
         np.multiply(self.values_GC, 1 / ratio_C, out=self.codes_GC)
         np.rint(self.codes_GC, out=self.codes_GC)
+        self._clamp()
+
+    def _clamp(self) -> None:
         np.maximum(self.codes_GC, self.least_C, out=self.codes_GC)
         np.minimum(self.codes_GC, self.greatest_C, out=self.codes_GC)
 
-    def _sum_of_products(self, other_GC: FloatArray) -> FloatArray:
-        np.multiply(self.codes_GC, other_GC, out=self.product_GC)
+    def _sum_of_squares(self) -> FloatArray:
+        """Of ``product_GC``, which is overwritten."""
+        np.multiply(self.product_GC, self.product_GC, out=self.product_GC)
         return np.add.reduce(self.product_GC, axis=0)
+
+
+def _positive(ratio_C: FloatArray) -> FloatArray:
+    """Plain rounding's scale where no codes explain anything."""
+    return np.where(ratio_C > 0, ratio_C, np.float32(1))

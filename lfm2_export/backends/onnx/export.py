@@ -114,9 +114,9 @@ def export_program(request: ExportRequest) -> ExportedProgram:
     for model in graphs.by_role.values():
         attach(model, placements, data_files)
     paths = [folder / name for name in data_files]
-    quantize = get_algorithm(request.algorithm)
+    algorithm = get_algorithm(request.algorithm)
     ledger = _ledger(request, plan, placements)
-    tensors = WeightWriter(request.checkpoint, placements, paths, quantize, request.progress, ledger).write(plan)
+    tensors = WeightWriter(request.checkpoint, placements, paths, algorithm, request.progress, ledger).write(plan)
     names = _save_graphs(graphs, scheme.file_name, folder)
     return ExportedProgram(
         graphs={role: f"{FOLDER}/{name}" for role, name in names.items()},

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from lfm2_export.backends.onnx import own_ops, passes
 from lfm2_export.backends.onnx.plan import WeightPlan
-from lfm2_export.backends.onnx.trace import trace
+from lfm2_export.backends.onnx.trace import trace, without_collection
 from lfm2_export.backends.onnx.variants import CPU, LFM2, LFM2_KV8, LFM2_SCORING, SCORING
 from lfm2_export.cache import CacheSpec
 from lfm2_export.config import ModelConfig
@@ -36,6 +36,7 @@ class Graphs:
         return self.by_role[MODEL]
 
 
+@without_collection()
 def make_graphs(config: ModelConfig, plan: WeightPlan, cache: CacheSpec) -> Graphs:
     """Traces once and derives the other graphs from copies.
 

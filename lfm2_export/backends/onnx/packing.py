@@ -1,8 +1,8 @@
 """Between a ``QuantizedTensor`` and the byte layouts of ONNX Runtime's operators, both ways.
 
-In: codes one per byte, scales and zero points per group. Out: the initializers of MatMulNBits, QMoE and
-GatherBlockQuantized (domain com.microsoft), or from those the ``QuantizedTensor`` again, which is how parity knows what
-is really in a file. Layouts: the operators' schemas in onnxruntime 1.31, proven by running them.
+In: codes one per byte (or a quantizer's chunk of them), scales and zero points per group. Out: the initializers of
+MatMulNBits, QMoE and GatherBlockQuantized (domain com.microsoft), or from those the ``QuantizedTensor`` again, which is
+how parity knows what is really in a file. Layouts: the operators' schemas in onnxruntime 1.31, proven by running them.
 
 All three operators read the same bytes: N rows of K codes, the earlier code of a byte in its lower half; the same for
 the zero points of a row, where an odd count leaves the last upper half unused. The shapes differ (g: group size,
@@ -25,7 +25,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from lfm2_export.quant.formats import ByteArray, IntFormat, QuantizedTensor, ScaleArray
+from lfm2_export.quant._groups import Chunk
+from lfm2_export.quant.formats import ByteArray, FloatArray, IntFormat, QuantizedTensor, ScaleArray
 
 
 def pack_rows(tensor: QuantizedTensor) -> dict[str, npt.NDArray[Any]]:
@@ -36,6 +37,45 @@ def pack_rows(tensor: QuantizedTensor) -> dict[str, npt.NDArray[Any]]:
     if tensor.zero_point is not None:
         packed["zero_point"] = pack_codes(tensor.zero_point, bits)
     return packed
+
+
+def empty_rows(format: IntFormat, rows: int, in_features: int) -> dict[str, npt.NDArray[Any]]:
+    """Initializers by role, as ``pack_rows`` returns them, to be filled by ``pack_chunk``."""
+    groups, bits = in_features // format.group_size, format.bits
+    packed: dict[str, npt.NDArray[Any]] = {
+        "qdata": np.empty((rows, in_features * bits // 8), np.uint8),
+        "scale": np.empty((rows, groups), np.float16 if format.scale_dtype == "float16" else np.float32),
+    }
+    if not format.symmetric:
+        packed["zero_point"] = np.empty((rows, -(-groups * bits // 8)), np.uint8)
+    return packed
+
+
+def pack_chunk(chunk: Chunk, rows: slice, packed: dict[str, npt.NDArray[Any]]) -> None:
+    """Puts a chunk of whole rows where ``rows`` of ``packed`` are; overwrites the chunk's scratch buffers."""
+    groups = packed["scale"].shape[1]
+    words = _words(chunk)
+    there = packed["qdata"].view("<u2").reshape(-1, groups, len(words))[rows]
+    np.copyto(there, words.reshape(len(words), -1, groups).transpose(1, 2, 0), casting="unsafe")
+    packed["scale"][rows] = chunk.scale_C.reshape(-1, groups)
+    if "zero_point" in packed:
+        points = chunk.zero_point_C.reshape(-1, groups).astype(np.uint8)
+        packed["zero_point"][rows] = pack_codes(points, chunk.format.bits)
+
+
+def _words(chunk: Chunk) -> FloatArray:
+    """Neighbouring codes of a group as one number of 16 bits, the earlier ones in its lower bits: [g*b/16, groups].
+
+    Sums of long vectors, exact in float32, and a quarter (with 8 bits: half) of the numbers to turn and to convert.
+    """
+    bytes_GC, words_GC = chunk.scratch_GC
+    codes_GC, bits = chunk.codes_GC, chunk.format.bits
+    return _pairs(codes_GC if bits == 8 else _pairs(codes_GC, 4, bytes_GC), 8, words_GC)
+
+
+def _pairs(codes_GC: FloatArray, bits: int, out_GC: FloatArray) -> FloatArray:
+    pairs_GC = np.multiply(codes_GC[1::2], np.float32(1 << bits), out=out_GC[: len(codes_GC) // 2])
+    return np.add(pairs_GC, codes_GC[0::2], out=pairs_GC)
 
 
 def unpack_rows(

@@ -5,13 +5,14 @@ them, and a record of every tensor's format and quantization error. The places f
 are known, and the disk can be checked, before anything is read. A ledger keeps the pieces that are done.
 
 The work is cut into pieces: some rows of a matrix, or one expert's two matrices that lie interleaved. A thread per core
-takes a piece all the way from the shard to the data file, so that one reads while another computes. Peak memory is a
-piece per core, whatever the model's size.
+takes a piece all the way from the shard to the data file, so that one reads while another computes. What is quantized
+goes through the cache some hundred rows at a time. Peak memory is a piece per core, whatever the model's size.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,33 +20,27 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from lfm2_export.backends.onnx.packing import pack_rows
+from lfm2_export.backends.onnx.packing import empty_rows, pack_chunk
 from lfm2_export.backends.onnx.passes import ROPE_TABLES
 from lfm2_export.backends.onnx.plan import Layout, StoredWeight, WeightPlan
 from lfm2_export.background import map_in_threads
-from lfm2_export.checkpoint import Checkpoint, check_finite
+from lfm2_export.checkpoint import Checkpoint, check_finite, is_finite
 from lfm2_export.config import ModelConfig
 from lfm2_export.ledger import Ledger
 from lfm2_export.manifest import StoredTensor
 from lfm2_export.models._common import rope_tables
-from lfm2_export.quant.formats import (
-    FloatFormat,
-    IntFormat,
-    QuantizedTensor,
-    StorageError,
-    storage_error,
-    to_float,
-)
+from lfm2_export.quant._groups import Workspace, rows_per_chunk
+from lfm2_export.quant.algorithms import Algorithm
+from lfm2_export.quant.formats import IntFormat, StorageError, storage_error, to_float
 from lfm2_export.resources import usable_cores
 
 # onnxruntime maps external tensors; a large one must start where every platform can map (Windows: 64 KiB).
 LARGE, LARGE_ALIGNMENT, SMALL_ALIGNMENT = 1 << 20, 1 << 16, 64
 # A browser cannot hold an ArrayBuffer of 2 GiB or more, so a data file ends before that.
 MAX_FILE_BYTES = 2_000_000_000
-# Rows are read and quantized in pieces of about this many values: 16 MiB of fp32.
+# Rows are stored in pieces of about this many values: 8 MiB of bf16.
 CHUNK_VALUES = 1 << 22
 
-Quantize = Callable[..., QuantizedTensor]
 Report = Callable[[int], None]
 
 
@@ -144,6 +139,11 @@ class Piece:
     sources: tuple[str, ...]
     rows: slice | None = None
 
+    @property
+    def row_count(self) -> int:
+        """Rows of the stored matrix that it makes."""
+        return self.weight.shape[-2] if self.rows is None else self.rows.stop - self.rows.start
+
     def stored_bytes(self, checkpoint: Checkpoint) -> int:
         """How much of the checkpoint it is made of."""
         return sum(checkpoint.tensors[source].rows(self.rows).nbytes for source in self.sources)
@@ -179,12 +179,13 @@ class WeightWriter:
         checkpoint: Checkpoint,
         placements: Mapping[str, Placement],
         paths: Sequence[Path],
-        quantize: Quantize,
+        algorithm: Algorithm,
         report: Report,
         ledger: Ledger,
     ):
-        self.checkpoint, self.placements, self.quantize, self.report = checkpoint, placements, quantize, report
+        self.checkpoint, self.placements, self.algorithm, self.report = checkpoint, placements, algorithm, report
         self.paths, self.ledger = paths, ledger
+        self._threads = _Thread()
 
     def write(self, plan: WeightPlan) -> tuple[StoredTensor, ...]:
         """Writes every weight of the plan and the rope tables; returns a record of each weight.
@@ -221,7 +222,12 @@ class WeightWriter:
             yield piece, error
 
     def _write_piece(self, piece: Piece) -> StorageError:
-        return self._store(piece.weight, piece.first_row, self._values(piece))
+        if isinstance(piece.weight.format, IntFormat):
+            return self._quantize(piece, piece.weight.format)
+        values = self._values(piece)
+        stored = to_float(values, piece.weight.format, fqn=piece.weight.name)
+        self._put(piece, "weight", stored)
+        return _cast_error(values, stored)
 
     def _values(self, piece: Piece) -> np.ndarray:
         if len(piece.sources) == 1:
@@ -236,23 +242,35 @@ class WeightWriter:
         check_finite(source, values)
         return values
 
-    def _store(self, weight: StoredWeight, first_row: int, values: np.ndarray) -> StorageError:
-        if isinstance(weight.format, FloatFormat):
-            stored = to_float(values, weight.format, fqn=weight.name)
-            self._put(weight, "weight", first_row, stored)
-            return _cast_error(values, stored)
-        quantized = self.quantize(values, weight.format, fqn=weight.name, threads=1)
-        for role, array in pack_rows(quantized).items():
-            self._put(weight, role, first_row, array)
-        return storage_error(values, quantized)
+    def _quantize(self, piece: Piece, form: IntFormat) -> StorageError:
+        """One chunk of a source at a time: it stays in the cache from the file to its packed rows."""
+        columns = piece.weight.shape[-1]
+        packed = empty_rows(form, piece.row_count, columns)
+        error = StorageError()
+        for offset, source in enumerate(piece.sources):
+            rows = range(offset, piece.row_count, len(piece.sources))
+            for stored in self._finite_blocks(source, piece.rows, rows_per_chunk(columns)):
+                rows, these = rows[len(stored) :], rows[: len(stored)]
+                chunk = self.algorithm.rows(stored, form, self._threads.workspace, fqn=piece.weight.name, rows=these)
+                error += chunk.storage_error()
+                pack_chunk(chunk, slice(these.start, these.stop, these.step), packed)
+        for role, array in packed.items():
+            self._put(piece, role, array)
+        return error
 
-    def _put(self, weight: StoredWeight, role: str, first_row: int, array: np.ndarray) -> None:
-        there = self.placements[weight.initializer(role)]
-        if weight.layout is Layout.TRANSPOSED:
+    def _finite_blocks(self, source: str, rows: slice | None, step: int) -> Iterator[np.ndarray]:
+        for stored in self.checkpoint.read_raw_blocks(source, rows, step):
+            if not is_finite(stored):
+                self._read(source, rows)  # refuses the tensor, and says where
+            yield stored
+
+    def _put(self, piece: Piece, role: str, array: np.ndarray) -> None:
+        there = self.placements[piece.weight.initializer(role)]
+        if piece.weight.layout is Layout.TRANSPOSED:
             array = array.T
         array = np.ascontiguousarray(array, there.dtype)
         row_bytes = array.nbytes // array.shape[0]
-        _write_all(self._files[there.file], array, there.offset + first_row * row_bytes)
+        _write_all(self._files[there.file], array, there.offset + piece.first_row * row_bytes)
 
     def _write_rope(self, plan: WeightPlan) -> None:
         config = self.checkpoint.config
@@ -261,6 +279,13 @@ class WeightWriter:
         for name, table in zip(ROPE_TABLES.values(), rope_tables(config), strict=True):
             there = self.placements[name]
             _write_all(self._files[there.file], table.numpy().astype(there.dtype), there.offset)
+
+
+class _Thread(threading.local):
+    """What each thread has for itself."""
+
+    def __init__(self) -> None:
+        self.workspace = Workspace()
 
 
 def _write_all(file: int, array: np.ndarray, offset: int) -> None:

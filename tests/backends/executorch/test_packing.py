@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from lfm2_export.backends.executorch import ops
 from lfm2_export.backends.executorch.packing import pack_stock, stock_bytes, unpack_stock
 from lfm2_export.errors import QuantizationError
+from lfm2_export.quant.algorithms import get_algorithm
 from lfm2_export.quant.formats import IntFormat, QuantizedTensor
-from lfm2_export.quant.round_to_nearest import quantize
 
 
 def quantized(rows: int, columns: int, group_size: int, seed: int) -> QuantizedTensor:
     form = IntFormat(bits=4, group_size=group_size, symmetric=True, scale_dtype="float16")
     values = np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
-    return quantize(values, form)
+    return get_algorithm("round")(values, form)
 
 
 @pytest.mark.parametrize(("rows", "columns", "group_size"), [(8, 32, 32), (24, 128, 64), (13, 96, 32), (40, 64, 16)])
@@ -68,4 +68,4 @@ def test_operator_reads_what_was_packed(
 def test_other_formats_are_refused() -> None:
     form = IntFormat(bits=8, group_size=32, symmetric=True)
     with pytest.raises(QuantizationError, match="symmetric int4 in groups of a multiple of 16"):
-        pack_stock(quantize(np.ones((8, 32), np.float32), form))
+        pack_stock(get_algorithm("round")(np.ones((8, 32), np.float32), form))

@@ -6,13 +6,16 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from lfm2_export.backends.onnx.packing import (
+    empty_rows,
     interleave_gate_up,
+    pack_chunk,
     pack_codes,
     pack_rows,
     split_gate_up,
     unpack_codes,
     unpack_rows,
 )
+from lfm2_export.quant._groups import Workspace
 from lfm2_export.quant.algorithms import get_algorithm
 from lfm2_export.quant.formats import IntFormat, QuantizedTensor
 
@@ -273,3 +276,26 @@ def test_earlier_code_is_in_the_lower_half_of_a_byte():
     assert pack_codes(codes, 8) is codes
     strided = np.arange(32, dtype=np.uint8).reshape(4, 8)[:, ::2] % 16
     assert np.array_equal(unpack_codes(pack_codes(strided, 4), 4, 4), strided)
+
+
+@pytest.mark.parametrize("scale_dtype", ["float32", "float16"])
+@pytest.mark.parametrize(("in_features", "group_size"), [(96, 32), (48, 16), (256, 256)])
+@pytest.mark.parametrize("bits", [4, 8])
+@with_and_without_zero_points
+def test_chunks_become_the_bytes_of_the_whole_matrix(bits, symmetric, in_features, group_size, scale_dtype):
+    """Two matrices, rows interleaved, chunk by chunk."""
+    rng = np.random.default_rng(3)
+    format = IntFormat(bits=bits, group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype)
+    gate, up = rng.standard_normal((2, 10, in_features)).astype(np.float32)
+    expected = pack_rows(get_algorithm("refit")(interleave_gate_up(gate, up), format))
+    packed, workspace = empty_rows(format, 20, in_features), Workspace()
+    for offset, matrix in enumerate((gate, up)):
+        for start, stop in ((0, 7), (7, 10)):
+            rows = range(offset, 20, 2)[start:stop]
+            chunk = get_algorithm("refit").rows(matrix[start:stop], format, workspace, fqn="w", rows=rows)
+            pack_chunk(chunk, slice(rows.start, rows.stop, rows.step), packed)
+    assert packed.keys() == expected.keys()
+    for role, array in expected.items():
+        assert packed[role].dtype == array.dtype
+        odd = role == "zero_point" and bits == 4 and in_features // group_size % 2
+        np.testing.assert_array_equal(packed[role], array, err_msg=f"{role}{', the last half unused' if odd else ''}")

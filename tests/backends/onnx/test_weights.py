@@ -13,9 +13,11 @@ import pytest
 from onnx import external_data_helper, numpy_helper
 
 import lfm2_export
+from benchmarks.synthetic import write_random_checkpoint
 from lfm2_export.artifact import Artifact
 from lfm2_export.backends.onnx import weights
 from lfm2_export.checkpoint import open_checkpoint
+from lfm2_export.errors import CheckpointError, QuantizationError
 from lfm2_export.manifest import Program
 from tests.artifacts import snapshot
 from tests.checkpoints import tiny_config
@@ -197,3 +199,37 @@ def test_the_same_export_gives_the_same_bytes(random_artifact, tmp_path):
     first, second = snapshot(made.artifact), snapshot(tmp_path / "artifact")
     assert set(first) == set(second)
     assert [name for name in first if first[name] != second[name]] == []
+
+
+def put_bits(checkpoint: Path, tensor: str, row: int, column: int, bits: int) -> None:
+    info = open_checkpoint(checkpoint).tensors[tensor]
+    with open(info.file, "r+b") as file:
+        file.seek(info.offset + 2 * (row * info.shape[1] + column))
+        file.write(bits.to_bytes(2, "little"))
+
+
+@pytest.mark.parametrize("part", ["w1", "w2", "w3"])
+@pytest.mark.parametrize("scheme", ["q4", "fp16"])
+def test_weights_that_are_not_finite_are_named_as_in_the_checkpoint(tmp_path, scheme, part):
+    checkpoint = write_random_checkpoint(tmp_path / "checkpoint", WIDE, seed=0, tokenizer_from="tiny-moe")
+    name = f"model.layers.1.feed_forward.experts.1.{part}.weight"
+    put_bits(checkpoint, name, 200, 13, 0xFF80)
+    with pytest.raises(CheckpointError) as caught:
+        lfm2_export.export(checkpoint, scheme=scheme, output=tmp_path / "artifact")
+    assert str(caught.value) == (
+        f"{name}: 1 of 65536 values are not finite, first -inf at [200, 13]; "
+        "the weights are damaged, download or train them again"
+    )
+
+
+@pytest.mark.parametrize(
+    ("part", "stored", "row"), [("w1", "gate_up", 400), ("w3", "gate_up", 401), ("w2", "down", 200)]
+)
+def test_a_scale_that_does_not_fit_is_named_by_the_row_of_its_expert(tmp_path, part, stored, row):
+    checkpoint = write_random_checkpoint(tmp_path / "checkpoint", WIDE, seed=0, tokenizer_from="tiny-moe")
+    put_bits(checkpoint, f"model.layers.1.feed_forward.experts.1.{part}.weight", 200, 13, 0x4A80)  # 4194304
+    with pytest.raises(QuantizationError) as caught:
+        lfm2_export.export(checkpoint, scheme="q4", output=tmp_path / "artifact")
+    assert str(caught.value).startswith(
+        f"model.layers.1.feed_forward.experts.{stored}: row {row} needs a scale of 27962"
+    )
