@@ -12,6 +12,7 @@ import numpy as np
 
 import lfm2_export
 from lfm2_export.backends.base import Mark, Snapshot, check_batch_size, check_fits, check_indices, check_rows
+from lfm2_export.cache import CacheSpec
 from lfm2_export.errors import RunnerError
 from lfm2_export.text import Tokenizer
 
@@ -27,6 +28,10 @@ class HashRunner:
         self.rows: list[list[int]] = [[]]
         self.prefilled: list[list[int]] = []
         self.marks: list[Mark] = []
+
+    @property
+    def cache(self) -> CacheSpec:
+        return CacheSpec(tensors=())
 
     @property
     def batch_size(self) -> int:

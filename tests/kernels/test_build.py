@@ -102,7 +102,7 @@ def test_two_processes_may_build_at_once(tmp_path: Path, monkeypatch: pytest.Mon
     """Each builds in a folder of its own and moves the whole file into place."""
     made: list[list[str]] = []
 
-    def pretend(log: Path, command: list[str], mode: str) -> None:
+    def pretend(log: Path, command: list[str], mode: str, *, remedy: str) -> None:
         made.append(command)
         if "--build" in command:
             Path(command[command.index("--build") + 1], "target").write_text(str(len(made)))

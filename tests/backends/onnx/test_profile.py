@@ -13,6 +13,7 @@ import pytest
 
 import lfm2_export
 from lfm2_export.artifact import Artifact
+from lfm2_export.backends.base import Kernels
 from lfm2_export.backends.onnx import profile_program
 from lfm2_export.backends.onnx.profile import read_traces
 from lfm2_export.backends.onnx.session import session_options
@@ -48,7 +49,7 @@ def test_calls_are_the_nodes_of_the_graph(
 ) -> None:
     folder = artifact(checkpoint)
     program = program_of(folder, scheme)
-    found = profile_program(folder, program, PROMPT, threads=1)
+    found = profile_program(folder, program, PROMPT, threads=1, kernels=Kernels.STOCK)
     check_profile(found, len(PROMPT))
     path = folder / program.graphs.get("cpu", program.graphs["model"])
     expected = nodes(path, tmp_path_factory.mktemp("optimized"))
@@ -60,7 +61,7 @@ def test_calls_are_the_nodes_of_the_graph(
 @pytest.mark.usefixtures("clean_up")
 def test_matrix_products_are_told_apart_by_size(artifact) -> None:
     folder = artifact("tiny-moe")
-    found = profile_program(folder, program_of(folder, "q4"), PROMPT, threads=1)
+    found = profile_program(folder, program_of(folder, "q4"), PROMPT, threads=1, kernels=Kernels.STOCK)
     product = next(entry for entry in found.decode.operators if entry.operator == "MatMulNBits")
     assert sum(part.calls for part in product.parts) == product.calls
     assert sum(part.ms for part in product.parts) <= product.ms * 1.5  # Medians need not add up.
