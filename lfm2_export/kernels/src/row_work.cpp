@@ -45,10 +45,9 @@ RowActivations take_activations(Arena& arena, int64_t tokens, const RowMatrix& w
   RowActivations found = {};
   found.codes = arena.take<int8_t>(tokens * padded);
   found.scales = arena.take<float>(tokens * (padded / kGroupInputs));
-  found.sums = arena.take<float>(tokens * (padded / w.group));
+  found.sums = arena.take<float>(tokens * (padded / kGroupInputs));
   found.tokens = tokens;
   found.padded = padded;
-  found.group = w.group;
   found.bits = w.bits;
   return found;
 }
