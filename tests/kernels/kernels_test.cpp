@@ -67,7 +67,7 @@ class Layer {
         shape.inner,    out.data()};
     const std::unique_ptr<void, void (*)(void*)> scratch(std::aligned_alloc(64, lfm2::moe_scratch_bytes(problem)),
                                                          std::free);
-    lfm2::run_moe(problem, *lfm2::kernels_by_name(kernels), {threads, run_in_turn}, scratch.get());
+    lfm2::run_moe(problem, *lfm2::kernels_by_name(kernels), {threads, run_in_turn, nullptr}, scratch.get());
     return out;
   }
 
@@ -92,7 +92,7 @@ class Layer {
   std::vector<uint8_t> gate_up, down;
 
  private:
-  static void run_in_turn(int workers, void (*task)(void*, int), void* context) {
+  static void run_in_turn(const void*, int workers, void (*task)(void*, int), void* context) {
     for (int worker = 0; worker < workers; ++worker) {
       task(context, worker);
     }
