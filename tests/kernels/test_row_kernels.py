@@ -115,7 +115,7 @@ def test_one_changed_code_is_beyond_the_bound(bits: int, tokens: int):
     want = rounded(x) @ in_float64(w).T
     w.codes[40, 1000] ^= 4 if bits == 4 else 64
     for kernels in c_api.runnable_row_kernels():
-        error = errors_of(c_api.matmul_nbits(kernels, x, w), want).min()
+        error = errors_of(c_api.matmul_nbits(kernels, x, w), want).max()
         print(f"{kernels} {error:.1e}")
         assert error > 30 * BOUND
 
