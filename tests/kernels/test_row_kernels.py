@@ -22,7 +22,7 @@ from tests.kernels.c_api import FloatArray, RowMatrix
 
 DoubleArray = npt.NDArray[np.float64]
 
-BOUND = 6e-6  # three times the most that was seen, 2e-6
+BOUND = 1.2e-5  # three times the most that was seen on any processor
 ROUNDED_BOUND = 1e-2  # of a token with a value that went to the next code
 ROWS = (1, 17, 33, 70)
 COLUMNS = (32, 96, 160, 1344, 1792, 2048, 7168)
