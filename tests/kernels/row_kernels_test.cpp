@@ -1,6 +1,6 @@
 // The kernels for ONNX Runtime's weights: quantizing bit for bit as the scalar ones do it, products against double
-// arithmetic on the same int8 activations. Behind every buffer lies a page that ends the process when it is touched, which
-// masked loads cannot hide, as they do from AddressSanitizer.
+// arithmetic on the same int8 activations. Behind every buffer lies a page that ends the process when it is touched:
+// masked loads cannot hide from that, as they do from AddressSanitizer.
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -113,7 +113,8 @@ class Weights {
       : codes_(rows * columns * format.bits / 8),
         scales_(rows * (columns / format.group) * (format.half ? 2 : 4)),
         points_(format.points ? rows * ((columns / format.group + 1) / 2) : 0),
-        matrix_{codes_.data(), scales_.data(), points_.or_null(), rows, columns, format.group, format.bits, format.half},
+        matrix_{codes_.data(), scales_.data(), points_.or_null(), rows,
+                columns,       format.group,   format.bits,       format.half},
         values_(rows * columns) {
     for (uint8_t& byte : codes_) {
       byte = static_cast<uint8_t>(random_bits());

@@ -1,8 +1,9 @@
 // row_matrix.h with NEON's dot products (sdot, ARMv8.2).
 //
-// A tile is 4 rows by up to 8 tokens. Of every 32 inputs the rows' weights are unpacked into 8 registers, which stay there
-// while the tokens pass by. sdot leaves four sums of each row; pairwise additions turn those of 4 rows into the lanes of
-// one register, so that converting and scaling is done once for 4 rows. A token's result does not depend on the others.
+// A tile is 4 rows by up to 8 tokens. Of every 32 inputs the rows' weights are unpacked into 8 registers, which stay
+// there while the tokens pass by. sdot leaves four sums of each row; pairwise additions turn those of 4 rows into the
+// lanes of one register, so that converting and scaling is done once for 4 rows. A token's result does not depend on the
+// others.
 
 #include <arm_neon.h>
 
@@ -13,9 +14,9 @@ namespace {
 
 #define LFM2_ALWAYS inline __attribute__((always_inline))
 
-constexpr int kLanes = 4;             // rows of a tile
-constexpr int kMostTokens = 8;        // of a tile: 8 sums of floats, 4 of integers, 8 registers of weights
-constexpr int64_t kNearTokens = 64;   // whose activations stay in the second-level cache while the rows pass by
+constexpr int kLanes = 4;            // rows of a tile
+constexpr int kMostTokens = 8;       // of a tile: 8 sums of floats, 4 of integers, 8 registers of weights
+constexpr int64_t kNearTokens = 64;  // whose activations stay in the second-level cache while the rows pass by
 constexpr int kLineBytes = 64;
 
 // Where 4 rows are. Where fewer are left, the last one is taken again, and its results are dropped.
@@ -98,11 +99,12 @@ LFM2_ALWAYS int32x4_t sums_of(const Weights& weights, const int8_t* codes, int64
   return vpaddq_s32(vpaddq_s32(sums[0], sums[1]), vpaddq_s32(sums[2], sums[3]));
 }
 
-// What the next 4 rows' part of a tile is, where rows follow one another; may lie behind the tensor's end: harmless.
+// The same share of the next 4 rows, which follow in memory. May lie behind the tensor's end: harmless.
 template <int kBits>
 LFM2_ALWAYS void prefetch_next(const RowMatrix& w, const Rows& rows, int64_t group) {
   constexpr int kBytes = kLanes * kGroupInputs * kBits / 8;
-  const auto next = reinterpret_cast<uintptr_t>(rows.codes[0]) + (w.columns + group * kGroupInputs) * kLanes * kBits / 8;
+  const int64_t inputs = kLanes * (w.columns + group * kGroupInputs);
+  const auto next = reinterpret_cast<uintptr_t>(rows.codes[0]) + inputs * kBits / 8;
   for (int line = 0; line < kBytes; line += kLineBytes) {
     __builtin_prefetch(reinterpret_cast<const void*>(next + line));
   }

@@ -46,8 +46,8 @@ class Arena {
 // step(0) .. step(tasks - 1), each once, by all workers. A worker begins with a share of its own, in order, so that what
 // it reads lies side by side (processors fetch ahead, but not for who jumps about), and then helps the others.
 //
-// Throws std::bad_alloc here, once all workers are done, if a step threw it: what leaves a thread of the host's ends the
-// process. Steps throw nothing else.
+// Throws std::bad_alloc here, once all workers are done, if a step threw it: what leaves a thread of the host's ends
+// the process. Steps throw nothing else.
 template <typename Step>
 void share_out(const ThreadPool& pool, int64_t tasks, const Step& step) {
   constexpr int kMostShares = 64;
