@@ -1,18 +1,24 @@
 // Every kernel against the scalar one, bit for bit, and the scalar one against plain double arithmetic. Buffers have
 // exactly the size they need, so that AddressSanitizer sees a kernel that reads or writes beyond them.
 
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <new>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
+#include "expect.h"
 #include "layout.h"
 #include "moe.h"
+#include "row_matrix.h"
+#include "work.h"
 
 extern "C" int lfm2_moe_ffn(const char* kernels_name, int threads, const float* x, const float* router_logits,
                             const float* expert_bias, const uint8_t* gate_up, const uint8_t* down, int64_t tokens,
@@ -24,15 +30,6 @@ namespace {
 using lfm2::kGroup;
 using lfm2::kTileBytes;
 using lfm2::kTileRows;
-
-int failures = 0;
-
-void expect(bool holds, const std::string& what) {
-  if (!holds) {
-    std::printf("FAILED: %s\n", what.c_str());
-    ++failures;
-  }
-}
 
 struct Shape {
   int64_t tokens, width, inner, experts, top_k;
@@ -67,7 +64,7 @@ class Layer {
         shape.inner,    out.data()};
     const std::unique_ptr<void, void (*)(void*)> scratch(std::aligned_alloc(64, lfm2::moe_scratch_bytes(problem)),
                                                          std::free);
-    lfm2::run_moe(problem, *lfm2::kernels_by_name(kernels), {threads, run_in_turn}, scratch.get());
+    lfm2::run_moe(problem, *lfm2::kernels_by_name(kernels), {threads, run_in_turn, nullptr}, scratch.get());
     return out;
   }
 
@@ -92,7 +89,7 @@ class Layer {
   std::vector<uint8_t> gate_up, down;
 
  private:
-  static void run_in_turn(int workers, void (*task)(void*, int), void* context) {
+  static void run_in_turn(const void*, int workers, void (*task)(void*, int), void* context) {
     for (int worker = 0; worker < workers; ++worker) {
       task(context, worker);
     }
@@ -252,6 +249,42 @@ void test_routing() {
   expect(std::fabs(choices[1].weight - 2.0f / (1.0f + std::exp(1.0f))) < 1e-6f, "the bias entered a weight");
 }
 
+// Steps may throw on the host's threads, which it would not survive.
+void test_no_memory() {
+  const auto run_on_threads = [](const void*, int workers, void (*task)(void*, int), void* context) {
+    std::vector<std::thread> threads;
+    for (int worker = 0; worker < workers; ++worker) {
+      threads.emplace_back(task, context, worker);
+    }
+    for (std::thread& thread : threads) {
+      thread.join();
+    }
+  };
+  for (int64_t failing : {0, 17, 99}) {
+    bool thrown = false;
+    std::atomic<int> done = 0;
+    try {
+      lfm2::share_out({4, run_on_threads, nullptr}, 100, [&](int64_t task) {
+        if (task == failing) {
+          throw std::bad_alloc();
+        }
+        ++done;
+      });
+    } catch (const std::bad_alloc&) {
+      thrown = true;
+    }
+    expect(thrown && done == 99, "a step without memory: " + std::to_string(done) + " others were done");
+  }
+}
+
+void print_names(const char* what, const char* const* names) {
+  std::printf("%s:", what);
+  for (; *names != nullptr; ++names) {
+    std::printf(" %s", *names);
+  }
+  std::printf("\n");
+}
+
 }  // namespace
 
 int main() {
@@ -282,10 +315,10 @@ int main() {
   test_not_finite();
   test_quantize_extremes();
   test_routing();
-  std::printf("kernels:");
-  for (auto name = lfm2::runnable_kernels(); *name != nullptr; ++name) {
-    std::printf(" %s", *name);
-  }
-  std::printf("\n%d failures\n", failures);
+  test_no_memory();
+  test_row_kernels();
+  print_names("kernels", lfm2::runnable_kernels());
+  print_names("row kernels", lfm2::runnable_row_kernels());
+  std::printf("%d failures\n", failures);
   return failures == 0 ? 0 : 1;
 }

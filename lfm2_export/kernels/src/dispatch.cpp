@@ -133,7 +133,18 @@ const Table* by_name(const Candidate<Table> (&candidates)[kCount], const char* n
 }
 
 template <typename Table, size_t kCount>
-const Table* chosen(const Candidate<Table> (&candidates)[kCount]) {
+bool is_listed(const Candidate<Table> (&candidates)[kCount], const char* name) {
+  for (const Candidate<Table>& candidate : candidates) {
+    if (std::strcmp(candidate.kernels->name, name) == 0) {
+      return true;
+    }
+  }
+  return false;
+}
+
+// One variable names the kernels of both tables: a name that only `others` know is none of this table's business.
+template <typename Table, typename Other, size_t kCount, size_t kOthers>
+const Table* chosen(const Candidate<Table> (&candidates)[kCount], const Candidate<Other> (&others)[kOthers]) {
   const Table* const best = fastest(candidates);
   const char* name = std::getenv("LFM2_KERNELS");
   if (name == nullptr || *name == '\0') {
@@ -142,7 +153,9 @@ const Table* chosen(const Candidate<Table> (&candidates)[kCount]) {
   if (const Table* kernels = by_name(candidates, name)) {
     return kernels;
   }
-  std::fprintf(stderr, "LFM2_KERNELS=%s: unknown here, or not for this processor; using %s\n", name, best->name);
+  if (is_listed(candidates, name) || !is_listed(others, name)) {
+    std::fprintf(stderr, "LFM2_KERNELS=%s: unknown here, or not for this processor; using %s\n", name, best->name);
+  }
   return best;
 }
 
@@ -163,12 +176,12 @@ const char* const* runnable(const Candidate<Table> (&candidates)[kCount], const 
 }  // namespace
 
 const Kernels& best_kernels() {
-  static const Kernels* const kernels = chosen(kFastestFirst);
+  static const Kernels* const kernels = chosen(kFastestFirst, kFastestRowsFirst);
   return *kernels;
 }
 
 const RowKernels& best_row_kernels() {
-  static const RowKernels* const kernels = chosen(kFastestRowsFirst);
+  static const RowKernels* const kernels = chosen(kFastestRowsFirst, kFastestFirst);
   return *kernels;
 }
 

@@ -138,14 +138,14 @@ LFM2_ALWAYS void add_piece(const RowMatrix& w, const uint8_t* codes, const uint8
   const __mmask16 mask = first_lanes(kWhole ? spread.per_piece : left / w.group);
   const __m512 scale = load_scales(scales, first, mask, w.half_scales);
   const __m512 point = points == nullptr ? _mm512_set1_ps(kBits == 4 ? 8 : 128) : load_points(points, first, mask);
-  const __m512 offset = _mm512_mul_ps(scale, point);
+  const __m512 offset = _mm512_permutexvar_ps(spread.groups, _mm512_mul_ps(scale, point));
   const __m512 spread_scale = _mm512_permutexvar_ps(spread.groups, scale);
   __m512 both[kTokens];
   for (int t = 0; t < kTokens; ++t) {
-    const __m512 sums = _mm512_maskz_loadu_ps(mask, x.sums_of(t) + first);
-    total[t][0] = _mm512_fnmadd_ps(offset, sums, total[t][0]);
-    const float* own = x.scales_of(t) + piece * (kPadding / kGroupInputs);
-    both[t] = _mm512_mul_ps(spread_scale, _mm512_maskz_loadu_ps(first_lanes(left / kGroupInputs), own));
+    const __mmask16 own = first_lanes(left / kGroupInputs);
+    const int64_t own_first = piece * (kPadding / kGroupInputs);
+    total[t][0] = _mm512_fnmadd_ps(offset, _mm512_maskz_loadu_ps(own, x.sums_of(t) + own_first), total[t][0]);
+    both[t] = _mm512_mul_ps(spread_scale, _mm512_maskz_loadu_ps(own, x.scales_of(t) + own_first));
   }
   const __m512i nibble = _mm512_set1_epi8(15);
 #pragma GCC unroll 8

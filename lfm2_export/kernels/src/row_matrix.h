@@ -59,18 +59,16 @@ struct RowMatrix {
 struct RowActivations {
   int8_t* codes;  // [tokens][padded]; + 128 where `shifted`, as uint8
   float* scales;  // [tokens][padded / 32]; NaN where the group held a NaN or an infinity
-  float* sums;    // [tokens][padded / group]: scale * sum of the codes, by the weights' groups
+  float* sums;    // [tokens][padded / 32]: scale * sum of the group's codes
   int64_t tokens;
   int64_t padded;
-  int64_t group;  // the weights'
   int bits;       // the weights'
   bool shifted;
 
   LFM2_INLINE int64_t scale_count() const { return padded / kGroupInputs; }
-  LFM2_INLINE int64_t sum_count() const { return padded / group; }
   LFM2_INLINE int8_t* codes_of(int64_t token) const { return codes + token * padded; }
   LFM2_INLINE float* scales_of(int64_t token) const { return scales + token * scale_count(); }
-  LFM2_INLINE float* sums_of(int64_t token) const { return sums + token * sum_count(); }
+  LFM2_INLINE float* sums_of(int64_t token) const { return sums + token * scale_count(); }
 
   LFM2_INLINE RowActivations part(int64_t first, int64_t count) const {
     RowActivations found = *this;

@@ -34,16 +34,12 @@ inline void store_codes(const int8_t* codes, const RowActivations& to, int64_t g
   }
 }
 
-// `sums` are added up by the weights' groups, so groups come in order.
 inline void store_scale(float scale, int32_t sum, const RowActivations& to, int64_t group, int64_t token) {
-  const int64_t groups_per_sum = to.group / kGroupInputs;
-  const float scaled = scale * static_cast<float>(sum);
-  float& total = to.sums_of(token)[group / groups_per_sum];
   to.scales_of(token)[group] = scale;
-  total = group % groups_per_sum == 0 ? scaled : total + scaled;
+  to.sums_of(token)[group] = scale * static_cast<float>(sum);
 }
 
-// Group `group` of a token.
+// Group `group` of a token. Groups come in any order, and several at once: nothing is shared between them.
 inline void quantize_row_group(const float* x, const RowActivations& to, int64_t group, int64_t token) {
   alignas(64) int8_t codes[kGroupInputs];
   float scale;

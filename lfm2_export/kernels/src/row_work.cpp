@@ -10,6 +10,7 @@ namespace {
 
 constexpr int64_t kTasksPerWorker = 8;
 constexpr int64_t kLeastRows = 16;  // of a task: less is not worth fetching one
+constexpr int64_t kTogether = 4;    // rows that some kernels take at once
 
 class Grown {
  public:
@@ -45,10 +46,9 @@ RowActivations take_activations(Arena& arena, int64_t tokens, const RowMatrix& w
   RowActivations found = {};
   found.codes = arena.take<int8_t>(tokens * padded);
   found.scales = arena.take<float>(tokens * (padded / kGroupInputs));
-  found.sums = arena.take<float>(tokens * (padded / w.group));
+  found.sums = arena.take<float>(tokens * (padded / kGroupInputs));
   found.tokens = tokens;
   found.padded = padded;
-  found.group = w.group;
   found.bits = w.bits;
   return found;
 }
@@ -78,7 +78,11 @@ void multiply(const RowKernels& kernels, const RowMatrix& w, const RowActivation
 }
 
 int64_t rows_of_a_task(const RowMatrix& w, const RowActivations& x, const ThreadPool& pool) {
-  return x.shifted ? kBlockRows : std::max(kLeastRows, ceil_div(w.rows, pool.workers * kTasksPerWorker));
+  if (x.shifted) {
+    return kBlockRows;
+  }
+  const int64_t rows = ceil_div(w.rows, pool.workers * kTasksPerWorker);
+  return std::max(kLeastRows, ceil_div(rows, kTogether) * kTogether);
 }
 
 }  // namespace lfm2

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <new>
 
 namespace lfm2 {
 
@@ -44,6 +45,9 @@ class Arena {
 
 // step(0) .. step(tasks - 1), each once, by all workers. A worker begins with a share of its own, in order, so that what
 // it reads lies side by side (processors fetch ahead, but not for who jumps about), and then helps the others.
+//
+// Throws std::bad_alloc here, once all workers are done, if a step threw it: what leaves a thread of the host's ends
+// the process. Steps throw nothing else.
 template <typename Step>
 void share_out(const ThreadPool& pool, int64_t tasks, const Step& step) {
   constexpr int kMostShares = 64;
@@ -54,7 +58,17 @@ void share_out(const ThreadPool& pool, int64_t tasks, const Step& step) {
   struct Shared {
     const Step& step;
     int count;
+    std::atomic<bool> no_memory;
     Share shares[kMostShares];
+
+    void work(int worker) {
+      for (int i = 0; i < count; ++i) {
+        Share& share = shares[(worker + i) % count];
+        for (int64_t task; (task = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) {
+          step(task);
+        }
+      }
+    }
   };
   const int workers = static_cast<int>(std::min<int64_t>({pool.workers, tasks, kMostShares}));
   if (workers <= 1) {
@@ -63,22 +77,24 @@ void share_out(const ThreadPool& pool, int64_t tasks, const Step& step) {
     }
     return;
   }
-  Shared shared{step, workers, {}};
+  Shared shared{step, workers, false, {}};
   for (int i = 0; i < workers; ++i) {
     shared.shares[i].next = tasks * i / workers;
     shared.shares[i].end = tasks * (i + 1) / workers;
   }
   const auto work = [](void* context, int worker) {
     auto& all = *static_cast<Shared*>(context);
-    for (int i = 0; i < all.count; ++i) {
-      Share& share = all.shares[(worker + i) % all.count];
-      for (int64_t task; (task = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) {
-        all.step(task);
-      }
+    try {
+      all.work(worker);
+    } catch (const std::bad_alloc&) {
+      all.no_memory = true;
     }
   };
   pool.run(pool.host, workers, work, &shared);
   work(&shared, 0);  // what a pool that could not run has left
+  if (shared.no_memory) {
+    throw std::bad_alloc();
+  }
 }
 
 }  // namespace lfm2

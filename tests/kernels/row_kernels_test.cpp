@@ -1,0 +1,431 @@
+// The kernels for ONNX Runtime's weights: quantizing bit for bit as the scalar ones do it, products against double
+// arithmetic on the same int8 activations. Behind every buffer lies a page that ends the process when it is touched:
+// masked loads cannot hide from that, as they do from AddressSanitizer.
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "expect.h"
+#include "row_matrix.h"
+
+extern "C" {
+struct Lfm2RowFormat {
+  int bits;
+  int half_scales;
+  int64_t group;
+};
+struct Lfm2RowWeights {
+  const uint8_t* codes;
+  const void* scales;
+  const uint8_t* zero_points;
+};
+int lfm2_matmul_nbits(const char* kernels_name, int threads, const float* x, const uint8_t* codes, const void* scales,
+                      int half_scales, const uint8_t* zero_points, const float* bias, int64_t tokens, int64_t rows,
+                      int64_t columns, int bits, int64_t group, float* out);
+int lfm2_feed_forward(const char* kernels_name, int threads, const float* x, const Lfm2RowWeights* gate,
+                      const Lfm2RowWeights* up, const Lfm2RowWeights* down, const Lfm2RowFormat* format, int64_t tokens,
+                      int64_t width, int64_t inner, float* out);
+int lfm2_sparse_moe_nbits(const char* kernels_name, int threads, const float* x, const float* router_logits,
+                          const float* expert_bias, const Lfm2RowWeights* gate_up, const Lfm2RowWeights* down,
+                          const Lfm2RowFormat* format, int64_t tokens, int64_t width, int64_t inner, int64_t experts,
+                          int64_t top_k, int normalize, float scale, float* out);
+}
+
+namespace {
+
+using lfm2::kGroupInputs;
+using lfm2::RowActivations;
+using lfm2::RowKernels;
+using lfm2::RowMatrix;
+
+std::mt19937 random_bits(7);
+
+// `count` elements that end where a page begins that cannot be read.
+template <typename T>
+class Buffer {
+  static_assert(std::is_trivially_copyable_v<T>);
+
+ public:
+  explicit Buffer(size_t count, T value = T()) : count_(count) {
+    const size_t page = sysconf(_SC_PAGESIZE), pages = (count * sizeof(T) + page - 1) / page + 1;
+    size_ = pages * page;
+    memory_ = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    char* const end = static_cast<char*>(memory_) + size_ - page;
+    if (memory_ == MAP_FAILED || mprotect(end, page, PROT_NONE) != 0) {
+      std::abort();
+    }
+    data_ = reinterpret_cast<T*>(end - count * sizeof(T));
+    for (size_t i = 0; i < count; ++i) {
+      data_[i] = value;
+    }
+  }
+  ~Buffer() { munmap(memory_, size_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  T* data() const { return data_; }
+  T* or_null() const { return count_ == 0 ? nullptr : data_; }
+  size_t size() const { return count_; }
+  T& operator[](size_t i) const { return data_[i]; }
+  T* begin() const { return data_; }
+  T* end() const { return data_ + count_; }
+
+ private:
+  size_t count_;
+  size_t size_;
+  void* memory_;
+  T* data_;
+};
+
+void fill_normal(const Buffer<float>& buffer, float mean = 0.0f) {
+  std::normal_distribution<float> distribution(mean, 1.0f);
+  for (float& value : buffer) {
+    value = distribution(random_bits);
+  }
+}
+
+struct Format {
+  int bits;
+  int64_t group;
+  bool half;
+  bool points;
+
+  std::string described() const {
+    return std::to_string(bits) + " bits, groups of " + std::to_string(group) + (half ? ", half" : "") +
+           (points ? ", zero points" : "");
+  }
+};
+
+// A random matrix, and what it means.
+class Weights {
+ public:
+  Weights(const Format& format, int64_t rows, int64_t columns)
+      : codes_(rows * columns * format.bits / 8),
+        scales_(rows * (columns / format.group) * (format.half ? 2 : 4)),
+        points_(format.points ? rows * ((columns / format.group + 1) / 2) : 0),
+        matrix_{codes_.data(), scales_.data(), points_.or_null(), rows,
+                columns,       format.group,   format.bits,       format.half},
+        values_(rows * columns) {
+    for (uint8_t& byte : codes_) {
+      byte = static_cast<uint8_t>(random_bits());
+    }
+    for (uint8_t& byte : points_) {
+      byte = static_cast<uint8_t>(random_bits());
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t group = 0; group < matrix_.groups(); ++group) {
+        set_group(row, group);
+      }
+    }
+  }
+
+  const RowMatrix& matrix() const { return matrix_; }
+  double value(int64_t row, int64_t column) const { return values_[row * matrix_.columns + column]; }
+  Lfm2RowWeights plain() const { return {codes_.data(), scales_.data(), points_.or_null()}; }
+
+ private:
+  // Scales are k/4096 for k in 1024..2047, of either sign: halves and floats hold them exactly.
+  void set_group(int64_t row, int64_t group) {
+    const uint32_t mantissa = random_bits() % 1024, sign = random_bits() % 2;
+    const float scale = (sign ? -1.0f : 1.0f) * static_cast<float>(1024 + mantissa) / 4096;
+    const auto half = static_cast<uint16_t>(sign << 15 | 13u << 10 | mantissa);
+    const int64_t at = row * matrix_.groups() + group;
+    if (matrix_.half_scales) {
+      std::memcpy(scales_.data() + at * 2, &half, sizeof half);
+    } else {
+      std::memcpy(scales_.data() + at * 4, &scale, sizeof scale);
+    }
+    int point = matrix_.bits == 4 ? 8 : 128;
+    if (points_.size() > 0) {
+      point = matrix_.points_of(row)[group / 2] >> (group % 2 * 4) & 15;
+    }
+    for (int64_t column = group * matrix_.group; column < (group + 1) * matrix_.group; ++column) {
+      const uint8_t* codes = matrix_.row(row);
+      const int code = matrix_.bits == 8 ? codes[column] : codes[column / 2] >> (column % 2 * 4) & 15;
+      values_[row * matrix_.columns + column] = (code - point) * static_cast<double>(scale);
+    }
+  }
+
+  Buffer<uint8_t> codes_;
+  Buffer<uint8_t> scales_;
+  Buffer<uint8_t> points_;
+  RowMatrix matrix_;
+  std::vector<double> values_;
+};
+
+// Activations in buffers of their own; what lies behind the columns would spoil every sum that it got into.
+class Inputs {
+ public:
+  Inputs(int64_t tokens, int64_t columns, int bits, bool shifted)
+      : padded_((columns + lfm2::kPadding - 1) / lfm2::kPadding * lfm2::kPadding),
+        codes_(tokens * padded_, 127),
+        scales_(tokens * (padded_ / kGroupInputs), std::numeric_limits<float>::quiet_NaN()),
+        sums_(tokens * (padded_ / kGroupInputs), std::numeric_limits<float>::quiet_NaN()),
+        all_{codes_.data(), scales_.data(), sums_.data(), tokens, padded_, bits, shifted},
+        columns_(columns) {}
+
+  const RowActivations& all() const { return all_; }
+
+  double value(int64_t token, int64_t column) const {
+    const int64_t place =
+        all_.bits == 8 ? column : column / 128 * 128 + column % 2 * 64 + column % 128 / 2;
+    const auto flip = static_cast<int8_t>(all_.shifted ? -lfm2::kShift : 0);
+    const auto code = static_cast<int8_t>(all_.codes_of(token)[place] ^ flip);
+    return code * static_cast<double>(all_.scales_of(token)[column / kGroupInputs]);
+  }
+
+  bool equals(const Inputs& other) const {
+    return std::memcmp(codes_.data(), other.codes_.data(), codes_.size()) == 0 &&
+           std::memcmp(scales_.data(), other.scales_.data(), scales_.size() * sizeof(float)) == 0 &&
+           std::memcmp(sums_.data(), other.sums_.data(), sums_.size() * sizeof(float)) == 0;
+  }
+
+  int64_t columns() const { return columns_; }
+
+ private:
+  int64_t padded_;
+  Buffer<int8_t> codes_;
+  Buffer<float> scales_;
+  Buffer<float> sums_;
+  RowActivations all_;
+  int64_t columns_;
+};
+
+void quantize(const RowKernels& kernels, const Buffer<float>& x, const Inputs& to) {
+  for (int64_t token = 0; token < to.all().tokens; ++token) {
+    kernels.quantize(x.data() + token * to.columns(), to.columns(), to.all(), token);
+  }
+}
+
+// The error of y[token * stride + row], relative to the products' size: their sum may happen to be nearly 0.
+double error_of(const Buffer<float>& y, int64_t stride, const Weights& w, const Inputs& x) {
+  double error = 0, size = 0;
+  for (int64_t token = 0; token < x.all().tokens; ++token) {
+    for (int64_t row = 0; row < w.matrix().rows; ++row) {
+      double sum = 0;
+      for (int64_t column = 0; column < x.columns(); ++column) {
+        const double product = w.value(row, column) * x.value(token, column);
+        sum += product;
+        size += product * product;
+      }
+      error += (y[token * stride + row] - sum) * (y[token * stride + row] - sum);
+    }
+  }
+  return std::sqrt(error / size);
+}
+
+constexpr double kBound = 1.2e-5;  // three times the most that was seen
+constexpr float kUntouched = 7.0f;
+
+double worst = 0;
+
+void check_product(const RowKernels& kernels, const Weights& w, const Buffer<float>& x, int64_t tokens, bool block) {
+  constexpr int64_t kGap = 3;
+  const RowMatrix& matrix = w.matrix();
+  const int64_t stride = matrix.rows + kGap;
+  const Inputs inputs(tokens, matrix.columns, matrix.bits, block);
+  quantize(kernels, x, inputs);
+  const Buffer<float> y((tokens - 1) * stride + matrix.rows, kUntouched);
+  if (block) {
+    const Buffer<char> scratch(lfm2::block_scratch_bytes(matrix.columns));
+    kernels.block(matrix, inputs.all(), y.data(), stride, scratch.data());
+  } else {
+    kernels.dot(matrix, inputs.all(), y.data(), stride);
+  }
+  const double error = error_of(y, stride, w, inputs);
+  worst = std::max(worst, error);
+  const std::string what = std::string(kernels.name) + (block ? " block, " : " dot, ") + std::to_string(tokens) +
+                           " tokens, " + std::to_string(matrix.rows) + " x " + std::to_string(matrix.columns);
+  expect(error < kBound, what + ": is off by " + std::to_string(error));
+  for (size_t i = 0; i < y.size(); ++i) {
+    expect(static_cast<int64_t>(i) % stride < matrix.rows || y[i] == kUntouched, what + ": wrote between its rows");
+  }
+}
+
+void check_products(const RowKernels& kernels, const Format& format, int64_t columns) {
+  for (const int64_t tokens : {1, 2, 5, 15, 70}) {
+    const Buffer<float> x(tokens * columns);
+    fill_normal(x, 0.5f);
+    for (const int64_t rows : {1, 3, 17, 32, 37}) {
+      if (tokens * rows * columns > 150000) {
+        continue;  // qemu is slow
+      }
+      const Weights w(format, rows, columns);
+      check_product(kernels, w, x, tokens, false);
+      if (kernels.block != nullptr && rows <= lfm2::kBlockRows) {
+        check_product(kernels, w, x, tokens, true);
+      }
+    }
+  }
+}
+
+std::vector<Format> all_formats() {
+  std::vector<Format> formats;
+  for (const int64_t group : {32, 64, 128, 256}) {
+    for (const bool half : {false, true}) {
+      formats.push_back({8, group, half, false});
+      formats.push_back({4, group, half, false});
+      formats.push_back({4, group, half, true});
+    }
+  }
+  return formats;
+}
+
+// Codes, scales and sums are the scalar kernels', whatever a value is.
+void check_quantizing(const RowKernels& kernels, int bits, bool shifted) {
+  constexpr int64_t kTokens = 3, kColumns = 32 * 23;
+  const float special[] = {0.0f, -0.0f, 1e-38f, 1e-31f, 1.5f, -3e38f, std::numeric_limits<float>::infinity(),
+                           std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::denorm_min()};
+  const Buffer<float> x(kTokens * kColumns), up(2 * kGroupInputs), gate(2 * kGroupInputs);
+  fill_normal(x);
+  for (const float value : special) {
+    for (int i = 0; i < 3; ++i) {
+      x[random_bits() % x.size()] = value;
+    }
+  }
+  std::fill_n(x.data() + 64, kGroupInputs, 0.0f);
+  std::fill_n(x.data() + 128, kGroupInputs, 2.5f);
+  const Inputs got(kTokens, kColumns, bits, shifted), want(kTokens, kColumns, bits, shifted);
+  quantize(kernels, x, got);
+  quantize(lfm2::kScalarRowKernels, x, want);
+  expect(got.equals(want), std::string(kernels.name) + ": quantizes differently, " + std::to_string(bits) + " bits");
+  for (const int step : {1, 2}) {
+    const int64_t skipped = (2 - step) * kGroupInputs;  // the values end where the buffer does
+    for (int64_t group = 0; group < kColumns / kGroupInputs; ++group) {
+      fill_normal(gate);
+      fill_normal(up);
+      gate[gate.size() - 1 - group] *= 100;
+      const float* last = gate.data() + skipped;
+      // Side by side a pair shares a buffer: the odd floats are those of `up`.
+      const float* other = step == 1 ? up.data() + skipped : last + 1;
+      kernels.swiglu(last, other, step, got.all(), group, 1);
+      lfm2::kScalarRowKernels.swiglu(last, other, step, want.all(), group, 1);
+    }
+    expect(got.equals(want), std::string(kernels.name) + ": swiglu differs, step " + std::to_string(step));
+  }
+}
+
+void check_accumulate(const RowKernels& kernels) {
+  for (const int64_t count : {1, 7, 16, 32, 45}) {
+    const Buffer<float> y(count), got(count), want(count);
+    fill_normal(y);
+    fill_normal(got);
+    std::memcpy(want.data(), got.data(), count * sizeof(float));
+    kernels.accumulate(0.3f, y.data(), got.data(), count);
+    lfm2::kScalarRowKernels.accumulate(0.3f, y.data(), want.data(), count);
+    expect(std::memcmp(got.data(), want.data(), count * sizeof(float)) == 0,
+           std::string(kernels.name) + ": accumulates differently");
+  }
+}
+
+double difference(const Buffer<float>& got, const Buffer<float>& want) {
+  double error = 0, size = 0;
+  for (size_t i = 0; i < got.size(); ++i) {
+    error += (got[i] - want[i]) * (got[i] - want[i]);
+    size += want[i] * want[i];
+  }
+  return std::sqrt(error / size);
+}
+
+constexpr double kRoundedBound = 5e-3;  // where a value between two matrices may go to the next int8 code
+
+bool same_bits(const Buffer<float>& a, const Buffer<float>& b) {
+  return std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+// Calls run(kernels, threads, out) for all kernels: they agree, and each with itself on any number of threads.
+template <typename Run>
+void check_run(const std::string& what, int64_t count, double bound, const Run& run) {
+  const Buffer<float> scalar(count, kUntouched);
+  expect(run("scalar", 1, scalar.data()) == 0, what + ": failed");
+  for (auto name = lfm2::runnable_row_kernels(); *name != nullptr; ++name) {
+    const Buffer<float> one(count, kUntouched), many(count, kUntouched);
+    expect(run(*name, 1, one.data()) == 0 && run(*name, 4, many.data()) == 0, what + ": failed");
+    expect(difference(one, scalar) < bound, what + ": " + *name + " differs from scalar by " +
+                                                std::to_string(difference(one, scalar)));
+    expect(same_bits(many, one), what + ": " + *name + " differs on threads");
+  }
+}
+
+void check_runs(const Format& format, int64_t tokens) {
+  const int64_t width = format.group * 2, inner = format.group * 3, experts = 3, rows = 77;
+  const Weights one(format, rows, width), gate(format, inner, width), up(format, inner, width),
+      down(format, width, inner), gate_up_all(format, experts * 2 * inner, width),
+      down_all(format, experts * width, inner);
+  const Buffer<float> x(tokens * width), logits(tokens * experts), bias(rows), expert_bias(experts);
+  fill_normal(x);
+  fill_normal(logits);
+  fill_normal(bias);
+  const Lfm2RowFormat plain = {format.bits, format.half, format.group};
+  const std::string what = format.described() + ", " + std::to_string(tokens) + " tokens";
+  check_run("matrix: " + what, tokens * rows, kBound, [&](const char* kernels, int threads, float* out) {
+    const Lfm2RowWeights w = one.plain();
+    return lfm2_matmul_nbits(kernels, threads, x.data(), w.codes, w.scales, format.half, w.zero_points, bias.data(),
+                             tokens, rows, width, format.bits, format.group, out);
+  });
+  const Lfm2RowWeights w1 = gate.plain(), w3 = up.plain(), w2 = down.plain();
+  check_run("feed-forward: " + what, tokens * width, kRoundedBound, [&](const char* kernels, int threads, float* out) {
+    return lfm2_feed_forward(kernels, threads, x.data(), &w1, &w3, &w2, &plain, tokens, width, inner, out);
+  });
+  const Lfm2RowWeights w13_all = gate_up_all.plain(), w2_all = down_all.plain();
+  check_run("experts: " + what, tokens * width, kRoundedBound, [&](const char* kernels, int threads, float* out) {
+    return lfm2_sparse_moe_nbits(kernels, threads, x.data(), logits.data(), expert_bias.data(), &w13_all, &w2_all,
+                                 &plain, tokens, width, inner, experts, 2, 1, 1.5f, out);
+  });
+}
+
+void test_refusals() {
+  const Weights w({4, 32, false, false}, 4, 64);
+  const Lfm2RowWeights plain = w.plain();
+  const Buffer<float> x(64), out(4);
+  const auto result = [&](const char* kernels, int64_t tokens, int64_t columns, int bits, int64_t group) {
+    return lfm2_matmul_nbits(kernels, 1, x.data(), plain.codes, plain.scales, 0, nullptr, nullptr, tokens, 4, columns,
+                             bits, group, out.data());
+  };
+  expect(result("scalar", 1, 64, 4, 32) == 0, "what fits was refused");
+  expect(result("no such kernels", 1, 64, 4, 32) == 1, "unknown kernels were not refused");
+  for (const int refused : {result("scalar", 0, 64, 4, 32), result("scalar", 1, 48, 4, 32),
+                            result("scalar", 1, 64, 2, 32), result("scalar", 1, 64, 4, 16)}) {
+    expect(refused == 2, "sizes that do not fit were not refused");
+  }
+}
+
+}  // namespace
+
+void test_row_kernels() {
+  for (auto name = lfm2::runnable_row_kernels(); *name != nullptr; ++name) {
+    const RowKernels& kernels = *lfm2::row_kernels_by_name(*name);
+    worst = 0;
+    for (const Format& format : all_formats()) {
+      for (const int64_t columns : {32, 96, 160, 256, 512, 768, 1344, 1792, 7168}) {
+        if (columns % format.group == 0) {
+          check_products(kernels, format, columns);
+        }
+      }
+    }
+    for (const int bits : {4, 8}) {
+      check_quantizing(kernels, bits, false);
+      if (kernels.block != nullptr) {
+        check_quantizing(kernels, bits, true);
+      }
+    }
+    check_accumulate(kernels);
+    std::printf("%-40s off by %.1e at most\n", (std::string("row kernels ") + *name).c_str(), worst);
+  }
+  for (const Format& format : all_formats()) {
+    for (const int64_t tokens : {1, 3, 13}) {
+      check_runs(format, tokens);
+    }
+  }
+  test_refusals();
+}
