@@ -35,8 +35,8 @@ _TOKENIZER = "tiny-dense"  # never used, but an artifact wants one
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """One contender. ``path``: a .gguf or an artifact's folder; ``files``: what it reads when it loads; ``kernels``: which
-    ones an artifact is run on."""
+    """One contender. ``path``: a .gguf or an artifact's folder; ``files``: what it reads when it loads; ``kernels``:
+    which ones an artifact is run on."""
 
     system: str
     name: str

@@ -53,7 +53,7 @@ def library_path() -> Path | None:
     """
     package = executorch_folder()
     if tools() is None:
-        _say_once(_missing_tools(LIBRARY))
+        _say_once(missing_tools(LIBRARY))
         return None
     return _remembered(LIBRARY, {}, package)
 
@@ -89,7 +89,7 @@ def build(target: str, into: Path, *, options: Mapping[str, str], package: Path 
     """
     found = tools()
     if found is None:
-        raise KernelBuildError(_missing_tools(target))
+        raise KernelBuildError(missing_tools(target))
     wheel = {} if package is None else {"CMAKE_PREFIX_PATH": str(package / "share" / "cmake")}
     entries = {"CMAKE_CXX_COMPILER": found.compiler, **wheel, **options}
     logger.info("building %s (once)", target)
@@ -122,7 +122,7 @@ def _cmake_name(target: str) -> str:
 def _remembered(target: str, options: Mapping[str, str], package: Path | None) -> Path:
     found = tools()
     if found is None:
-        raise KernelBuildError(_missing_tools(target))
+        raise KernelBuildError(missing_tools(target))
     folder = cache_folder() / "kernels" / _key(package, found.compiler)
     built = folder / target
     return built if built.exists() else build(target, folder, options=options, package=package)
@@ -166,7 +166,8 @@ def _remedy(target: str) -> str:
     return _REMEDY.get(target, _STOCK_OPERATOR)
 
 
-def _missing_tools(target: str) -> str:
+def missing_tools(target: str) -> str:
+    """What is wanted to build ``target``, and what to do without it."""
     wanted = os.environ.get("CXX") or " or ".join(_COMPILERS)
     return (
         f"{target} cannot be built: it needs CMake and a C++20 compiler ({wanted}); install them (pip install cmake), "

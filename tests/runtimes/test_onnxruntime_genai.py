@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from lfm2_export.artifact import Artifact
+from lfm2_export.backends.onnx.variants import own_library
 from lfm2_export.text import Tokenizer
 from tests.runtimes.greedy import FAMILIES, SCHEMES, STEPS, Greedy, greedy
 
@@ -24,10 +26,11 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "genai_chat.py"
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a list?"}]
 
 
-def endless(folder: Path, expected: Greedy, graph: str, copy: Path) -> Any:
+def endless(folder: Path, expected: Greedy, graph: str, copy: Path, library: Path | None = None) -> Any:
     """genai's model on ``graph`` with a stop token that the expected texts do not contain.
 
-    Only genai_config.json is changed; the rest of its folder are links to the artifact's files.
+    Only genai_config.json is changed; the rest of its folder are links to the artifact's files. ``library``: operators,
+    which genai only takes from the folder itself.
     """
     copy.mkdir()
     for path in folder.iterdir():
@@ -35,6 +38,9 @@ def endless(folder: Path, expected: Greedy, graph: str, copy: Path) -> Any:
             (copy / path.name).symlink_to(path)
     config = json.loads((folder / "genai_config.json").read_text())
     config["model"]["decoder"]["filename"] = graph
+    if library is not None:
+        shutil.copy(library, copy)
+        config["model"]["decoder"]["session_options"]["custom_ops_library"] = library.name
     used = {token for tokens in expected.tokens for token in tokens}
     config["model"]["eos_token_id"] = [max(set(range(config["model"]["vocab_size"])) - used)]
     (copy / "genai_config.json").write_text(json.dumps(config))
@@ -62,6 +68,22 @@ def test_same_greedy_tokens(artifact: Callable[[str], Path], tmp_path, checkpoin
     expected = greedy(folder, scheme)
     model = endless(folder, expected, program.graphs.get("cpu", program.graphs["model"]), tmp_path / "artifact")
     expected.check("onnxruntime-genai", [generate(model, prompt, STEPS)[0] for prompt in expected.prompts])
+
+
+@pytest.mark.parametrize("checkpoint", FAMILIES)
+def test_our_operators_run_inside_genai(artifact: Callable[[str], Path], tmp_path: Path, checkpoint: str):
+    """As the README says: the library lies in the folder, and genai_config.json names it and the graph for it."""
+    library = own_library()
+    if library is None:
+        pytest.skip("our operators cannot be built here: no compiler, or a processor without fast kernels")
+    folder = artifact(checkpoint)
+    expected = greedy(folder, "q4")
+    graph = Artifact.open(folder, verify=False).program("onnx", "q4").graphs["lfm2"]
+    model = endless(folder, expected, graph, tmp_path / "artifact", library)
+    found = [generate(model, prompt, STEPS)[0] for prompt in expected.prompts]
+    same = sum(ours == theirs for ours, theirs in zip(expected.tokens, found, strict=True))
+    print(f"{checkpoint}: {same} of {len(found)} continuations are the same to the last token")
+    expected.check("onnxruntime-genai", found)
 
 
 @pytest.mark.parametrize("checkpoint", FAMILIES)

@@ -171,7 +171,7 @@ void run_attention(const AttentionProblem& p, const AttentionKernels& kernels, c
     const int64_t of_head = task / plan.slots(), slot = task % plan.slots();
     attend(p, kernels, plan, s, of_head / p.kv_heads, of_head % p.kv_heads, slot / plan.pieces, slot % plan.pieces);
   });
-  share_out(pool, heads, [&](int64_t of_head) {
+  share_out(p.tokens > 1 ? pool : kNoPool, heads, [&](int64_t of_head) {
     for (int64_t query = 0; query < plan.queries; ++query) {
       combine(p, plan, s, of_head / p.kv_heads, of_head % p.kv_heads, query);
     }

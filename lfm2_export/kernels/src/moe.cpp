@@ -65,9 +65,8 @@ class TileExperts {
 
 size_t moe_scratch_bytes(const MoeProblem& problem) {
   Arena arena(nullptr);
-  const ThreadPool none = {1, nullptr, nullptr};
   const TileExperts experts(problem, kScalarKernels);
-  MoePass<TileExperts>(problem.x, problem.routing, problem.tokens, experts, none, arena);
+  MoePass<TileExperts>(problem.x, problem.routing, problem.tokens, experts, kNoPool, arena);
   return arena.used();
 }
 

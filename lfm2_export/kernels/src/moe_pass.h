@@ -84,7 +84,7 @@ class MoePass {
     tokens_ = tokens;
     route();
     cut_segments();
-    share_out(pool_, segments_count_, [this](int64_t i) { quantize(segments_[i]); });
+    share_out(tokens_ > 1 ? pool_ : kNoPool, segments_count_, [this](int64_t i) { quantize(segments_[i]); });
     share_out(pool_, active_count_ * inner_groups_,
               [this](int64_t i) { gate_up(i / inner_groups_, i % inner_groups_); });
     const int64_t blocks = std::clamp<int64_t>(width_groups_ / (pool_.workers * kTasksPerWorker), 1, kTasksPerWorker);

@@ -54,9 +54,8 @@ class RowExperts {
 
 size_t row_moe_scratch_bytes(const RowMoeProblem& problem) {
   Arena arena(nullptr);
-  const ThreadPool none = {1, nullptr, nullptr};
   const RowExperts experts(problem, kScalarRowKernels);
-  MoePass<RowExperts>(problem.x, problem.routing, problem.tokens, experts, none, arena);
+  MoePass<RowExperts>(problem.x, problem.routing, problem.tokens, experts, kNoPool, arena);
   return arena.used();
 }
 

@@ -24,6 +24,9 @@ struct ThreadPool {
   const void* host;  // for `run`
 };
 
+// Everything on the calling thread: for work of a few microseconds, which is what waking another one takes.
+constexpr ThreadPool kNoPool = {1, nullptr, nullptr};
+
 // Hands out aligned pieces of the scratch memory; without memory it only counts bytes.
 class Arena {
  public:
