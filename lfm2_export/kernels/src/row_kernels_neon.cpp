@@ -2,8 +2,8 @@
 //
 // A tile is 4 rows by up to 8 tokens. Of every 32 inputs the rows' weights are unpacked into 8 registers, which stay
 // there while the tokens pass by. sdot leaves four sums of each row; pairwise additions turn those of 4 rows into the
-// lanes of one register, so that converting and scaling is done once for 4 rows. A token's result does not depend on the
-// others.
+// lanes of one register, so that converting and scaling is done once for 4 rows. A token's result does not depend on
+// the others.
 
 #include <arm_neon.h>
 
