@@ -20,6 +20,9 @@ pip install lfm2-export
 lfm2-export run . --prompt "What is C. elegans?"
 ```
 
+Graphs named `*_lfm2*.onnx` are for lfm2-export's own operators, which it builds where it finds a compiler; they are
+faster and read the same data files. All others need ONNX Runtime alone.
+
 onnxruntime-genai opens the folder as it is (`og.Model(".")`). So does Transformers.js:
 
 ```js

@@ -90,13 +90,17 @@ def fuse_short_convs(model: ir.Model) -> int:
     return _finish(model, len(nodes))
 
 
-def fuse_attention(model: ir.Model) -> int:
-    """Norms of q and k, RoPE, GroupQueryAttention and its mask become one Attention. Returns how many; head sizes that
-    it does not take are left alone."""
+def takes_heads(config: ModelConfig) -> bool:
+    """Whether Attention takes heads of this size (attention.h); others stay GroupQueryAttention."""
+    return config.head_dim % 16 == 0 and config.head_dim <= 256
+
+
+def fuse_attention(model: ir.Model, config: ModelConfig) -> int:
+    """Norms of q and k, RoPE, GroupQueryAttention and its mask become one Attention. Returns how many."""
+    if not takes_heads(config):
+        return 0
     mask = next(value for value in model.graph.inputs if value.name == "attention_mask")
-    nodes = [
-        node for node in model.graph if node.op_type == "GroupQueryAttention" and node.attributes["do_rotary"].value
-    ]
+    nodes = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
     for node in nodes:
         q, k, v, past_key, past_value, seqlens_k, _, cos, sin, position_ids, _ = node.inputs
         (q_norm, q), (k_norm, k) = _before_norm(q), _before_norm(k)
