@@ -39,16 +39,19 @@ inline void store_row(const float* x, const HeadCache& to, int64_t position) {
   }
 }
 
-// A row as floats: in place, or taken apart into `room`.
-inline const float* row_of(const HeadCache& cache, int64_t position, float* room) {
-  const uint8_t* row = cache.data + position * cache_row_bytes(cache.head_dim, cache.is_int8);
+// Rows first .. first+count-1 as floats [count][head_dim]: in place, or taken apart into `room`.
+inline const float* rows_of(const HeadCache& cache, int64_t first, int64_t count, float* room) {
+  const int64_t row_bytes = cache_row_bytes(cache.head_dim, cache.is_int8);
+  const uint8_t* rows = cache.data + first * row_bytes;
   if (!cache.is_int8) {
-    return reinterpret_cast<const float*>(row);
+    return reinterpret_cast<const float*>(rows);
   }
-  float scale;
-  std::memcpy(&scale, row + cache.head_dim, sizeof scale);
-  for (int64_t i = 0; i < cache.head_dim; ++i) {
-    room[i] = static_cast<float>(static_cast<int32_t>(row[i]) - kCodeZero) * scale;
+  for (int64_t r = 0; r < count; ++r, rows += row_bytes) {
+    float scale;
+    std::memcpy(&scale, rows + cache.head_dim, sizeof scale);
+    for (int64_t i = 0; i < cache.head_dim; ++i) {
+      room[r * cache.head_dim + i] = static_cast<float>(static_cast<int32_t>(rows[i]) - kCodeZero) * scale;
+    }
   }
   return room;
 }
@@ -68,36 +71,55 @@ inline float dot_plain(const float* a, const float* b, int64_t count) {
   return total;
 }
 
-inline void see_key(const QueryTile& tile, int64_t query, float score, const float* value, int64_t head_dim) {
-  float* sum = tile.sum + query * head_dim;
-  if (score > tile.greatest[query]) {
-    const float shrink = std::exp(tile.greatest[query] - score);  // 0 at first
-    tile.weight[query] *= shrink;
-    for (int64_t i = 0; i < head_dim; ++i) {
-      sum[i] *= shrink;
+// One query and up to kStepKeys keys: scores, then weights against the greatest so far, then the values.
+inline void see_keys(const QueryTile& tile, int64_t query, int64_t first, int64_t count, const float* keys,
+                     const float* values, int64_t head_dim) {
+  float weights[kStepKeys];
+  float greatest = tile.greatest[query];
+  const int64_t seen = tile.ends[query] - first < count ? tile.ends[query] - first : count;
+  bool any = false;
+  for (int64_t key = 0; key < seen; ++key) {
+    if (tile.mask[first + key] != 0) {
+      weights[key] = dot_plain(keys + key * head_dim, tile.queries + query * head_dim, head_dim);
+      greatest = weights[key] > greatest ? weights[key] : greatest;
+      any = true;
+    } else {
+      weights[key] = -INFINITY;
     }
-    tile.greatest[query] = score;
   }
-  const float weight = std::exp(score - tile.greatest[query]);
-  tile.weight[query] += weight;
+  if (!any) {
+    return;
+  }
+  const float before = tile.greatest[query], shrink = greatest > before ? std::exp(before - greatest) : 1.0f;
+  float total = 0.0f;
+  for (int64_t key = 0; key < seen; ++key) {
+    const float below = weights[key] - greatest;  // NaN stays NaN
+    const float weight = exp_of_negative(below < -87.0f ? -87.0f : below);
+    weights[key] = weights[key] == -INFINITY ? 0.0f : weight;
+  }
+  float* sum = tile.sum + query * head_dim;
   for (int64_t i = 0; i < head_dim; ++i) {
-    sum[i] = __builtin_fmaf(weight, value[i], sum[i]);
+    sum[i] *= shrink;
   }
+  for (int64_t key = 0; key < seen; ++key) {
+    total += weights[key];
+    const float* value = values + key * head_dim;
+    for (int64_t i = 0; i < head_dim; ++i) {
+      sum[i] = __builtin_fmaf(weights[key], value[i], sum[i]);
+    }
+  }
+  tile.greatest[query] = greatest;
+  tile.weight[query] = tile.weight[query] * shrink + total;
 }
 
 inline void attend_plain(const HeadCache& key, const HeadCache& value, int64_t first, int64_t end,
                          const QueryTile& tile, float* scratch) {
-  const int64_t head_dim = key.head_dim;
-  for (int64_t position = first; position < end; ++position) {
-    if (tile.mask[position] == 0) {
-      continue;
-    }
-    const float* k = row_of(key, position, scratch);
-    const float* v = row_of(value, position, scratch + head_dim);
+  for (int64_t at = first; at < end; at += kStepKeys) {
+    const int64_t count = end - at < kStepKeys ? end - at : kStepKeys;
+    const float* keys = rows_of(key, at, count, scratch);
+    const float* values = rows_of(value, at, count, scratch + kStepKeys * key.head_dim);
     for (int64_t query = 0; query < tile.count; ++query) {
-      if (position < tile.ends[query]) {
-        see_key(tile, query, dot_plain(k, tile.queries + query * head_dim, head_dim), v, head_dim);
-      }
+      see_keys(tile, query, at, count, keys, values, key.head_dim);
     }
   }
 }
