@@ -81,6 +81,7 @@ def _on_own_operators(model: ir.Model, config: ModelConfig, plan: WeightPlan) ->
     fused = own_ops.fuse_short_convs(own), own_ops.fuse_attention(own, config)
     if fused != (len(config.conv_layers), len(config.attention_layers) * own_ops.takes_heads(config)):
         raise ExportError(f"{fused} short convs and attentions became our own; this is a defect, please report it")
+    own_ops.fuse_projections(own)
     passes.number_nodes(own)
     return own
 

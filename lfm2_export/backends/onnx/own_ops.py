@@ -115,6 +115,38 @@ def fuse_attention(model: ir.Model, config: ModelConfig) -> int:
     return _finish(model, len(nodes))
 
 
+def fuse_projections(model: ir.Model) -> int:
+    """The products that make q, k and v of one input become one Projections, where all are quantized alike. Returns how
+    many."""
+    count = 0
+    for attention in [node for node in model.graph if node.op_type == "Attention" and node.domain == DOMAIN]:
+        products = [_producer(value) for value in attention.inputs[:3]]
+        if not _are_alike(products):
+            continue
+        attributes = {name: products[0].attributes[name].value for name in ("K", "bits", "block_size")}
+        attributes |= {f"N{index}": node.attributes["N"].value for index, node in enumerate(products)}
+        weights = [value for node in products for value in _padded(node.inputs, 4)[1:4]]
+        while weights[-1] is None:
+            weights.pop()
+        made = ir.node(
+            "Projections", (products[0].inputs[0], *weights), attributes, domain=DOMAIN, num_outputs=len(products)
+        )
+        _insert(model, made, {node.outputs[0]: i for i, node in enumerate(products)}, before=products[0])
+        count += 1
+    return _finish(model, count)
+
+
+def _are_alike(products: Sequence[ir.Node]) -> bool:
+    first = products[0]
+    return all(
+        (node.op_type, node.domain) == ("MatMulNBits", DOMAIN)
+        and node.inputs[0] is first.inputs[0]
+        and len(node.inputs) <= 4  # no bias
+        and all(node.attributes[name].value == first.attributes[name].value for name in ("bits", "block_size"))
+        for node in products
+    )
+
+
 def _before_norm(x: ir.Value | None) -> tuple[ir.Node, ir.Value | None]:
     """The norm of each head, and the projection that goes into it; a Reshape stands before and behind it."""
     norm = _producer(_producer(x).inputs[0])

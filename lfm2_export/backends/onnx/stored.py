@@ -38,9 +38,7 @@ _SCALES = {
     ("QMoE", 5): (6, 12),
     ("SparseMoe", 3): (4, 5),
     ("SparseMoe", 6): (7, 8),
-    ("FeedForward", 1): (2, 3),
-    ("FeedForward", 4): (5, 6),
-    ("FeedForward", 7): (8, 9),
+    **{(operator, index): (index + 1, index + 2) for operator in ("FeedForward", "Projections") for index in (1, 4, 7)},
 }
 # What bits and group size are called, where not "bits" and "block_size".
 _BITS = {("QMoE", 2): "expert_weight_bits", ("QMoE", 5): "expert_weight_bits", ("FeedForward", 7): "down_bits"}

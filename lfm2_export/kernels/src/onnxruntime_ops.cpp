@@ -2,6 +2,7 @@
 //
 //   MatMulNBits(x, codes, scales, zero_points?, bias?) -> x times the transposed matrix, plus bias
 //       K, N, bits, block_size
+//   Projections(x, three times codes, scales, zero_points?) -> x times each; K, N0, N1, N2, bits, block_size
 //   FeedForward(x, w1 codes, scales, zero_points?, w3 codes, scales, zero_points?, w2 codes, scales, zero_points?)
 //       -> (silu(x w1') * x w3') w2'; inner, bits, block_size (of w1 and w3), down_bits, down_block_size
 //   GatedConv(projected, weight, bias?, state, attended, rows) -> C * conv(B * x), new state
@@ -275,6 +276,46 @@ class MatMulNBits {
  private:
   Format format_;
   int64_t rows_;
+  int64_t columns_;
+};
+
+// A layer's q, k and v.
+class Projections {
+ public:
+  static constexpr const char* kName = "Projections";
+  static constexpr int kInputs[] = {ort::kFloat, ort::kUint8,   ort::kAnyType, ort::kUint8, ort::kUint8,
+                                    ort::kAnyType, ort::kUint8, ort::kUint8,   ort::kAnyType, ort::kUint8};
+  static constexpr unsigned kOptionalInputs = 1u << 3 | 1u << 6 | 1u << 9;
+  static constexpr int kOutputs[] = {ort::kFloat, ort::kFloat, ort::kFloat};
+
+  Projections(const OrtApi* api, const OrtKernelInfo* info)
+      : format_(format_of(api, info)),
+        rows_{attribute(api, info, "N0"), attribute(api, info, "N1"), attribute(api, info, "N2")},
+        columns_(attribute(api, info, "K")) {}
+
+  void compute(const Context& context) const {
+    const Tensor x = context.input(0);
+    if (x.last() != columns_) {
+      fail("Projections: x has %" PRId64 " columns, the matrices %" PRId64, x.last(), columns_);
+    }
+    MatMulProblem problems[kCount] = {};
+    for (size_t i = 0; i < kCount; ++i) {
+      std::vector<int64_t> shape = x.shape;
+      shape.back() = rows_[i];
+      problems[i].x = x.as<float>();
+      problems[i].w = matrix_of(context, 1 + 3 * i, format_, rows_[i], columns_, kName);
+      problems[i].tokens = x.count() / columns_;
+      problems[i].out = context.output(shape, i);
+    }
+    if (problems->tokens > 0) {
+      run_matmuls(problems, kCount, best_row_kernels(), context.pool(), scratch_of(matmul_scratch_bytes(*problems)));
+    }
+  }
+
+ private:
+  static constexpr int kCount = 3;
+  Format format_;
+  int64_t rows_[kCount];
   int64_t columns_;
 };
 
@@ -570,7 +611,7 @@ OrtCustomOp described() {
 // What SessionOptions.register_custom_ops_library looks for.
 LFM2_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   using namespace lfm2;
-  static const OrtCustomOp ops[] = {described<MatMulNBits>(),      described<FeedForward>(),     described<SparseMoe>(),
+  static const OrtCustomOp ops[] = {described<MatMulNBits>(), described<Projections>(), described<FeedForward>(),     described<SparseMoe>(),
                                     described<GatedConv>(),        described<Attention<false>>(), described<Attention<true>>()};
   const OrtApi* api = base->GetApi(ort::kApiVersion);
   if (api == nullptr) {  // there is no table to make a status with

@@ -34,6 +34,17 @@ void gate_up(const FeedForwardProblem& problem, const RowKernels& kernels, const
   }
 }
 
+void some_rows(const MatMulProblem& problem, const RowKernels& kernels, const RowActivations& x, int64_t first,
+               int64_t count) {
+  const RowMatrix& w = problem.w;
+  multiply(kernels, w.part(first, count), x, problem.out + first, w.rows);
+  if (problem.bias != nullptr) {
+    for (int64_t token = 0; token < problem.tokens; ++token) {
+      kernels.accumulate(1.0f, problem.bias + first, problem.out + token * w.rows + first, count);
+    }
+  }
+}
+
 }  // namespace
 
 size_t matmul_scratch_bytes(const MatMulProblem& problem) {
@@ -43,20 +54,31 @@ size_t matmul_scratch_bytes(const MatMulProblem& problem) {
 }
 
 void run_matmul(const MatMulProblem& problem, const RowKernels& kernels, const ThreadPool& pool, void* scratch) {
+  run_matmuls(&problem, 1, kernels, pool, scratch);
+}
+
+void run_matmuls(const MatMulProblem* problems, int count, const RowKernels& kernels, const ThreadPool& pool,
+                 void* scratch) {
   Arena arena(scratch);
-  const RowMatrix& w = problem.w;
-  RowActivations x = take_activations(arena, problem.tokens, w);
-  x.shifted = is_worth_arranging(kernels, problem.tokens);
-  quantize_all(kernels, pool, problem.x, w.columns, x);
-  const int64_t rows = rows_of_a_task(w, x, pool);
-  share_out(pool, ceil_div(w.rows, rows), [&](int64_t task) {
-    const int64_t first = task * rows, count = std::min(rows, w.rows - first);
-    multiply(kernels, w.part(first, count), x, problem.out + first, w.rows);
-    if (problem.bias != nullptr) {
-      for (int64_t token = 0; token < problem.tokens; ++token) {
-        kernels.accumulate(1.0f, problem.bias + first, problem.out + token * w.rows + first, count);
-      }
+  const int64_t tokens = problems->tokens, columns = problems->w.columns;
+  RowActivations x = take_activations(arena, tokens, problems->w);
+  x.shifted = is_worth_arranging(kernels, tokens);
+  quantize_all(kernels, pool, problems->x, columns, x);
+  int64_t all_rows = 0;
+  for (int i = 0; i < count; ++i) {
+    all_rows += problems[i].w.rows;
+  }
+  const int64_t rows = rows_of_a_task(all_rows, x, pool);
+  int64_t tasks = 0;
+  for (int i = 0; i < count; ++i) {
+    tasks += ceil_div(problems[i].w.rows, rows);
+  }
+  share_out(pool, tasks, [&](int64_t task) {
+    const MatMulProblem* problem = problems;
+    for (int64_t its = 0; task >= (its = ceil_div(problem->w.rows, rows)); ++problem) {
+      task -= its;
     }
+    some_rows(*problem, kernels, x, task * rows, std::min(rows, problem->w.rows - task * rows));
   });
 }
 
@@ -77,7 +99,7 @@ void run_feed_forward(const FeedForwardProblem& problem, const RowKernels& kerne
     x.shifted = inner.shifted = is_worth_arranging(kernels, tokens);
     quantize_all(kernels, pool, problem.x + first * width, width, x);
     share_out(pool, groups, [&](int64_t group) { gate_up(problem, kernels, x, inner, group); });
-    const int64_t rows = rows_of_a_task(problem.down, inner, pool);
+    const int64_t rows = rows_of_a_task(width, inner, pool);
     share_out(pool, ceil_div(width, rows), [&](int64_t task) {
       const int64_t row = task * rows;
       float* out = problem.out + first * width + row;

@@ -77,11 +77,11 @@ void multiply(const RowKernels& kernels, const RowMatrix& w, const RowActivation
   }
 }
 
-int64_t rows_of_a_task(const RowMatrix& w, const RowActivations& x, const ThreadPool& pool) {
+int64_t rows_of_a_task(int64_t all, const RowActivations& x, const ThreadPool& pool) {
   if (x.shifted) {
     return kBlockRows;
   }
-  const int64_t rows = ceil_div(w.rows, pool.workers * kTasksPerWorker);
+  const int64_t rows = ceil_div(all, pool.workers * kTasksPerWorker);
   return std::max(kLeastRows, ceil_div(rows, kTogether) * kTogether);
 }
 

@@ -20,8 +20,8 @@ void quantize_all(const RowKernels& kernels, const ThreadPool& pool, const float
 // y[token * stride + row] of all rows of w, on this thread.
 void multiply(const RowKernels& kernels, const RowMatrix& w, const RowActivations& x, float* y, int64_t stride);
 
-// Rows of a task, where w is shared out among all workers.
-int64_t rows_of_a_task(const RowMatrix& w, const RowActivations& x, const ThreadPool& pool);
+// Rows of a task, where so many are shared out among all workers.
+int64_t rows_of_a_task(int64_t all, const RowActivations& x, const ThreadPool& pool);
 
 // Memory of this thread, kept from call to call; each `Use` has its own. 64-byte aligned.
 enum class Use { kBlock, kGateUp, kAttention, kWindow };
