@@ -18,7 +18,7 @@ import numpy as np
 
 from lfm2_export.artifact import Artifact
 from lfm2_export.backends import get_backend
-from lfm2_export.backends.base import Runner, parse_kernels, parse_kv_cache
+from lfm2_export.backends.base import Runner, RunnerOptions, parse_kernels, parse_kv_cache
 from lfm2_export.backends.profile import Profile
 from lfm2_export.errors import GenerationError
 from lfm2_export.runners import load_runner
@@ -108,14 +108,8 @@ def measure(
     if not profile:
         return result
     del runner  # Its memory is needed for the next.
-    taken = get_backend(program.backend).profile_program(
-        artifact.path,
-        program,
-        prompt,
-        threads=threads,
-        kernels=parse_kernels(kernels),
-        kv_cache=parse_kv_cache(kv_cache),
-    )
+    options = RunnerOptions(threads=threads, kernels=parse_kernels(kernels), kv_cache=parse_kv_cache(kv_cache))
+    taken = get_backend(program.backend).profile_program(artifact.path, program, prompt, options)
     return replace(result, profile=taken)
 
 

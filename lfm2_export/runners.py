@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lfm2_export.artifact import Artifact
 from lfm2_export.backends import get_backend
-from lfm2_export.backends.base import Runner, parse_kernels, parse_kv_cache
+from lfm2_export.backends.base import Runner, RunnerOptions, parse_kernels, parse_kv_cache
 
 
 def load_runner(
@@ -31,10 +31,8 @@ def load_runner(
         ArtifactError: no artifact there, no such program in it, or a file is missing or was changed.
         RunnerError: the runtime cannot load the program, or ``kernels`` or ``kv_cache`` cannot be had.
     """
-    wanted, cache = parse_kernels(kernels), parse_kv_cache(kv_cache)
+    options = RunnerOptions(threads=threads, kernels=parse_kernels(kernels), kv_cache=parse_kv_cache(kv_cache))
     artifact = path if isinstance(path, Artifact) else Artifact.open(path, verify=False)
     program = artifact.program(backend, scheme)
     artifact.verify(program)
-    return get_backend(program.backend).load_runner(
-        artifact.path, program, threads=threads, kernels=wanted, kv_cache=cache
-    )
+    return get_backend(program.backend).load_runner(artifact.path, program, options)

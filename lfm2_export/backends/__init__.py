@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from lfm2_export.artifact import ArtifactWriter
-    from lfm2_export.backends.base import Kernels, KvCache, Runner
+    from lfm2_export.backends.base import Runner, RunnerOptions
     from lfm2_export.backends.profile import Profile
     from lfm2_export.backends.program import Estimate, ExportedProgram, ExportRequest
     from lfm2_export.checkpoint import Checkpoint
@@ -54,29 +54,14 @@ class Backend(Protocol):
     def runtime_files(self, checkpoint: Checkpoint, writer: ArtifactWriter) -> None:
         """Writes the files by which other runtimes find the backend's programs in the artifact."""
 
-    def load_runner(
-        self,
-        folder: Path,
-        program: Program,
-        *,
-        threads: int | None = None,
-        kernels: Kernels | None = None,
-        kv_cache: KvCache | None = None,
-    ) -> Runner:
-        """A runner on one program; ``kernels`` None: ours where they can be had; ``kv_cache`` None: floats."""
+    def load_runner(self, folder: Path, program: Program, options: RunnerOptions | None = None) -> Runner:
+        """A runner on one program of an artifact."""
 
     def runnable_graphs(self, program: Program) -> dict[str, Program]:
         """Every graph of a program that runs here, by its file, as a program of its own."""
 
     def profile_program(
-        self,
-        folder: Path,
-        program: Program,
-        prompt: Sequence[int],
-        *,
-        threads: int | None = None,
-        kernels: Kernels | None = None,
-        kv_cache: KvCache | None = None,
+        self, folder: Path, program: Program, prompt: Sequence[int], options: RunnerOptions | None = None
     ) -> Profile:
         """What a prefill of ``prompt`` and a decode step after it spend, by operator; loads the program anew."""
 

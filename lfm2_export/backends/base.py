@@ -36,6 +36,15 @@ class KvCache(StrEnum):
     INT8 = "int8"  # a scale per position and head: a quarter of float32's memory
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunnerOptions:
+    """How a program is run here. ``threads`` None: every core that this process may use."""
+
+    threads: int | None = None
+    kernels: Kernels = Kernels.AUTO
+    kv_cache: KvCache = KvCache.FLOAT
+
+
 def parse_kernels(name: str | None) -> Kernels:
     """The choice of that name; None is "auto".
 

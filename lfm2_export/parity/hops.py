@@ -14,6 +14,7 @@ import numpy as np
 from lfm2_export import model_card
 from lfm2_export.artifact import Artifact
 from lfm2_export.backends import get_backend
+from lfm2_export.backends.base import RunnerOptions
 from lfm2_export.backends.eager import EagerRunner
 from lfm2_export.checkpoint import Checkpoint, open_checkpoint
 from lfm2_export.errors import ArtifactError
@@ -132,7 +133,7 @@ def _measure_program(
     subject = Subject(
         eager=EagerRunner(model),
         model=model,
-        runner=backend.load_runner(artifact.path, program, threads=threads),
+        runner=backend.load_runner(artifact.path, program, RunnerOptions(threads=threads)),
         backend=backend,
         folder=artifact.path,
         program=program,

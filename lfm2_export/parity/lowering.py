@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from lfm2_export.backends import Backend, FullPrecision
-from lfm2_export.backends.base import Runner
+from lfm2_export.backends.base import Runner, RunnerOptions
 from lfm2_export.manifest import Program
 from lfm2_export.models._common import DecoderForCausalLM
 from lfm2_export.parity.control import find_control, one_norm, one_row
@@ -188,7 +188,7 @@ def _graph_figures(subject: Subject, sample: Sample, yardstick: Yardstick) -> li
     rows = [sample.prompt(16 + FEW_STEPS, index=1)]
     figures = []
     for name, program in subject.other_graphs().items():
-        runner = subject.backend.load_runner(subject.folder, program, threads=subject.threads)
+        runner = subject.backend.load_runner(subject.folder, program, RunnerOptions(threads=subject.threads))
         figures.append(yardstick.figure(name, _decode(subject.eager, rows, [16]), _decode(runner, rows, [16])))
     return figures
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from lfm2_export.artifact import ArtifactWriter
-    from lfm2_export.backends.base import Kernels, KvCache
+    from lfm2_export.backends.base import RunnerOptions
     from lfm2_export.backends.executorch.runner import ExecutorchRunner
     from lfm2_export.backends.executorch.stored import StoredWeights
     from lfm2_export.backends.profile import Profile
@@ -47,18 +47,11 @@ def runtime_files(checkpoint: Checkpoint, writer: ArtifactWriter) -> None:
         writer.write_json("config.json", checkpoint.raw_config)
 
 
-def load_runner(
-    folder: Path,
-    program: Program,
-    *,
-    threads: int | None = None,
-    kernels: Kernels | None = None,
-    kv_cache: KvCache | None = None,
-) -> ExecutorchRunner:
-    """A runner on the program's file that is fastest here, or the one for ``kernels``."""
+def load_runner(folder: Path, program: Program, options: RunnerOptions | None = None) -> ExecutorchRunner:
+    """A runner on the program's file that is fastest here, or the one that ``options`` ask for."""
     from lfm2_export.backends.executorch.runner import ExecutorchRunner
 
-    return ExecutorchRunner.from_program(folder, program, threads=threads, kernels=kernels, kv_cache=kv_cache)
+    return ExecutorchRunner.from_program(folder, program, options)
 
 
 def runnable_graphs(program: Program) -> dict[str, Program]:
@@ -71,18 +64,12 @@ def runnable_graphs(program: Program) -> dict[str, Program]:
 
 
 def profile_program(
-    folder: Path,
-    program: Program,
-    prompt: Sequence[int],
-    *,
-    threads: int | None = None,
-    kernels: Kernels | None = None,
-    kv_cache: KvCache | None = None,
+    folder: Path, program: Program, prompt: Sequence[int], options: RunnerOptions | None = None
 ) -> Profile:
     """A prefill and a decode step by operator, from ExecuTorch's event tracer."""
     from lfm2_export.backends.executorch import profile
 
-    return profile.profile_program(folder, program, prompt, threads=threads, kernels=kernels, kv_cache=kv_cache)
+    return profile.profile_program(folder, program, prompt, options)
 
 
 def stored_weights(folder: Path, program: Program, config: ModelConfig) -> StoredWeights:

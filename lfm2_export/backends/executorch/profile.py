@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from flatbuffers.table import Table  # type: ignore[import-untyped]
 
-from lfm2_export.backends.base import Kernels, KvCache
+from lfm2_export.backends.base import RunnerOptions
 from lfm2_export.backends.executorch.pte import PteFile
 from lfm2_export.backends.executorch.runner import DEFAULT_CHUNK_SIZE, choose
 from lfm2_export.backends.executorch.session import FORWARD, Session, version
@@ -43,13 +43,7 @@ _NUMBER = re.compile(r" #\d+$")
 
 
 def profile_program(
-    folder: Path,
-    program: Program,
-    prompt: Sequence[int],
-    *,
-    threads: int | None = None,
-    kernels: Kernels | None = None,
-    kv_cache: KvCache | None = None,
+    folder: Path, program: Program, prompt: Sequence[int], options: RunnerOptions | None = None
 ) -> Profile:
     """A profile of the file that ``ExecutorchRunner`` opens.
 
@@ -57,8 +51,9 @@ def profile_program(
         RunnerError: the program cannot be loaded, or this runtime cannot trace.
         ContextLimitError: the prompt and one token more do not fit.
     """
-    path = folder / choose(program, kernels or Kernels.AUTO, kv_cache or KvCache.FLOAT)
-    session = TracedSession(path, threads=threads)
+    options = options or RunnerOptions()
+    path = folder / choose(program, options)
+    session = TracedSession(path, threads=options.threads)
 
     def step(tokens: np.ndarray, position: int) -> None:
         session.call(FORWARD, (tokens[None], np.array([position], dtype=np.int64)))

@@ -22,6 +22,7 @@ from lfm2_export.backends.base import (
     Kernels,
     KvCache,
     Mark,
+    RunnerOptions,
     Snapshot,
     TokenRows,
     check_batch_size,
@@ -86,23 +87,16 @@ class ExecutorchRunner:
         self._marks: weakref.WeakSet[Mark] = weakref.WeakSet()
 
     @classmethod
-    def from_program(
-        cls,
-        folder: Path,
-        program: Program,
-        *,
-        threads: int | None = None,
-        kernels: Kernels | None = None,
-        kv_cache: KvCache | None = None,
-    ) -> ExecutorchRunner:
+    def from_program(cls, folder: Path, program: Program, options: RunnerOptions | None = None) -> ExecutorchRunner:
         """The runner of a program in an artifact's ``folder``, on the file whose experts run fastest here."""
         _check_version(folder, program)
+        options = options or RunnerOptions()
         digest = hashlib.sha256("".join(entry.sha256 for _, entry in sorted(program.files.items())).encode())
         return cls(
-            folder / choose(program, kernels or Kernels.AUTO, kv_cache or KvCache.FLOAT),
+            folder / choose(program, options),
             cache=program.cache,
             context_length=program.context_length,
-            threads=threads,
+            threads=options.threads,
             program_id=f"{program.backend}/{program.scheme}@{digest.hexdigest()[:16]}",
         )
 
@@ -280,7 +274,7 @@ def _positions_last(x: np.ndarray) -> np.ndarray:
     return x.transpose(0, 2, 1, 3)
 
 
-def choose(program: Program, kernels: Kernels, kv_cache: KvCache) -> str:
+def choose(program: Program, options: RunnerOptions) -> str:
     """The file to run. Our own operator runs experts faster than ExecuTorch's, many times so where that is not
     optimized (x86); but it has to be built.
 
@@ -288,11 +282,11 @@ def choose(program: Program, kernels: Kernels, kv_cache: KvCache) -> str:
         RunnerError: the program has no file for the kernels that were asked for, or no such cache.
         KernelBuildError: our kernels were asked for and cannot be built.
     """
-    if kv_cache is not KvCache.FLOAT:
+    if options.kv_cache is not KvCache.FLOAT:
         raise RunnerError(f"{program}: a .pte holds its keys and values in float32; leave --kv-cache out")
     stock, ours = program.graphs[MODEL], program.graphs.get(str(MoeOp.LFM2))
-    if kernels is not Kernels.AUTO:
-        return _of_kernels(program, kernels, stock, ours)
+    if options.kernels is not Kernels.AUTO:
+        return _of_kernels(program, options.kernels, stock, ours)
     if ours is None or ours == stock:
         if platform.machine() in _X86 and list(program.options.get("moe_op", {}).values()) == [MoeOp.STOCK]:
             logger.warning(

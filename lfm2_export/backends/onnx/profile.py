@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
-from lfm2_export.backends.base import Kernels, KvCache
+from lfm2_export.backends.base import RunnerOptions
 from lfm2_export.backends.onnx.buffers import StateBuffers
 from lfm2_export.backends.onnx.runner import DEFAULT_CHUNK_SIZE, run
 from lfm2_export.backends.onnx.session import check_program, session_options
@@ -32,13 +32,7 @@ _KERNEL = "_kernel_time"
 
 
 def profile_program(
-    folder: Path,
-    program: Program,
-    prompt: Sequence[int],
-    *,
-    threads: int | None = None,
-    kernels: Kernels | None = None,
-    kv_cache: KvCache | None = None,
+    folder: Path, program: Program, prompt: Sequence[int], options: RunnerOptions | None = None
 ) -> Profile:
     """A profile of the graph that ``OnnxRunner`` opens.
 
@@ -46,9 +40,10 @@ def profile_program(
         RunnerError: the program cannot be loaded, or its runs were not all traced.
         ContextLimitError: the prompt and one token more do not fit.
     """
-    variant = choose(folder, program, kernels or Kernels.AUTO, kv_cache or KvCache.FLOAT)
+    options = options or RunnerOptions()
+    variant = choose(folder, program, options)
     with tempfile.TemporaryDirectory(prefix="lfm2-export-") as scratch:
-        session = _open(variant, Path(scratch) / "profile", threads)
+        session = _open(variant, Path(scratch) / "profile", options.threads)
         try:
             steps = _take_steps(session, variant, program, prompt)
         finally:

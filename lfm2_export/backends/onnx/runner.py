@@ -19,9 +19,8 @@ import numpy as np
 import onnxruntime as ort
 
 from lfm2_export.backends.base import (
-    Kernels,
-    KvCache,
     Mark,
+    RunnerOptions,
     Snapshot,
     TokenRows,
     check_batch_size,
@@ -85,25 +84,18 @@ class OnnxRunner:
         self._marks: weakref.WeakSet[Mark] = weakref.WeakSet()
 
     @classmethod
-    def from_program(
-        cls,
-        folder: Path,
-        program: Program,
-        *,
-        threads: int | None = None,
-        kernels: Kernels | None = None,
-        kv_cache: KvCache | None = None,
-    ) -> OnnxRunner:
-        """The runner of a program in an artifact's ``folder``, on the graph that is fastest here, or the one for
-        ``kernels`` and ``kv_cache``."""
-        variant = choose(folder, program, kernels or Kernels.AUTO, kv_cache or KvCache.FLOAT)
-        kept = "" if variant.cache == program.cache else f"+{kv_cache}"
+    def from_program(cls, folder: Path, program: Program, options: RunnerOptions | None = None) -> OnnxRunner:
+        """The runner of a program in an artifact's ``folder``, on the graph that is fastest here, or the one that
+        ``options`` ask for."""
+        options = options or RunnerOptions()
+        variant = choose(folder, program, options)
+        kept = "" if variant.cache == program.cache else f"+{options.kv_cache}"
         digest = hashlib.sha256("".join(entry.sha256 for _, entry in sorted(program.files.items())).encode())
         return cls(
             variant.path,
             cache=variant.cache,
             context_length=program.context_length,
-            threads=threads,
+            threads=options.threads,
             scoring_path=variant.scoring_path,
             library=variant.library,
             program_id=f"{program.backend}/{program.scheme}@{digest.hexdigest()[:16]}{kept}",

@@ -12,7 +12,7 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lfm2_export.backends.base import Kernels, KvCache
+from lfm2_export.backends.base import Kernels, KvCache, RunnerOptions
 from lfm2_export.cache import CacheSpec
 from lfm2_export.errors import RunnerError
 from lfm2_export.kernels import build
@@ -43,17 +43,16 @@ class Variant:
     library: Path | None = None
 
 
-def choose(
-    folder: Path, program: Program, kernels: Kernels = Kernels.AUTO, kv_cache: KvCache = KvCache.FLOAT
-) -> Variant:
-    """The graph that is fastest here, or the one for ``kernels`` and ``kv_cache``.
+def choose(folder: Path, program: Program, options: RunnerOptions | None = None) -> Variant:
+    """The graph that is fastest here, or the one that ``options`` ask for.
 
     Raises:
         RunnerError: our kernels were asked for, and the program has no graph for them or they cannot be had here.
     """
-    if kv_cache is KvCache.INT8:
-        return _with_int8_cache(folder, program, kernels)
-    library = _library(program, kernels)
+    options = options or RunnerOptions()
+    if options.kv_cache is KvCache.INT8:
+        return _with_int8_cache(folder, program, options.kernels)
+    library = _library(program, options.kernels)
     if library is not None:
         return _variant(folder, program, LFM2, LFM2_SCORING, library)
     return _variant(folder, program, CPU if CPU in program.graphs else MODEL, SCORING, None)

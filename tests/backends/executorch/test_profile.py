@@ -11,6 +11,7 @@ import pytest
 
 import lfm2_export
 from lfm2_export.artifact import Artifact
+from lfm2_export.backends.base import RunnerOptions
 from lfm2_export.backends.executorch import profile_program
 from lfm2_export.backends.executorch.profile import InstructionNames, TracedSession, read_traces
 from lfm2_export.backends.executorch.session import FORWARD
@@ -73,7 +74,7 @@ def instructions(path: Path) -> Counter[str]:
 
 @pytest.mark.usefixtures("clean_up")
 def test_calls_are_the_instructions_of_the_program(folder: Path, program: Program, path: Path) -> None:
-    found = profile_program(folder, program, PROMPT, threads=1)
+    found = profile_program(folder, program, PROMPT, RunnerOptions(threads=1))
     check_profile(found, len(PROMPT))
     expected = instructions(path)
     assert calls(found.prefill) == expected
@@ -85,7 +86,7 @@ def test_calls_are_the_instructions_of_the_program(folder: Path, program: Progra
 
 @pytest.mark.usefixtures("clean_up")
 def test_a_delegate_tells_what_is_inside(folder: Path, program: Program) -> None:
-    found = profile_program(folder, program, PROMPT, threads=1)
+    found = profile_program(folder, program, PROMPT, RunnerOptions(threads=1))
     delegate = next(entry for entry in found.prefill.operators if entry.operator == "XNNPACK delegate")
     names = {part.operator for part in delegate.parts}
     assert any(name.startswith("Fully Connected (NC, QDU8") for name in names), names
@@ -129,7 +130,7 @@ def test_a_runner_beside_it_goes_on_as_if_nothing_had_been(folder: Path, program
     before = runner.snapshot()
     expected = [runner.decode([token]) for token in PROMPT[:4]]
     runner.restore(before)
-    profile_program(folder, program, PROMPT, threads=threads)
+    profile_program(folder, program, PROMPT, RunnerOptions(threads=threads))
     for token, logits in zip(PROMPT[:4], expected, strict=True):
         np.testing.assert_allclose(runner.decode([token]), logits, atol=1e-4)
 
@@ -144,10 +145,10 @@ def test_tracing_changes_no_logit(folder: Path, path: Path) -> None:
 @pytest.mark.usefixtures("clean_up")
 def test_a_context_that_is_full_but_for_one_token(folder: Path, program: Program) -> None:
     prompt = (4 * PROMPT)[: MAX_CONTEXT - 1]
-    found: Profile = profile_program(folder, program, prompt, threads=1)
+    found: Profile = profile_program(folder, program, prompt, RunnerOptions(threads=1))
     assert found.decode.steps == 3
     with pytest.raises(ContextLimitError, match="do not fit the context limit of 64"):
-        profile_program(folder, program, [*prompt, 1], threads=1)
+        profile_program(folder, program, [*prompt, 1], RunnerOptions(threads=1))
 
 
 @pytest.mark.usefixtures("clean_up")

@@ -13,7 +13,7 @@ import pytest
 
 import lfm2_export
 from lfm2_export.artifact import Artifact
-from lfm2_export.backends.base import Kernels
+from lfm2_export.backends.base import Kernels, RunnerOptions
 from lfm2_export.backends.onnx import profile_program
 from lfm2_export.backends.onnx.profile import read_traces
 from lfm2_export.backends.onnx.session import session_options
@@ -49,7 +49,7 @@ def test_calls_are_the_nodes_of_the_graph(
 ) -> None:
     folder = artifact(checkpoint)
     program = program_of(folder, scheme)
-    found = profile_program(folder, program, PROMPT, threads=1, kernels=Kernels.STOCK)
+    found = profile_program(folder, program, PROMPT, RunnerOptions(threads=1, kernels=Kernels.STOCK))
     check_profile(found, len(PROMPT))
     path = folder / program.graphs.get("cpu", program.graphs["model"])
     expected = nodes(path, tmp_path_factory.mktemp("optimized"))
@@ -61,7 +61,7 @@ def test_calls_are_the_nodes_of_the_graph(
 @pytest.mark.usefixtures("clean_up")
 def test_matrix_products_are_told_apart_by_size(artifact) -> None:
     folder = artifact("tiny-moe")
-    found = profile_program(folder, program_of(folder, "q4"), PROMPT, threads=1, kernels=Kernels.STOCK)
+    found = profile_program(folder, program_of(folder, "q4"), PROMPT, RunnerOptions(threads=1, kernels=Kernels.STOCK))
     product = next(entry for entry in found.decode.operators if entry.operator == "MatMulNBits")
     assert sum(part.calls for part in product.parts) == product.calls
     assert sum(part.ms for part in product.parts) <= product.ms * 1.5  # Medians need not add up.
@@ -74,9 +74,9 @@ def test_matrix_products_are_told_apart_by_size(artifact) -> None:
 def test_a_prompt_of_several_chunks_is_one_prefill(artifact) -> None:
     folder = artifact("tiny-dense")
     program = program_of(folder, "q4")
-    once = calls(profile_program(folder, program, PROMPT, threads=1).prefill)
+    once = calls(profile_program(folder, program, PROMPT, RunnerOptions(threads=1)).prefill)
     long = np.random.default_rng(1).integers(16, 2660, 600).tolist()
-    found = profile_program(folder, program, long, threads=1)
+    found = profile_program(folder, program, long, RunnerOptions(threads=1))
     check_profile(found, 600)
     assert calls(found.prefill) == {name: 2 * count for name, count in once.items()}
 
@@ -89,7 +89,7 @@ def test_a_runner_beside_it_goes_on_as_if_nothing_had_been(artifact) -> None:
     before = runner.snapshot()
     expected = [runner.decode([token]) for token in PROMPT[:4]]
     runner.restore(before)
-    profile_program(folder, program_of(folder, "q4"), PROMPT, threads=1)
+    profile_program(folder, program_of(folder, "q4"), PROMPT, RunnerOptions(threads=1))
     for token, logits in zip(PROMPT[:4], expected, strict=True):
         np.testing.assert_array_equal(runner.decode([token]), logits)
 
@@ -98,9 +98,9 @@ def test_a_runner_beside_it_goes_on_as_if_nothing_had_been(artifact) -> None:
 def test_a_context_that_is_full_but_for_one_token(artifact) -> None:
     folder = artifact("tiny-dense")
     program = replace(program_of(folder, "q4"), context_length=len(PROMPT) + 1)
-    assert profile_program(folder, program, PROMPT, threads=1).decode.steps == 3
+    assert profile_program(folder, program, PROMPT, RunnerOptions(threads=1)).decode.steps == 3
     with pytest.raises(ContextLimitError, match="do not fit the context limit"):
-        profile_program(folder, program, [*PROMPT, 1], threads=1)
+        profile_program(folder, program, [*PROMPT, 1], RunnerOptions(threads=1))
 
 
 @pytest.mark.usefixtures("clean_up")
@@ -108,7 +108,7 @@ def test_a_program_that_cannot_be_loaded_is_named(artifact) -> None:
     folder = artifact("tiny-dense")
     program = replace(program_of(folder, "q4"), graphs={"model": "onnx/nothing.onnx"})
     with pytest.raises(RunnerError, match=r"onnx/nothing\.onnx: cannot be profiled: .*"):
-        profile_program(folder, program, PROMPT, threads=1)
+        profile_program(folder, program, PROMPT, RunnerOptions(threads=1))
 
 
 def test_events_belong_to_the_run_that_they_fall_into() -> None:
