@@ -24,6 +24,18 @@ inline uint32_t float_to_bits(float value) {
   return bits;
 }
 
+inline float half_to_float(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
+  const uint32_t exponent = (half >> 10) & 0x1fu;
+  const uint32_t mantissa = half & 0x3ffu;
+  if (exponent == 0) {  // zero or subnormal: mantissa * 2^-24
+    const float value = static_cast<float>(mantissa) * 5.9604644775390625e-8f;
+    return sign ? -value : value;
+  }
+  const uint32_t wide = exponent == 31 ? 255u : exponent + 112u;
+  return bits_to_float(sign | (wide << 23) | (mantissa << 13));
+}
+
 // Rounds to nearest, ties to even, for |x| < 2^22: beyond the leading 1 of 1.5 * 2^23 no fraction bits are left.
 inline float round_to_even(float x) {
   constexpr float kMagic = 12582912.0f;

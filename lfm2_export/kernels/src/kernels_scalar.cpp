@@ -5,18 +5,6 @@
 namespace lfm2 {
 namespace {
 
-float half_to_float(uint16_t half) {
-  const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
-  const uint32_t exponent = (half >> 10) & 0x1fu;
-  const uint32_t mantissa = half & 0x3ffu;
-  if (exponent == 0) {  // zero or subnormal: mantissa * 2^-24
-    const float value = static_cast<float>(mantissa) * 5.9604644775390625e-8f;
-    return sign ? -value : value;
-  }
-  const uint32_t wide = exponent == 31 ? 255u : exponent + 112u;
-  return bits_to_float(sign | (wide << 23) | (mantissa << 13));
-}
-
 int32_t dot_of_row(const uint8_t* codes, int row, const int8_t* x) {
   int32_t sum = 0;
   for (int quad = 0; quad < kQuads; ++quad) {
