@@ -82,7 +82,10 @@ def _library(program: Program, kernels: Kernels) -> Path | None:
     if kernels is Kernels.STOCK or (kernels is Kernels.AUTO and LFM2 not in program.graphs):
         return None
     if LFM2 not in program.graphs:
-        raise RunnerError(f"{program}: has no graph for our kernels; export the scheme again, or pass --kernels stock")
+        raise RunnerError(
+            f"{program}: has no graph for our kernels, which are for q4 and q8 in groups of 32, 64, 128 or 256; export such "
+            "a scheme (again), or pass --kernels stock"
+        )
     library = own_library()
     if library is None and kernels is Kernels.LFM2:
         raise RunnerError(
