@@ -83,8 +83,8 @@ def _library(program: Program, kernels: Kernels) -> Path | None:
         return None
     if LFM2 not in program.graphs:
         raise RunnerError(
-            f"{program}: has no graph for our kernels, which are for q4 and q8 in groups of 32, 64, 128 or 256; export such "
-            "a scheme (again), or pass --kernels stock"
+            f"{program}: has no graph for our kernels, which are for q4 and q8 in groups of 32 to 256; export "
+            "such a scheme (again), or pass --kernels stock"
         )
     library = own_library()
     if library is None and kernels is Kernels.LFM2:
