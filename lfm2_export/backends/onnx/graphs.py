@@ -78,8 +78,8 @@ def _on_own_operators(model: ir.Model, config: ModelConfig, plan: WeightPlan) ->
     if counts != (before["MatMulNBits"], before["QMoE"]):
         raise ExportError(f"{counts} operators became our own; this is a defect, please report it")
     own_ops.fuse_feed_forwards(own, plan)
-    fused = own_ops.fuse_short_convs(own), own_ops.fuse_attention(own)
-    if fused != (len(config.conv_layers), len(config.attention_layers) * (config.head_dim % 16 == 0)):
+    fused = own_ops.fuse_short_convs(own), own_ops.fuse_attention(own, config)
+    if fused != (len(config.conv_layers), len(config.attention_layers) * own_ops.takes_heads(config.head_dim)):
         raise ExportError(f"{fused} short convs and attentions became our own; this is a defect, please report it")
     passes.number_nodes(own)
     return own

@@ -21,6 +21,8 @@ DOMAIN, VERSION = "lfm2", 1
 # Inputs that share a scale in the kernels' activations: widths are multiples of it.
 _INPUTS = 32
 _GROUP_SIZES = (32, 64, 128, 256)
+# A multiple of the lanes in a register, and the most that has room.
+_HEAD_DIM_STEP, _MOST_HEAD_DIM = 16, 256
 _PRODUCTS = (Layout.MATMUL, Layout.GATE_UP, Layout.DOWN)
 
 
@@ -35,6 +37,11 @@ def _fits(weight: StoredWeight) -> bool:
     assert isinstance(form, IntFormat)
     has_blocks = weight.layout is Layout.MATMUL or weight.shape[-2] % _INPUTS == 0  # experts' rows come in blocks too
     return form.group_size in _GROUP_SIZES and has_blocks and (form.bits == 4 or form.symmetric)
+
+
+def takes_heads(head_dim: int) -> bool:
+    """Whether our Attention takes heads of that size."""
+    return head_dim % _HEAD_DIM_STEP == 0 and head_dim <= _MOST_HEAD_DIM
 
 
 def use_own_products(model: ir.Model) -> int:
@@ -90,13 +97,12 @@ def fuse_short_convs(model: ir.Model) -> int:
     return _finish(model, len(nodes))
 
 
-def fuse_attention(model: ir.Model) -> int:
+def fuse_attention(model: ir.Model, config: ModelConfig) -> int:
     """Norms of q and k, RoPE, GroupQueryAttention and its mask become one Attention. Returns how many; head sizes that
     it does not take are left alone."""
     mask = next(value for value in model.graph.inputs if value.name == "attention_mask")
-    nodes = [
-        node for node in model.graph if node.op_type == "GroupQueryAttention" and node.attributes["do_rotary"].value
-    ]
+    fitting = takes_heads(config.head_dim)
+    nodes = [node for node in model.graph if node.op_type == "GroupQueryAttention" and fitting]
     for node in nodes:
         q, k, v, past_key, past_value, seqlens_k, _, cos, sin, position_ids, _ = node.inputs
         (q_norm, q), (k_norm, k) = _before_norm(q), _before_norm(k)

@@ -95,6 +95,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "dense-odd-head": (dense(CONV, ATTENTION, num_attention_heads=4, head_dim=24), {}),
+    "dense-long-head": (dense(ATTENTION, num_attention_heads=2, num_key_value_heads=1, head_dim=272), {}),
     "no-conv": (dense(ATTENTION, ATTENTION, num_key_value_heads=4, tie_word_embeddings=False), {}),
     "no-attention": (dense(CONV, CONV, conv_L_cache=6), {}),
 }
@@ -137,10 +138,12 @@ class Case:
         kept, self._known = weight.detach().clone(), {}
         with torch.no_grad():
             weight[::4] *= 1.2
-        yield
-        with torch.no_grad():
-            weight.copy_(kept)
-        self._known = known
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                weight.copy_(kept)
+            self._known = known
 
 
 @pytest.fixture(scope="module", autouse=True)
