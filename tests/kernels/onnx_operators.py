@@ -3,8 +3,8 @@
 As a program (``python -m tests.kernels.onnx_operators FILE.npz``) it writes the outputs of every case: which kernels an
 operator uses is decided once per process, by LFM2_KERNELS.
 
-Shape suffixes: B rows, T new tokens, S positions of the mask, P positions held, C the cache's capacity, H query heads, G
-heads of the cache, D head size.
+Shapes: B rows, T new tokens, S positions of the mask, C the cache's capacity, H query heads, G heads of the cache, D
+head size.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
@@ -69,9 +68,9 @@ def run_operator(
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionCase:
-    """``held``: positions of each row before the call, none: a first prompt. ``lengths``: attended tokens of each row of
-    a first prompt (default: all). ``capacity``: of a buffer that is past and present at once, none: two buffers.
-    ``hidden``: first and end of the positions that the mask leaves out. ``sharpness``: what queries are multiplied with."""
+    """``held``: positions of each row before the call; None: a first prompt. ``lengths``: attended tokens of each row
+    of a first prompt (default: all). ``capacity``: of a buffer that is past and present at once; None: two buffers.
+    ``hidden``: first and end of the positions that the mask leaves out. ``sharpness``: multiplies the queries."""
 
     tokens: int = 1
     held: Sequence[int] | None = None
