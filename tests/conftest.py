@@ -66,15 +66,17 @@ def artifact(once: Once) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def random_artifact(once: Once) -> Callable[..., Exported]:
-    """``random_artifact(config, schemes)``: random weights under a raw config.json, and what they were exported as."""
+    """``random_artifact(config, schemes)``: random weights under a raw config.json, and what they were exported as;
+    ``options`` are export's own."""
 
-    def exported(raw_config: Mapping[str, Any], schemes: Sequence[str] = ("fp32",)) -> Exported:
-        key = hashlib.sha256(json.dumps([raw_config, list(schemes)], sort_keys=True).encode()).hexdigest()[:16]
+    def exported(raw_config: Mapping[str, Any], schemes: Sequence[str] = ("fp32",), **options: Any) -> Exported:
+        made_of = json.dumps([raw_config, list(schemes), options], sort_keys=True)
+        key = hashlib.sha256(made_of.encode()).hexdigest()[:16]
 
         def make(folder: Path) -> None:
             # F32, so that the weights are no multiples of 2^-8 that any arithmetic would get right.
             write_random_checkpoint(folder / "checkpoint", raw_config, seed=0, dtype="F32")
-            lfm2_export.export(folder / "checkpoint", scheme=schemes, output=folder / "artifact")
+            lfm2_export.export(folder / "checkpoint", scheme=schemes, output=folder / "artifact", **options)
 
         folder = once(f"random-{key}", make)
         return Exported(checkpoint=folder / "checkpoint", artifact=folder / "artifact")

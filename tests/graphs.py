@@ -12,6 +12,8 @@ import numpy as np
 import onnxruntime as ort
 
 from lfm2_export.artifact import Artifact
+from lfm2_export.backends.onnx import variants
+from lfm2_export.backends.onnx.session import session_options
 
 State = dict[str, np.ndarray]
 
@@ -21,11 +23,11 @@ class Graph:
 
     def __init__(self, artifact: Path, scheme: str, role: str = "model"):
         self.program = Artifact.open(artifact, verify=False).program("onnx", scheme)
-        self.cache = self.program.cache
+        self.role = role
+        self.cache = self.program.cache.with_int8_positions() if role == "lfm2_kv8" else self.program.cache
         self.path = artifact / self.program.graphs[role]
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1  # small models gain nothing from more
-        options.log_severity_level = 3
+        library = variants.own_library() if role.startswith("lfm2") else None
+        options = session_options(1, library)  # small models gain nothing from more threads
         self.session = ort.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
 
     def empty(self, rows: int) -> State:

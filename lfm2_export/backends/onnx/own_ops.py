@@ -21,6 +21,8 @@ DOMAIN, VERSION = "lfm2", 1
 # Inputs that share a scale in the kernels' activations: widths are multiples of it.
 _INPUTS = 32
 _GROUP_SIZES = (32, 64, 128, 256)
+# A multiple of the lanes in a register, and the most that has room.
+_HEAD_DIM_STEP, _MOST_HEAD_DIM = 16, 256
 _PRODUCTS = (Layout.MATMUL, Layout.GATE_UP, Layout.DOWN)
 
 
@@ -92,7 +94,7 @@ def fuse_short_convs(model: ir.Model) -> int:
 
 def takes_heads(config: ModelConfig) -> bool:
     """Whether Attention takes heads of this size (attention.h); others stay GroupQueryAttention."""
-    return config.head_dim % 16 == 0 and config.head_dim <= 256
+    return config.head_dim % _HEAD_DIM_STEP == 0 and config.head_dim <= _MOST_HEAD_DIM
 
 
 def fuse_attention(model: ir.Model, config: ModelConfig) -> int:

@@ -33,9 +33,10 @@ LFM2_ALWAYS void transpose(__m512i (&m)[kLanes]) {
   }
 }
 
-// e^x for x <= 0, as exp_of_negative in elementwise.h; 0 is not reached, e^-87 is the least.
+// e^x for x <= 0, as exp_of_negative in elementwise.h; 0 is not reached, e^-87 is the least. NaN stays NaN: of two
+// operands of which one is NaN, max returns the second.
 LFM2_ALWAYS __m512 exp_lanes(__m512 x) {
-  x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
+  x = _mm512_max_ps(_mm512_set1_ps(-87.0f), x);
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 0);
   __m512 r = _mm512_fmadd_ps(n, _mm512_set1_ps(-0.693359375f), x);
   r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);

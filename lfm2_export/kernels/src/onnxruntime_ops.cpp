@@ -257,11 +257,11 @@ class MatMulNBits {
     if (x.last() != columns_) {
       fail("MatMulNBits: x has %" PRId64 " columns, the matrix %" PRId64, x.last(), columns_);
     }
-    std::vector<int64_t> shape = x.shape;
-    shape.back() = rows_;
     MatMulProblem problem = {};
     problem.x = static_cast<const float*>(x.data);
     problem.w = matrix_of(context, 1, format_, rows_, columns_, kName);
+    std::vector<int64_t> shape = x.shape;  // not of rank 0: a matrix of one column has been refused
+    shape.back() = rows_;
     problem.bias = static_cast<const float*>(bias.data);
     problem.tokens = x.count() / columns_;
     problem.out = context.output(shape);
@@ -300,10 +300,10 @@ class Projections {
     }
     MatMulProblem problems[kCount] = {};
     for (size_t i = 0; i < kCount; ++i) {
-      std::vector<int64_t> shape = x.shape;
-      shape.back() = rows_[i];
       problems[i].x = x.as<float>();
       problems[i].w = matrix_of(context, 1 + 3 * i, format_, rows_[i], columns_, kName);
+      std::vector<int64_t> shape = x.shape;  // not of rank 0, as above
+      shape.back() = rows_[i];
       problems[i].tokens = x.count() / columns_;
       problems[i].out = context.output(shape, i);
     }
@@ -474,6 +474,10 @@ class Attention {
     expect_count(mask, "Attention: attention_mask", p.batch * p.total);
     expect_count(position_ids, "Attention: position_ids", p.batch * p.tokens);
     p.positions = cos.count() / (p.head_dim / 2);
+    if (p.positions < 1) {
+      fail("Attention: cos holds no position");
+    }
+    expect_count(cos, "Attention: cos", p.positions * (p.head_dim / 2));
     expect_count(sin, "Attention: sin", p.positions * (p.head_dim / 2));
     p.last = last.as<int32_t>();
     for (int64_t i = 0; i < p.batch; ++i) {

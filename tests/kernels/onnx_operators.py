@@ -1,0 +1,563 @@
+"""Our operators one at a time, in onnx models of one node, and cases to run them on.
+
+As a program (``python -m tests.kernels.onnx_operators FILE.npz``) it writes the outputs of every case: which kernels an
+operator uses is decided once per process, by LFM2_KERNELS.
+
+Shapes: B rows, T new tokens, S positions of the mask, C the cache's capacity, H query heads, G heads of the cache, D
+head size.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+from onnx import TensorProto, helper
+
+from lfm2_export.backends.onnx import variants
+from lfm2_export.backends.onnx.packing import pack_codes
+from lfm2_export.backends.onnx.session import session_options
+
+Arrays = dict[str, npt.NDArray[Any] | None]
+DoubleArray = npt.NDArray[np.float64]
+
+INT8_ZERO = 128
+
+
+def open_operator(
+    op: str, inputs: Arrays, outputs: Mapping[str, int], attributes: Mapping[str, Any], *, threads: int = 1
+) -> ort.InferenceSession:
+    """A session of one node; an input that is None is left out."""
+    given = {name: array for name, array in inputs.items() if array is not None}
+    node = helper.make_node(
+        op,
+        [name if array is not None else "" for name, array in inputs.items()],
+        list(outputs),
+        domain="lfm2",
+        **attributes,
+    )
+    graph = helper.make_graph(
+        [node],
+        op,
+        [
+            helper.make_tensor_value_info(
+                name, helper.np_dtype_to_tensor_dtype(array.dtype), [f"{name}_{axis}" for axis in range(array.ndim)]
+            )
+            for name, array in given.items()
+        ],
+        [helper.make_tensor_value_info(name, kind, None) for name, kind in outputs.items()],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("lfm2", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    options = session_options(threads, variants.own_library())
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def run_operator(
+    op: str, inputs: Arrays, outputs: Mapping[str, int], attributes: Mapping[str, Any], *, threads: int = 1
+) -> list[npt.NDArray[Any]]:
+    session = open_operator(op, inputs, outputs, attributes, threads=threads)
+    return session.run(None, {name: array for name, array in inputs.items() if array is not None})
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionCase:
+    """``held``: positions of each row before the call; None: a first prompt. ``lengths``: attended tokens of each row
+    of a first prompt (default: all). ``capacity``: of a buffer that is past and present at once; None: two buffers.
+    ``hidden``: first and end of the positions that the mask leaves out. ``sharpness``: multiplies the queries."""
+
+    tokens: int = 1
+    held: Sequence[int] | None = None
+    lengths: Sequence[int] | None = None
+    capacity: int | None = None
+    hidden: tuple[int, int] = (0, 0)
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 32
+    sharpness: float = 1.0
+    int8: bool = False
+    threads: int = 1
+    epsilon: float = 1e-5
+
+    @property
+    def op(self) -> str:
+        return "AttentionInt8" if self.int8 else "Attention"
+
+    @property
+    def label(self) -> str:
+        fields = ("tokens", "held", "lengths", "capacity", "hidden", "heads", "kv_heads", "head_dim", "sharpness")
+        said = [f"{name}={getattr(self, name)}" for name in fields if getattr(self, name) not in (None, (0, 0), 1.0)]
+        return f"{self.op} {' '.join(said)} threads={self.threads}".replace(", ", ",")
+
+    @property
+    def batch(self) -> int:
+        return len(self.held or self.lengths or (0,))
+
+    @property
+    def total(self) -> int:
+        return max(self.held or (0,)) + self.tokens
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        return {"num_heads": self.heads, "kv_num_heads": self.kv_heads, "epsilon": self.epsilon}
+
+    @property
+    def outputs(self) -> dict[str, int]:
+        kind = TensorProto.UINT8 if self.int8 else TensorProto.FLOAT
+        return {"out": TensorProto.FLOAT, "present_key": kind, "present_value": kind}
+
+    @cached_property
+    def mask(self) -> npt.NDArray[np.int64]:
+        """[B, S]"""
+        ends = [h + self.tokens for h in self.held] if self.held else (self.lengths or [self.tokens])
+        mask = (np.arange(self.total) < np.array(ends)[:, None]).astype(np.int64)
+        mask[:, slice(*self.hidden)] = 0
+        return mask
+
+    @cached_property
+    def inputs(self) -> Arrays:
+        rng = np.random.default_rng(self.tokens * 7 + self.total * 13 + self.head_dim)
+
+        def normal(*shape: int) -> npt.NDArray[np.float32]:
+            return rng.normal(size=shape).astype(np.float32)
+
+        batch, tokens, dim = self.batch, self.tokens, self.head_dim
+        angles = np.arange(self.total + 3)[:, None] / 1e4 ** (np.arange(dim // 2) / (dim // 2))
+        last = (self.mask * np.arange(self.total)).max(-1)
+        first = np.zeros(batch, np.int64) if self.held is None else last + 1 - tokens
+        room = self.capacity or max(self.held or (0,))
+        return {
+            "q": normal(batch, tokens, self.heads * dim),
+            "k": normal(batch, tokens, self.kv_heads * dim),
+            "v": normal(batch, tokens, self.kv_heads * dim),
+            "q_norm": (1 + 0.2 * normal(dim)) * np.float32(self.sharpness),
+            "k_norm": 1 + 0.2 * normal(dim),
+            "past_key": self._cache(normal(batch, self.kv_heads, room, dim)),
+            "past_value": self._cache(normal(batch, self.kv_heads, room, dim)),
+            "seqlens_k": last.astype(np.int32),
+            "attention_mask": self.mask,
+            "cos": np.cos(angles).astype(np.float32),
+            "sin": np.sin(angles).astype(np.float32),
+            "position_ids": first[:, None] + np.arange(tokens),
+        }
+
+    def _cache(self, values: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
+        return quantize_rows(values) if self.int8 else values
+
+    def run(self, inputs: Arrays | None = None) -> list[npt.NDArray[Any]]:
+        """out [B, T, H * D], present key and value [B, G, S or C, ...]."""
+        given = inputs or self.inputs
+        if self.capacity is None:
+            return run_operator(self.op, given, self.outputs, self.attributes, threads=self.threads)
+        session = open_operator(self.op, given, self.outputs, self.attributes, threads=self.threads)
+        binding = session.io_binding()
+        values = {n: ort.OrtValue.ortvalue_from_numpy(a.copy()) for n, a in given.items() if a is not None}
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output("out", "cpu")
+        for part in ("key", "value"):
+            binding.bind_ortvalue_output(f"present_{part}", values[f"past_{part}"])
+        session.run_with_iobinding(binding)
+        found = (binding.get_outputs()[0], values["past_key"], values["past_value"])
+        return [value.numpy().copy() for value in found]
+
+    def slots(self) -> npt.NDArray[np.int64]:
+        """[B, T]: where each token's key and value go."""
+        begin = np.zeros(self.batch, np.int64) if self.held is None else np.array(self.held)
+        return begin[:, None] + np.arange(self.tokens)
+
+    def new_rows(self) -> tuple[DoubleArray, DoubleArray, DoubleArray]:
+        """Of the new tokens, in float64: queries [B, T, H, D] (scaled), keys and values [B, T, G, D]."""
+        x: dict[str, Any] = {n: None if a is None else a.astype(np.float64) for n, a in self.inputs.items()}
+        positions = self.inputs["position_ids"]
+        cos, sin = x["cos"][positions][:, :, None], x["sin"][positions][:, :, None]
+
+        def turned(values: DoubleArray, heads: int, norm: DoubleArray) -> DoubleArray:
+            rows = values.reshape(self.batch, self.tokens, heads, self.head_dim)
+            rows = rows / np.sqrt((rows**2).mean(-1, keepdims=True) + self.epsilon) * norm
+            a, b = np.split(rows, 2, axis=-1)
+            return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+        q = turned(x["q"], self.heads, x["q_norm"]) / np.sqrt(self.head_dim)
+        k = turned(x["k"], self.kv_heads, x["k_norm"])
+        return q, k, x["v"].reshape(k.shape)
+
+    def expected_present(self) -> tuple[DoubleArray, DoubleArray]:
+        """The float cache [B, G, S or C, D] in float64; NaN where nothing was ever written."""
+        found = []
+        for name, new in zip(("past_key", "past_value"), self.new_rows()[1:], strict=True):
+            past = self.inputs[name]
+            assert past is not None
+            held = dequantize_rows(past) if self.int8 else past.astype(np.float64)
+            present = np.full((self.batch, self.kv_heads, self.capacity or self.total, self.head_dim), np.nan)
+            present[:, :, : held.shape[2]] = held
+            for row, slots in enumerate(self.slots()):
+                present[row][:, slots] = new[row].swapaxes(0, 1)
+            found.append(present)
+        return found[0], found[1]
+
+    def expected_out(self, key: DoubleArray, value: DoubleArray) -> DoubleArray:
+        """[B, T, H * D] in float64, over a cache [B, G, S or C, D]."""
+        queries, group = self.new_rows()[0], self.heads // self.kv_heads
+        out = np.zeros((self.batch, self.tokens, self.heads, self.head_dim))
+        for row, slots in enumerate(self.slots()):
+            for token, slot in enumerate(slots):
+                seen = np.flatnonzero(self.mask[row, : slot + 1])
+                if not len(seen):
+                    continue
+                for head in range(self.heads):
+                    scores = key[row, head // group, seen] @ queries[row, token, head]
+                    weights = np.exp(scores - scores.max())
+                    out[row, token, head] = weights @ value[row, head // group, seen] / weights.sum()
+        return out.reshape(self.batch, self.tokens, -1)
+
+
+def quantize_rows(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """[..., D] as rows of an int8 cache: [..., D + 4]."""
+    scale = np.abs(values).max(-1, keepdims=True).astype(np.float32) / np.float32(127)
+    codes = (np.rint(values / np.where(scale == 0, 1, scale)) + INT8_ZERO).astype(np.uint8)
+    return np.concatenate([codes, np.ascontiguousarray(scale).view(np.uint8)], axis=-1)
+
+
+def dequantize_rows(rows: npt.NDArray[np.uint8]) -> DoubleArray:
+    scale = np.ascontiguousarray(rows[..., -4:]).view(np.float32).astype(np.float64)
+    return (rows[..., :-4].astype(np.float64) - INT8_ZERO) * scale
+
+
+def _attention_cases() -> list[AttentionCase]:
+    """Grids that meet every border: of lanes (16), steps (64), pieces (1024), tiles (16 queries)."""
+    lengths = (1, 15, 16, 17, 63, 64, 65, 1000, 5000)
+    steps = [{"held": (n - 1,), "capacity": n + 3} for n in lengths if n > 1]
+    chunks = [{"held": (n - 3,), "tokens": 3, "capacity": n} for n in lengths[1:]]
+    shapes = [{"head_dim": d, "held": (70,)} for d in (16, 48, 64, 80, 128, 256)]
+    groups = [
+        {"heads": h, "kv_heads": g, "held": (100,)} for h, g in ((1, 1), (3, 3), (5, 1), (16, 1), (6, 2), (40, 2))
+    ]
+    found: list[dict[str, Any]] = [
+        *({"tokens": n} for n in (1, 2, 16, 33, 64, 65, 200)),
+        *steps,
+        *chunks,
+        *shapes,
+        *({**shape, "tokens": 9} for shape in shapes),
+        *groups,
+        *({**group, "tokens": 7} for group in groups),
+        {"tokens": 20, "lengths": (20, 3, 1, 17)},  # a first prompt, padded on the right
+        {"tokens": 20, "hidden": (0, 3)},  # on the left
+        {"held": (11, 4, 1, 90), "capacity": 128},  # rows of different length
+        {"held": (11, 4, 1, 90)},
+        {"held": (70,), "hidden": (3, 41)},
+        {"held": (200,), "hidden": (60, 140), "tokens": 5},  # a whole step
+        {"held": (3000,), "hidden": (0, 2500), "heads": 8, "kv_heads": 1},  # whole pieces
+        {"held": (5000, 40, 2000), "capacity": 5100, "heads": 2, "kv_heads": 1},
+        {"held": (300,), "sharpness": 30.0},
+        {"tokens": 40, "sharpness": 100.0},
+        {"held": (2200,), "sharpness": 30.0, "kv_heads": 1},
+    ]
+    cases = [AttentionCase(**case, int8=int8) for case in found for int8 in (False, True)]
+    threaded = [AttentionCase(**case, threads=2) for case in (found[6], steps[-1], chunks[-1], groups[-1])]
+    return cases + threaded
+
+
+ATTENTION_CASES = _attention_cases()
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """[rows, columns] in codes, and its inputs to an operator."""
+
+    rows: int
+    columns: int
+    bits: int = 4
+    group: int = 32
+    symmetric: bool = False
+    half: bool = False
+    outer: tuple[int, ...] = ()  # axes before the rows
+    seed: int = 0
+
+    @cached_property
+    def parts(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[Any], npt.NDArray[np.uint8] | None]:
+        """Codes [..., rows, columns], scales and zero points [..., rows, columns / group]."""
+        rng = np.random.default_rng(self.seed + self.rows * 31 + self.columns)
+        shape = (*self.outer, self.rows, self.columns)
+        scales = (*shape[:-1], self.columns // self.group)
+        codes = rng.integers(0, 1 << self.bits, shape, dtype=np.uint8)
+        points = None if self.symmetric or self.bits == 8 else rng.integers(0, 16, scales, dtype=np.uint8)
+        unit = 0.3 / (1 << self.bits) / np.sqrt(self.columns / 64)
+        kind = np.float16 if self.half else np.float32
+        return codes, (rng.uniform(0.3, 1.5, scales) * unit).astype(kind), points
+
+    def inputs(self, name: str) -> Arrays:
+        codes, scales, points = self.parts
+        packed = None if points is None else pack_codes(points, 4)
+        return {
+            f"{name}_codes": pack_codes(codes, 4 if self.bits == 4 else 8),
+            f"{name}_scales": scales,
+            f"{name}_points": packed,
+        }
+
+    @cached_property
+    def values(self) -> DoubleArray:
+        codes, scales, points = self.parts
+        zero = np.float64(1 << (self.bits - 1)) if points is None else points[..., None].astype(np.float64)
+        groups = codes.reshape(*scales.shape, self.group).astype(np.float64) - zero
+        return (groups * scales[..., None].astype(np.float64)).reshape(codes.shape)
+
+
+def rounded(values: npt.NDArray[np.floating]) -> DoubleArray:
+    """Int8 in groups of 32, as the kernels round what enters a product."""
+    groups = values.astype(np.float32).reshape(-1, 32)
+    greatest = np.abs(groups).max(-1, keepdims=True)
+    codes = np.rint(groups * (np.float32(127) / np.where(greatest == 0, 1, greatest)))
+    return (codes.astype(np.float64) * (greatest / np.float32(127))).reshape(values.shape)
+
+
+def silu(x: DoubleArray) -> DoubleArray:
+    return x / (1 + np.exp(-x))
+
+
+def random_inputs(*shape: int) -> npt.NDArray[np.float32]:
+    return np.random.default_rng(sum(shape)).normal(size=shape).astype(np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProductCase:
+    tokens: int
+    w: Matrix
+    bias: bool = False
+    threads: int = 1
+
+    @property
+    def label(self) -> str:
+        w = self.w
+        return (
+            f"MatMulNBits tokens={self.tokens} {w.rows}x{w.columns} bits={w.bits} group={w.group} bias={self.bias} "
+            f"symmetric={w.symmetric} half={w.half} threads={self.threads}"
+        )
+
+    @property
+    def inputs(self) -> Arrays:
+        bias = random_inputs(self.w.rows) if self.bias else None
+        return {"x": random_inputs(1, self.tokens, self.w.columns), **self.w.inputs("w"), "bias": bias}
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        return {"N": self.w.rows, "K": self.w.columns, "bits": self.w.bits, "block_size": self.w.group}
+
+    def run(self) -> list[npt.NDArray[Any]]:
+        return run_operator("MatMulNBits", self.inputs, FLOAT_OUT, self.attributes, threads=self.threads)
+
+    def expected(self) -> DoubleArray:
+        x, bias = self.inputs["x"], self.inputs["bias"]
+        assert x is not None
+        return rounded(x) @ self.w.values.T + (0 if bias is None else bias.astype(np.float64))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedForwardCase:
+    tokens: int
+    w1: Matrix
+    w3: Matrix
+    w2: Matrix
+    threads: int = 1
+
+    @property
+    def label(self) -> str:
+        w1, w2 = self.w1, self.w2
+        return (
+            f"FeedForward tokens={self.tokens} {w1.columns}-{w1.rows} bits={w1.bits},{w2.bits} "
+            f"group={w1.group},{w2.group} threads={self.threads}"
+        )
+
+    @property
+    def inputs(self) -> Arrays:
+        x = random_inputs(1, self.tokens, self.w1.columns)
+        return {"x": x, **self.w1.inputs("w1"), **self.w3.inputs("w3"), **self.w2.inputs("w2")}
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        w1, w2 = self.w1, self.w2
+        return {
+            "inner": w1.rows,
+            "bits": w1.bits,
+            "block_size": w1.group,
+            "down_bits": w2.bits,
+            "down_block_size": w2.group,
+        }
+
+    def run(self) -> list[npt.NDArray[Any]]:
+        return run_operator("FeedForward", self.inputs, FLOAT_OUT, self.attributes, threads=self.threads)
+
+    def expected(self) -> DoubleArray:
+        x = self.inputs["x"]
+        assert x is not None
+        inner = silu(rounded(x) @ self.w1.values.T) * (rounded(x) @ self.w3.values.T)
+        return rounded(inner) @ self.w2.values.T
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeCase:
+    tokens: int
+    gate_up: Matrix  # rows 2i are w1's, rows 2i + 1 w3's
+    down: Matrix
+    top_k: int
+    bias: bool = True
+    normalize: bool = True
+    scale: float = 1.0
+    threads: int = 1
+
+    @property
+    def experts(self) -> int:
+        return self.down.outer[0]
+
+    @property
+    def label(self) -> str:
+        return (
+            f"SparseMoe tokens={self.tokens} {self.top_k} of {self.experts} bits={self.down.bits} "
+            f"group={self.down.group} bias={self.bias} normalize={self.normalize} scale={self.scale} "
+            f"half={self.down.half} threads={self.threads}"
+        )
+
+    @property
+    def inputs(self) -> Arrays:
+        return {
+            "x": random_inputs(1, self.tokens, self.gate_up.columns),
+            "logits": 2 * random_inputs(self.tokens, self.experts),
+            "expert_bias": 0.3 * random_inputs(self.experts) if self.bias else None,
+            **self.gate_up.inputs("gate_up"),
+            **self.down.inputs("down"),
+        }
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        return {
+            "top_k": self.top_k,
+            "normalize": int(self.normalize),
+            "routed_scaling_factor": self.scale,
+            "bits": self.down.bits,
+            "block_size": self.down.group,
+        }
+
+    def run(self) -> list[npt.NDArray[Any]]:
+        return run_operator("SparseMoe", self.inputs, FLOAT_OUT, self.attributes, threads=self.threads)
+
+    def expected(self) -> DoubleArray:
+        x, logits, bias = (self.inputs[name] for name in ("x", "logits", "expert_bias"))
+        assert x is not None
+        assert logits is not None
+        scores = 1 / (1 + np.exp(-logits.astype(np.float64)))
+        ranked, inputs, out = scores if bias is None else scores + bias, rounded(x)[0], np.zeros(x.shape[1:])
+        for token in range(self.tokens):
+            chosen = np.argsort(-ranked[token], kind="stable")[: self.top_k]
+            shares = scores[token, chosen] / (scores[token, chosen].sum() + 1e-6 if self.normalize else 1)
+            for expert, share in zip(chosen, shares * self.scale, strict=True):
+                both = self.gate_up.values[expert] @ inputs[token]
+                out[token] += share * (self.down.values[expert] @ rounded(silu(both[0::2]) * both[1::2]))
+        return out[None]
+
+
+FLOAT_OUT = {"out": TensorProto.FLOAT}
+
+PRODUCT_CASES = [
+    ProductCase(tokens=tokens, w=w, bias=bias, threads=threads)
+    for tokens, w, bias, threads in (
+        (1, Matrix(1, 32), False, 1),
+        (1, Matrix(100, 96), True, 2),
+        (2, Matrix(7, 128, group=128), True, 1),
+        (8, Matrix(33, 512, group=256, symmetric=True), False, 1),
+        (9, Matrix(100, 320, group=64), True, 2),
+        (40, Matrix(33, 544), False, 1),
+        (1, Matrix(65, 160, bits=8), True, 1),
+        (40, Matrix(70, 256, bits=8, group=128), False, 2),
+        (17, Matrix(32, 64, half=True), False, 1),
+    )
+]
+FEED_FORWARD_CASES = [
+    FeedForwardCase(tokens=tokens, w1=w1, w3=replaced, w2=w2, threads=threads)
+    for tokens, w1, replaced, w2, threads in (
+        (1, Matrix(96, 64), Matrix(96, 64, seed=1), Matrix(64, 96), 1),
+        (20, Matrix(96, 64), Matrix(96, 64, seed=1), Matrix(64, 96), 2),
+        (3, Matrix(128, 128, group=128), Matrix(128, 128, group=128, seed=1), Matrix(128, 128, bits=8), 1),
+        (1030, Matrix(64, 64, bits=8), Matrix(64, 64, bits=8, seed=1), Matrix(64, 64, group=64), 1),
+    )
+]
+MOE_CASES = [
+    MoeCase(
+        tokens=tokens,
+        gate_up=Matrix(2 * inner, width, outer=(experts,), **form),
+        down=Matrix(width, inner, outer=(experts,), **form),
+        top_k=top_k,
+        **options,
+    )
+    for tokens, width, inner, experts, top_k, form, options in (
+        (1, 64, 96, 4, 2, {}, {}),
+        (50, 64, 96, 4, 2, {}, {"threads": 2}),
+        (5, 64, 64, 3, 3, {"bits": 8}, {"bias": False, "scale": 2.5}),
+        (30, 128, 128, 8, 1, {"group": 128, "symmetric": True, "half": True}, {"normalize": False}),
+        (7, 64, 32, 1, 1, {}, {"normalize": False, "scale": 0.7}),
+    )
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvCase:
+    """``lengths``: attended tokens of each row."""
+
+    tokens: int
+    taps: int
+    lengths: Sequence[int] = ()
+    width: int = 48
+    bias: bool = False
+    threads: int = 1
+
+    @property
+    def label(self) -> str:
+        return f"GatedConv tokens={self.tokens} taps={self.taps} lengths={self.lengths} bias={self.bias}"
+
+    @cached_property
+    def inputs(self) -> Arrays:
+        lengths = np.array(self.lengths or [self.tokens])
+        batch, held = len(lengths), self.taps - 1
+        return {
+            "projected": random_inputs(batch, self.tokens, 3 * self.width),
+            "weight": random_inputs(self.width, 1, self.taps),
+            "bias": random_inputs(self.width) if self.bias else None,
+            "state": random_inputs(batch, held, self.width),
+            "attended": (np.arange(self.tokens) < lengths[:, None]).astype(np.float32)[..., None],
+            "rows": lengths[:, None] + np.arange(held),
+        }
+
+    def run(self) -> list[npt.NDArray[Any]]:
+        outputs = {"out": TensorProto.FLOAT, "present": TensorProto.FLOAT}
+        return run_operator("GatedConv", self.inputs, outputs, {}, threads=self.threads)
+
+    def expected(self) -> tuple[DoubleArray, DoubleArray]:
+        x: dict[str, Any] = {n: None if a is None else a.astype(np.float64) for n, a in self.inputs.items()}
+        b, c, inner = np.split(x["projected"], 3, axis=-1)
+        window = np.concatenate([x["state"], b * inner * x["attended"]], axis=1)
+        taps = np.stack([window[:, i : i + self.tokens] for i in range(self.taps)], axis=-1)
+        convolved = (taps * x["weight"][:, 0]).sum(-1) + (0 if x["bias"] is None else x["bias"])
+        rows = self.inputs["rows"]
+        assert rows is not None
+        return c * convolved, np.stack([window[i, row] for i, row in enumerate(rows)])
+
+
+CONV_CASES = [
+    ConvCase(tokens=1, taps=3),
+    ConvCase(tokens=1, taps=2, lengths=(1, 1, 1), bias=True),
+    ConvCase(tokens=5, taps=7, lengths=(5, 1, 3)),
+    ConvCase(tokens=16, taps=4, bias=True),
+    ConvCase(tokens=17, taps=3, lengths=(17, 2), width=33),
+    ConvCase(tokens=100, taps=3, threads=2),
+]
+
+CASES = [*ATTENTION_CASES, *PRODUCT_CASES, *FEED_FORWARD_CASES, *MOE_CASES, *CONV_CASES]
+
+if __name__ == "__main__":
+    outputs = {f"{case.label} output {index}": array for case in CASES for index, array in enumerate(case.run())}
+    np.savez(sys.argv[1], **outputs)
