@@ -10,7 +10,7 @@
 namespace lfm2 {
 namespace {
 
-constexpr int64_t kAhead = 2048;  // bytes: covers DRAM latency, across page boundaries too
+constexpr int64_t kAhead = 4096;  // bytes: covers DRAM latency, across page boundaries too
 constexpr int kMostTokens = 4;    // of one pass of `dot`
 constexpr int kTileTokens = 6;    // of one pass of `block`: 2 x 6 sums of integers, as many of floats
 
