@@ -50,8 +50,10 @@ def _bars(
     reach = max([*values, *(limits or [])])
     axis.set_xlim(0, reach * 1.14)
     for place, value in zip(places, values, strict=True):
+        line = limits[place] if limits else 0.0
+        start = line if value < line < value + 0.12 * reach else value  # the number would stand on the line
         text = f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-        axis.text(value + reach * 0.012, place, text, va="center", fontsize=9)
+        axis.text(start + reach * 0.012, place, text, va="center", fontsize=9)
     for place, limit in zip(places, limits or [], strict=False):
         axis.plot([limit, limit], [place - 0.35, place + 0.35], color="black", linewidth=1.5)
 
