@@ -359,6 +359,42 @@ class ProductCase:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProjectionsCase:
+    tokens: int
+    w: tuple[Matrix, Matrix, Matrix]
+    threads: int = 1
+
+    @property
+    def label(self) -> str:
+        first, rows = self.w[0], ",".join(str(w.rows) for w in self.w)
+        return (
+            f"Projections tokens={self.tokens} {rows}x{first.columns} bits={first.bits} group={first.group} "
+            f"threads={self.threads}"
+        )
+
+    @property
+    def inputs(self) -> Arrays:
+        q, k, v = self.w
+        x = random_inputs(1, self.tokens, q.columns)
+        return {"x": x, **q.inputs("q"), **k.inputs("k"), **v.inputs("v")}
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        first = self.w[0]
+        rows = {f"N{index}": w.rows for index, w in enumerate(self.w)}
+        return {"K": first.columns, "bits": first.bits, "block_size": first.group, **rows}
+
+    def run(self) -> list[npt.NDArray[Any]]:
+        inputs, attributes = self.inputs, self.attributes
+        return run_operator("Projections", inputs, PROJECTIONS_OUT, attributes, threads=self.threads)
+
+    def expected(self) -> list[DoubleArray]:
+        x = self.inputs["x"]
+        assert x is not None
+        return [rounded(x) @ w.values.T for w in self.w]
+
+
+@dataclass(frozen=True, kw_only=True)
 class FeedForwardCase:
     tokens: int
     w1: Matrix
@@ -462,6 +498,7 @@ class MoeCase:
 
 
 FLOAT_OUT = {"out": TensorProto.FLOAT}
+PROJECTIONS_OUT = dict.fromkeys(("q", "k", "v"), TensorProto.FLOAT)
 
 PRODUCT_CASES = [
     ProductCase(tokens=tokens, w=w, bias=bias, threads=threads)
@@ -475,6 +512,15 @@ PRODUCT_CASES = [
         (1, Matrix(65, 160, bits=8), True, 1),
         (40, Matrix(70, 256, bits=8, group=128), False, 2),
         (17, Matrix(32, 64, half=True), False, 1),
+    )
+]
+PROJECTIONS_CASES = [
+    ProjectionsCase(tokens=tokens, w=w, threads=threads)
+    for tokens, w, threads in (
+        (1, (Matrix(64, 96), Matrix(16, 96, seed=1), Matrix(16, 96, seed=2)), 1),
+        (30, (Matrix(64, 96), Matrix(17, 96, seed=1), Matrix(1, 96, seed=2)), 2),
+        (2, (Matrix(32, 256, group=128), Matrix(64, 256, group=128, symmetric=True), Matrix(8, 256, group=128)), 2),
+        (9, (Matrix(48, 64, bits=8), Matrix(16, 64, bits=8, seed=1), Matrix(16, 64, bits=8, seed=2)), 1),
     )
 ]
 FEED_FORWARD_CASES = [
@@ -556,7 +602,7 @@ CONV_CASES = [
     ConvCase(tokens=100, taps=3, threads=2),
 ]
 
-CASES = [*ATTENTION_CASES, *PRODUCT_CASES, *FEED_FORWARD_CASES, *MOE_CASES, *CONV_CASES]
+CASES = [*ATTENTION_CASES, *PRODUCT_CASES, *PROJECTIONS_CASES, *FEED_FORWARD_CASES, *MOE_CASES, *CONV_CASES]
 
 if __name__ == "__main__":
     outputs = {f"{case.label} output {index}": array for case in CASES for index, array in enumerate(case.run())}

@@ -24,6 +24,7 @@ from tests.kernels.onnx_operators import (
     FEED_FORWARD_CASES,
     MOE_CASES,
     PRODUCT_CASES,
+    PROJECTIONS_CASES,
     Arrays,
     AttentionCase,
     DoubleArray,
@@ -73,6 +74,13 @@ def test_products_are_those_of_float64_on_int8_activations(case: Any) -> None:
     error = relative(case.run()[0], case.expected())
     print(f"{case.label}: {error:.1e}")
     assert error <= BOUND
+
+
+@pytest.mark.parametrize("case", PROJECTIONS_CASES, ids=lambda case: case.label)
+def test_three_products_at_once_are_those_of_float64(case: onnx_operators.ProjectionsCase) -> None:
+    errors = [relative(got, want) for got, want in zip(case.run(), case.expected(), strict=True)]
+    print(f"{case.label}: {max(errors):.1e}")
+    assert max(errors) <= BOUND
 
 
 @pytest.mark.parametrize("case", CONV_CASES, ids=lambda case: case.label)
@@ -199,6 +207,7 @@ def both(first: Change, second: Change) -> Change:
 
 ATTENTION = AttentionCase(held=(5,), tokens=2)  # 4 heads of 32, 2 of the cache
 ATTENTION_INT8 = replace(ATTENTION, int8=True)
+PROJECTIONS = PROJECTIONS_CASES[0]  # 64, 16 and 16 x 96
 PRODUCT, FEED_FORWARD, MOE = PRODUCT_CASES[1], FEED_FORWARD_CASES[0], MOE_CASES[0]  # 100 x 96; 64-96; 4 of 64-96
 CONV = CONV_CASES[2]  # 3 rows, 5 tokens, 7 taps, width 48
 
@@ -247,6 +256,13 @@ REFUSALS: list[tuple[str, Any, Change, str]] = [
     ("MatMulNBits", PRODUCT, shape("w_points", 100, 1), "MatMulNBits has 100 elements, not 200"),
     ("MatMulNBits", PRODUCT, shape("bias", 99), "bias has 99 elements, not 100"),
     ("MatMulNBits", PRODUCT, without("K"), "K"),
+    ("Projections", PROJECTIONS, shape("x", 1, 64), "x has 64 columns, the matrices 96"),
+    ("Projections", PROJECTIONS, both(shape("x"), attribute(K=1)), "64 x 1 does not fit groups of 32"),
+    ("Projections", PROJECTIONS, attribute(N1=17), "Projections has 768 elements, not 816"),
+    ("Projections", PROJECTIONS, attribute(N2=0), "0 x 96 does not fit"),
+    ("Projections", PROJECTIONS, shape("v_scales", 16, 2), "Projections has 32 elements, not 48"),
+    ("Projections", PROJECTIONS, shape("k_points", 16, 1), "Projections has 16 elements, not 32"),
+    ("Projections", PROJECTIONS, without("N2"), "N2"),
     ("FeedForward", FEED_FORWARD, attribute(inner=33), "inner width 33 is not a multiple of 32"),
     ("FeedForward", FEED_FORWARD, attribute(inner=128), "w1 has 3072 elements, not 4096"),
     ("FeedForward", FEED_FORWARD, attribute(down_bits=8), "w2 has 3072 elements, not 6144"),
@@ -274,7 +290,7 @@ REFUSALS: list[tuple[str, Any, Change, str]] = [
 ]  # fmt: skip
 
 FLOAT = onnx_operators.FLOAT_OUT["out"]
-OUTPUTS = {"GatedConv": {"out": FLOAT, "present": FLOAT}}
+OUTPUTS = {"GatedConv": {"out": FLOAT, "present": FLOAT}, "Projections": onnx_operators.PROJECTIONS_OUT}
 
 
 def outputs_of(op: str, case: Any) -> dict[str, int]:
@@ -309,12 +325,14 @@ def test_inputs_that_must_be_there_are_missed_when_the_graph_is_opened(op: str, 
         open_operator(op, dict(list(case.inputs.items())[:1]), outputs_of(op, case), attributes)
 
 
-@pytest.mark.parametrize("op", ["MatMulNBits", "FeedForward", "SparseMoe"])
-def test_no_tokens_are_no_work(op: str) -> None:
-    case = {"MatMulNBits": PRODUCT, "FeedForward": FEED_FORWARD, "SparseMoe": MOE}[op]
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [("MatMulNBits", PRODUCT), ("Projections", PROJECTIONS), ("FeedForward", FEED_FORWARD), ("SparseMoe", MOE)],
+)
+def test_no_tokens_are_no_work(op: str, case: Any) -> None:
     inputs = dict(case.inputs)
     assert inputs["x"] is not None
     inputs["x"] = inputs["x"][:, :0]
     if op == "SparseMoe":
         inputs["logits"] = np.zeros((0, 4), np.float32)
-    assert run_operator(op, inputs, onnx_operators.FLOAT_OUT, case.attributes)[0].size == 0
+    assert run_operator(op, inputs, outputs_of(op, case), case.attributes)[0].size == 0

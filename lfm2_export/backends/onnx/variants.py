@@ -90,7 +90,7 @@ def _library(program: Program, kernels: Kernels) -> Path | None:
     if library is None and kernels is Kernels.LFM2:
         raise RunnerError(
             "our kernels cannot be had here: they need CMake, a C++20 compiler, and AVX512-VNNI or NEON with dot "
-            "products; pass --kernels stock"
+            "products; pass --kernels stock and no --kv-cache"
         )
     return library
 
