@@ -27,16 +27,16 @@ _DISK_FACTOR = 2.6
 _MEMORY_BYTES = 2_500_000_000
 
 _CHILD = """
-import json, resource, sys, time
+import json, sys, time
 import lfm2_export
+from lfm2_export.bench import peak_memory
 from lfm2_export.progress import Progress
 marks = []
 progress = Progress(advance=lambda nbytes: marks.append((time.perf_counter(), nbytes)))
 started = time.perf_counter()
 lfm2_export.export(sys.argv[1], scheme=sys.argv[3], output=sys.argv[2], algorithm=sys.argv[4], progress=progress)
 done = time.perf_counter()
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-print(json.dumps({"total_s": done - started, "weights_s": marks[-1][0] - marks[0][0], "peak_bytes": peak}))
+print(json.dumps({"total_s": done - started, "weights_s": marks[-1][0] - marks[0][0], "peak_bytes": peak_memory()}))
 """
 
 
