@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lfm2_export.errors import ConfigError
+from lfm2_export.messages import shown
 
 CONV = "conv"
 FULL_ATTENTION = "full_attention"
@@ -74,15 +75,6 @@ class ModelConfig:
     @property
     def moe_layers(self) -> tuple[int, ...]:
         return tuple(range(self.num_dense_layers, self.num_hidden_layers))
-
-
-def shown(value: object, limit: int = 80) -> str:
-    """A value as an error message shows it: one line, cut where it is long."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python refuses to spell out integers of thousands of digits
-        text = f"<{type(value).__name__}>"
-    return text if len(text) <= limit else f"{text[:limit]}…"
 
 
 class Fields:

@@ -4,11 +4,25 @@ Every message is one line that names the place, the value and the remedy. The CL
 ``exit_code``: 1 a check fell short, 2 the input or the request was wrong, 3 the machine could not do it.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lfm2_export.messages import one_line
+
 
 class Lfm2ExportError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose.
+
+    The message is one printable line of at most ``messages.MESSAGE_LIMIT`` characters, whatever it quotes. ``details``
+    are lines behind it for who asks (``--verbose``): all missing tensors where the message names the first eight.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str, *, details: Iterable[str] = ()):
+        super().__init__(one_line(message))
+        self.details = tuple(details)
 
 
 class ConfigError(Lfm2ExportError):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hin
 
 from lfm2_export.cache import CacheSpec
 from lfm2_export.errors import ArtifactError
+from lfm2_export.messages import shown
 from lfm2_export.staging import is_plain_name
 
 if TYPE_CHECKING:
@@ -280,10 +281,5 @@ def _join(place: str, name: str) -> str:
 def _expect(kind: type, value: Any, place: str) -> Any:
     if type(value) is not kind:
         names = {dict: "object", list: "list", str: "string", int: "integer", float: "number"}
-        raise ArtifactError(f"{place}={_shorten(value)} is not a{'n' * (kind in (dict, int))} {names[kind]}")
+        raise ArtifactError(f"{place}={shown(value)} is not a{'n' * (kind in (dict, int))} {names[kind]}")
     return value
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -12,8 +12,9 @@ import stat
 from pathlib import Path
 
 from lfm2_export.errors import Lfm2ExportError
+from lfm2_export.messages import printable
 
-_SHOWN = 300
+_SHOWN = 200
 
 
 def status(path: str | Path, kind: type[Lfm2ExportError]) -> os.stat_result | None:
@@ -75,6 +76,4 @@ def unusable(path: str | Path, error: OSError | ValueError, kind: type[Lfm2Expor
 
 def shown(path: str | Path) -> str:
     """A path for a message: whole unless it is absurdly long, on one line whatever it holds."""
-    text = str(path)
-    text = text if text.isprintable() else repr(text)
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]}…{text[-_SHOWN // 2 :]}"
+    return printable(str(path), _SHOWN)

@@ -15,8 +15,8 @@ import tokenizers
 
 from lfm2_export import chat_template
 from lfm2_export.chat_template import Message
-from lfm2_export.config import shown
 from lfm2_export.errors import ArtifactError, GenerationError
+from lfm2_export.messages import shown
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _REPLACEMENT = "\ufffd"

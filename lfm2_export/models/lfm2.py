@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from lfm2_export.config import CONV, FULL_ATTENTION, Fields, ModelConfig, check_layer_types, common_fields, shown
+from lfm2_export.config import CONV, FULL_ATTENTION, Fields, ModelConfig, check_layer_types, common_fields
 from lfm2_export.errors import ConfigError
+from lfm2_export.messages import shown
 from lfm2_export.models._common import MLP, DecoderForCausalLM, DecoderModel
 from lfm2_export.models._names import FusedTensor, Shapes, backbone_shapes, mlp_shapes, refuse_unsupported
 

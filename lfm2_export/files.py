@@ -1,0 +1,130 @@
+"""Reads the files that come with a checkpoint or an artifact, which are downloads from strangers.
+
+In: a path, the folder that it belongs to and a limit. Out: bytes, text or JSON, or one of our errors. A regular file
+only (a FIFO would hang, a device would never end), inside of its folder only (a link could put any file of this user
+into an artifact), and its size is known before memory is taken for it.
+
+The Hub's cache is made of links: ``snapshots/<commit>/name`` leads to ``blobs/<hash>`` beside ``snapshots``. Those are
+allowed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lfm2_export import paths
+from lfm2_export.errors import Lfm2ExportError
+from lfm2_export.messages import shown
+
+# Parsed JSON takes up to 35 times its bytes (objects without members). The largest file of the family, the manifest of
+# the 24B with every program, is below 8 MB.
+JSON_LIMIT = 16 << 20
+TEXT_LIMIT = 1 << 20
+
+# Without O_NONBLOCK opening a FIFO waits for a writer. O_NOFOLLOW: what was checked is what is opened.
+_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOFOLLOW", "O_CLOEXEC", "O_BINARY"))
+
+
+@contextmanager
+def open_regular(path: Path, folder: Path, kind: type[Lfm2ExportError]) -> Iterator[BinaryIO]:
+    """A regular file of ``folder``, open for reading without a buffer.
+
+    Raises:
+        kind: it leads out of the folder, is no regular file, or cannot be read, also while it is being read.
+    """
+    try:
+        with os.fdopen(os.open(inside(path, folder, kind), _FLAGS), "rb", buffering=0) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise kind(f"{paths.shown(path)}: is not a regular file; put the file itself there")
+            yield file
+    except IsADirectoryError as error:
+        raise kind(f"{paths.shown(path)}: is a folder where a file is needed; move it away") from error
+    except OSError as error:
+        raise kind(f"{paths.shown(path)}: cannot be read ({error.strerror}); check the file and its rights") from error
+
+
+def inside(path: Path, folder: Path, kind: type[Lfm2ExportError]) -> Path:
+    """The file that ``path`` leads to, without links.
+
+    Raises:
+        kind: it lies outside of ``folder`` and of the Hub's cache that the folder belongs to.
+    """
+    real, root = paths.real(path, kind), paths.real(folder, kind)
+    if real.is_relative_to(root) or real.parent == _blobs(root):
+        return real
+    raise kind(
+        f"{paths.shown(path)}: is a link that leaves its folder (to {paths.shown(real)}); put the file itself there"
+    )
+
+
+def _blobs(snapshot: Path) -> Path | None:
+    return snapshot.parent.parent / "blobs" if snapshot.parent.name == "snapshots" else None
+
+
+def read_bytes(path: Path, folder: Path, kind: type[Lfm2ExportError], *, limit: int) -> bytes:
+    """A whole file of at most ``limit`` bytes.
+
+    Raises:
+        kind: as ``open_regular``, or it is larger.
+    """
+    with open_regular(path, folder, kind) as file:
+        size = os.fstat(file.fileno()).st_size
+        # Some special files state no size, and a file may grow: what is read is bounded as well.
+        data = b"" if size > limit else _read_up_to(file, limit + 1)
+        if max(size, len(data)) > limit:
+            raise kind(
+                f"{paths.shown(path)}: has {max(size, len(data))} bytes, more than the {limit} that such a file may "
+                "have; bring back the original"
+            )
+        return data
+
+
+def _read_up_to(file: BinaryIO, limit: int) -> bytes:
+    pieces: list[bytes] = []
+    left = limit
+    while left and (piece := file.read(min(left, 1 << 20))):
+        pieces.append(piece)
+        left -= len(piece)
+    return b"".join(pieces)
+
+
+def read_text(path: Path, folder: Path, kind: type[Lfm2ExportError], *, limit: int = TEXT_LIMIT) -> str:
+    """A UTF-8 file.
+
+    Raises:
+        kind: as ``read_bytes``, or it is not UTF-8.
+    """
+    data = read_bytes(path, folder, kind, limit=limit)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise kind(f"{paths.shown(path)}: byte {error.start} is not UTF-8; bring back the original") from error
+
+
+def read_json_object(
+    path: Path, folder: Path, kind: type[Lfm2ExportError], *, limit: int = JSON_LIMIT
+) -> dict[str, Any]:
+    """A JSON file that must hold an object. As transformers does, NaN and Infinity are taken for numbers.
+
+    Raises:
+        kind: as ``read_bytes``, or it is not JSON, or holds something else.
+    """
+    data = read_bytes(path, folder, kind, limit=limit)
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise kind(f"{paths.shown(path)}: is not JSON ({shown_reason(error)}); bring back the original") from error
+    if not isinstance(value, dict):
+        raise kind(f"{paths.shown(path)}: holds {shown(value, 40)}, not a JSON object; bring back the original")
+    return value
+
+
+def shown_reason(error: Exception) -> str:
+    """What a parser found wrong, short."""
+    return shown(str(error), 120)[1:-1]

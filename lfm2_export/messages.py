@@ -1,0 +1,91 @@
+"""How values, names and whole messages are shown to a person: on one line, and no longer than can be read.
+
+In: anything, often from a file that a stranger wrote: a megabyte of text, control characters, an integer of 5,000
+digits, ten thousand names. Out: printable text of bounded length, made with bounded work.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import reprlib
+from collections.abc import Collection
+
+# Of a whole message: what a person reads at a glance, and what a log line takes.
+MESSAGE_LIMIT = 380
+_VALUE_LIMIT = 80
+_NAMES = 8
+_NAME_LIMIT = 60
+
+_DIGITS = re.compile(r"([0-9]+)")
+_LINE_BREAKS = re.compile(r"\s*[\r\n]\s*")
+
+
+class _Short(reprlib.Repr):
+    """``repr`` that stops early: of a list of a million items the first few are formatted, not all."""
+
+    def __init__(self, limit: int):
+        super().__init__()
+        self.fillvalue = "…"
+        self.maxlevel = 4
+        self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdict = 12
+        self.maxstring = self.maxother = limit
+        self.maxlong = limit
+
+    def repr_int(self, value: int, level: int) -> str:
+        try:
+            return super().repr_int(value, level)
+        except ValueError:  # Python refuses to spell out integers of thousands of digits
+            return "<int>"
+
+    def repr_dict(self, value: dict[object, object], level: int) -> str:
+        """In the file's order, which the standard library's sorts."""
+        if level <= 0:
+            return f"{{{self.fillvalue}}}" if value else "{}"
+        first = itertools.islice(value.items(), self.maxdict)
+        pieces = [f"{self.repr1(key, level - 1)}: {self.repr1(item, level - 1)}" for key, item in first]
+        return f"{{{', '.join(pieces + [self.fillvalue] * (len(value) > self.maxdict))}}}"
+
+
+def shown(value: object, limit: int = _VALUE_LIMIT) -> str:
+    """A value as a message quotes it: its ``repr``, cut where it is long."""
+    return one_line(_Short(limit).repr(value), limit)
+
+
+def listed(names: Collection[str], limit: int = _NAMES) -> str:
+    """The first few names in an order that counts layers as numbers, and how many more there are."""
+    first = sorted(names, key=_natural)[:limit]
+    more = len(names) - len(first)
+    return ", ".join(one_line(name, _NAME_LIMIT) for name in first) + (f" and {more} more" if more else "")
+
+
+def one_line(text: str, limit: int = MESSAGE_LIMIT) -> str:
+    """A message on one line: its line breaks become spaces."""
+    return printable(_LINE_BREAKS.sub(" ", _without_middle(text, 2 * limit).strip()), limit)
+
+
+def printable(text: str, limit: int) -> str:
+    """``text`` without a character that could steer a terminal or that UTF-8 cannot write; those stand as escapes.
+    Where it is long its middle goes, since a message ends with its remedy."""
+    text = _without_middle(text, 2 * limit)
+    return _without_middle(text if text.isprintable() else "".join(map(_printable, text)), limit)
+
+
+def _without_middle(text: str, limit: int) -> str:
+    if len(text) <= limit:
+        return text
+    head = limit * 3 // 5
+    return f"{text[:head]}…{text[len(text) - (limit - head - 1) :]}"
+
+
+def _printable(character: str) -> str:
+    """Control characters, lone surrogates and marks of direction as escapes."""
+    return character if character.isprintable() else ascii(character)[1:-1]
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Digits compare as numbers; by length first, so that a run of a thousand digits need not become an integer."""
+    parts = _DIGITS.split(name)
+    return [
+        (len(part.lstrip("0")), 0, part.lstrip("0")) if index % 2 else (0, 1, part) for index, part in enumerate(parts)
+    ]
