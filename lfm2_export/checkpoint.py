@@ -21,9 +21,9 @@ import numpy as np
 from lfm2_export import paths
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import CheckpointError
+from lfm2_export.families import FAMILIES, Family, get_family
+from lfm2_export.families.tensors import EMBEDDING, HEAD, FusedTensor, ModelTensor, Part
 from lfm2_export.hashing import sha256_files
-from lfm2_export.models import FAMILIES, Family, get_family
-from lfm2_export.models._names import FusedTensor
 from lfm2_export.safetensors_file import (
     Shard,
     TensorInfo,
@@ -49,7 +49,6 @@ COMPANIONS = (
     "generation_config.json",
 )
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _BF16_INFINITY = 0x7F80  # every bit pattern above it is a NaN
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # Facts about the file, not about the model: they differ between two downloads of the same weights.
@@ -69,7 +68,8 @@ def open_checkpoint(name: str | Path, *, revision: str | None = None, offline: b
 
 
 class Checkpoint:
-    """One checkpoint. ``tensors`` is keyed by published names; reads are safe from several threads.
+    """One checkpoint. ``tensors`` (where each lies) and ``model_tensors`` (what each is) are keyed by published names;
+    reads are safe from several threads.
 
     ``revision`` is the commit of a Hub snapshot; ``raw_config`` is config.json as it stands, ``config`` its meaning.
     """
@@ -84,7 +84,9 @@ class Checkpoint:
         self._shards = {shard.path: shard for shard in _open_shards(self.path)}
         stored = {name: info for shard in self._shards.values() for name, info in shard.tensors.items()}
         self._drop_tied_head(stored)
-        self.tensors: Mapping[str, TensorInfo] = match_tensors(self.path, self.family, self.config, stored)
+        self.model_tensors: Mapping[str, ModelTensor] = self.family.tensors(self.config)
+        fused = self.family.fused_tensors(self.config)
+        self.tensors: Mapping[str, TensorInfo] = match_tensors(self.path, self.model_tensors, fused, stored)
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         """A tensor, or a range of its first axis, as float32.
@@ -123,16 +125,17 @@ class Checkpoint:
 
     def parts(self) -> dict[str, tuple[int, int]]:
         """Parameters and stored bytes per part of the model, in a fixed order; parts that it lacks are left out."""
-        parts = dict.fromkeys(_PARTS, (0, 0))
+        parts = dict.fromkeys(Part, (0, 0))
         for name, info in self.tensors.items():
-            count, nbytes = parts[_part_of(name)]
-            parts[_part_of(name)] = (count + info.count, nbytes + info.nbytes)
-        return {part: sums for part, sums in parts.items() if sums != (0, 0)}
+            part = self.model_tensors[name].part
+            count, nbytes = parts[part]
+            parts[part] = (count + info.count, nbytes + info.nbytes)
+        return {str(part): sums for part, sums in parts.items() if sums != (0, 0)}
 
     @property
     def active_parameter_count(self) -> int:
         """Parameters that one token meets: of a layer's experts, only those that it is routed to."""
-        experts = self.parts().get("experts", (0, 0))[0]
+        experts = self.parts().get(Part.EXPERTS, (0, 0))[0]
         if not experts:
             return self.parameter_count
         used = experts * self.config.num_experts_per_tok // self.config.num_experts
@@ -172,16 +175,16 @@ class Checkpoint:
 
     def _drop_tied_head(self, stored: dict[str, TensorInfo]) -> None:
         """Some tools store a tied head a second time. A copy is left out; a head of its own contradicts the config."""
-        if not self.config.tie_word_embeddings or _HEAD not in stored or _EMBEDDING not in stored:
+        if not self.config.tie_word_embeddings or HEAD not in stored or EMBEDDING not in stored:
             return
-        head, embedding = stored[_HEAD], stored[_EMBEDDING]
+        head, embedding = stored[HEAD], stored[EMBEDDING]
         if not self._same_values(head, embedding):
             raise CheckpointError(
-                f"{head.file}: {_HEAD} differs from {_EMBEDDING}, but config.json says tie_word_embeddings=true; "
+                f"{head.file}: {HEAD} differs from {EMBEDDING}, but config.json says tie_word_embeddings=true; "
                 "set it to false to use the stored head, or remove the head"
             )
-        logger.info("%s: %s repeats the tied %s and is left out", head.file, _HEAD, _EMBEDDING)
-        del stored[_HEAD]
+        logger.info("%s: %s repeats the tied %s and is left out", head.file, HEAD, EMBEDDING)
+        del stored[HEAD]
 
     def _same_values(self, left: TensorInfo, right: TensorInfo) -> bool:
         if left.shape != right.shape or len(left.shape) != 2:
@@ -297,15 +300,18 @@ def _check_index(index: Path, file: str, listed: set[str], stored: set[str]) -> 
 
 
 def match_tensors(
-    path: Path, family: Family, config: ModelConfig, stored: Mapping[str, TensorInfo]
+    path: Path,
+    model_tensors: Mapping[str, ModelTensor],
+    fused_tensors: Mapping[str, FusedTensor],
+    stored: Mapping[str, TensorInfo],
 ) -> dict[str, TensorInfo]:
     """The family's tensors found among the stored ones; fused tensors are taken apart by offset.
 
     Raises:
         CheckpointError: lists every tensor that is missing, left over, or of another shape than the config says.
     """
-    expected = family.tensor_shapes(config)
-    found, wrong = _take_fused_apart(family.fused_tensors(config), stored)
+    expected = {name: tensor.shape for name, tensor in model_tensors.items()}
+    found, wrong = _take_fused_apart(fused_tensors, stored)
     for name in expected.keys() & found.keys():
         if found[name].shape != expected[name]:
             wrong[name] = (found[name].shape, expected[name])
@@ -345,20 +351,3 @@ def _raise_mismatch(path: Path, missing: Collection[str], left_over: Collection[
 def _names(names: Iterable[str]) -> str:
     """All of them, in an order that counts layers as numbers."""
     return ", ".join(sorted(names, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)]))
-
-
-_PARTS = ("embedding", "head", "convolutions", "attention", "dense MLPs", "experts", "routers", "norms")
-
-
-def _part_of(name: str) -> str:
-    """The part of the model that a published tensor belongs to."""
-    if "norm" in name.split(".")[-2]:
-        return "norms"
-    if ".experts." in name:
-        return "experts"
-    if name.endswith(("feed_forward.gate.weight", "expert_bias")):
-        return "routers"
-    for key, part in {".conv.": "convolutions", ".self_attn.": "attention", ".feed_forward.": "dense MLPs"}.items():
-        if key in name:
-            return part
-    return "head" if name == _HEAD else "embedding"

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lfm2_export.backends import BACKENDS, get_backend
-from lfm2_export.models import FAMILIES
+from lfm2_export.families import FAMILIES
 from lfm2_export.quant.schemes import get_scheme
 
 

@@ -30,7 +30,7 @@ from lfm2_export.backends.base import (
 )
 from lfm2_export.cache import CacheSpec, StateTensor
 from lfm2_export.errors import RunnerError
-from lfm2_export.models._common import Cache, DecoderForCausalLM, empty_cache
+from lfm2_export.models.decoder import Cache, DecoderForCausalLM, empty_cache
 
 DEFAULT_CHUNK_SIZE = 512
 _NUMPY_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "float32"}

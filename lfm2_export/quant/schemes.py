@@ -1,6 +1,6 @@
 """Schemes as data: which format each kind of weight gets, what runs in which dtype, and what the program is called.
 
-In: a scheme's name, and per weight its published name and its class. Out: the weight's format and the reason for it,
+In: a scheme's name, and per weight what the family says of it. Out: the weight's format and the reason for it,
 which goes into the manifest: no layer is left unquantized silently.
 """
 
@@ -9,26 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from enum import StrEnum
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from lfm2_export.errors import QuantizationError
+from lfm2_export.families.tensors import EMBEDDING, HEAD, ModelTensor, TensorClass
 from lfm2_export.quant.formats import FloatFormat, IntFormat, WeightFormat
-
-
-class TensorClass(StrEnum):
-    """What a weight is to a scheme. ``SMALL``: norms, conv kernels and biases."""
-
-    LINEAR = "linear"
-    EXPERTS = "experts"
-    EMBEDDING = "embedding"
-    HEAD = "head"
-    ROUTER = "router"
-    EXPERT_BIAS = "expert_bias"
-    SMALL = "small"
-
 
 NEVER_QUANTIZED: Mapping[TensorClass, str] = MappingProxyType(
     {
@@ -37,19 +24,6 @@ NEVER_QUANTIZED: Mapping[TensorClass, str] = MappingProxyType(
         TensorClass.SMALL: "norms, conv kernels and biases are small",
     }
 )
-
-
-def tensor_class(name: str, shape: tuple[int, ...]) -> TensorClass:
-    """What a published tensor is to a scheme."""
-    if name.startswith(("model.embed_tokens.", "lm_head.")):
-        return TensorClass.EMBEDDING if name.startswith("model.") else TensorClass.HEAD
-    if ".experts." in name:
-        return TensorClass.EXPERTS
-    if name.endswith("feed_forward.gate.weight"):
-        return TensorClass.ROUTER
-    if name.endswith("expert_bias"):
-        return TensorClass.EXPERT_BIAS
-    return TensorClass.LINEAR if len(shape) == 2 else TensorClass.SMALL
 
 
 _FORMAT_FIELDS = ("linear", "experts", "embedding", "head", "sensitive")
@@ -121,14 +95,14 @@ class Scheme:
         """The scheme with the weights that match ``patterns`` left in the activations' dtype."""
         return replace(self, exclude=(*self.exclude, *patterns))
 
-    def format_for(self, fqn: str, kind: TensorClass) -> FormatChoice:
-        """The format of the weight ``fqn``, a published name."""
-        plain = FloatFormat(dtype=self.activation_dtype)
+    def format_for(self, tensor: ModelTensor) -> FormatChoice:
+        """The format of a weight."""
+        plain, kind = FloatFormat(dtype=self.activation_dtype), tensor.kind
         if kind in NEVER_QUANTIZED:
             return FormatChoice(plain, f"never quantized: {NEVER_QUANTIZED[kind]}")
-        if pattern := _first_match(fqn, self.exclude):
+        if pattern := _first_match(tensor.name, self.exclude):
             return FormatChoice(plain, f"excluded by --exclude {pattern}")
-        if pattern := _first_match(fqn, self.sensitive_patterns):
+        if pattern := _first_match(tensor.name, self.sensitive_patterns):
             return FormatChoice(self.sensitive, f"sensitive: {pattern}")
         return FormatChoice(getattr(self, kind.value), f"scheme {self.name}: {kind.value}")
 
@@ -156,8 +130,8 @@ def check_patterns(patterns: Iterable[str], fqns: Iterable[str]) -> None:
 
 def _hint(pattern: str, names: list[str]) -> str:
     """What may have been meant by a pattern that matches none of ``names``."""
-    if fnmatchcase("lm_head.weight", pattern):
-        return "the head is tied to the token table: exclude model.embed_tokens.weight"
+    if fnmatchcase(HEAD, pattern):
+        return f"the head is tied to the token table: exclude {EMBEDDING}"
     return f"closest to {pattern}: {', '.join(get_close_matches(pattern, names, n=3, cutoff=0.0))}"
 
 

@@ -17,7 +17,7 @@ from lfm2_export.backends.program import Estimate, ExportedProgram, ExportReques
 from lfm2_export.cache import CacheSpec
 from lfm2_export.errors import ExportError
 from lfm2_export.manifest import MODEL, StoredTensor, TensorSpec
-from lfm2_export.models import get_family
+from lfm2_export.models import get_net
 from lfm2_export.quant.algorithms import get_algorithm
 from lfm2_export.resources import export_memory_needed, usable_cores
 
@@ -35,8 +35,7 @@ def estimate(request: ExportRequest) -> Estimate:
     """
     plans = _plans(request)
     max_context(request)
-    shapes = get_family(request.checkpoint.config.model_type).tensor_shapes(request.checkpoint.config)
-    largest = max(prod(shape[-2:]) for shape in shapes.values())
+    largest = max(prod(tensor.shape[-2:]) for tensor in request.checkpoint.model_tensors.values())
     experts = max(plan.spilled_bytes() for plan in plans.values())
     held = max(plan.nbytes() - plan.spilled_bytes() for plan in plans.values())
     # What is held: once as tensors, once in the program that is put together, once more while it is written.
@@ -131,7 +130,7 @@ def _export_one(request: ExportRequest, plan: WeightPlan, cache: CacheSpec, cont
 
     weights = WeightReader(request.checkpoint, plan, get_algorithm(request.algorithm), request.progress)
     with torch.device("meta"):
-        causal_lm = get_family(plan.config.model_type).ForCausalLM(plan.config).eval()
+        causal_lm = get_net(plan.config.model_type)(plan.config).eval()
     folder = request.folder / FOLDER
     with Spill(folder) as spill:
         Lowering(plan.config, weights, buffer_positions(context), spill).lower_(causal_lm)
