@@ -18,7 +18,8 @@ from lfm2_export import paths
 from lfm2_export.errors import ArtifactError
 from lfm2_export.hashing import sha256_files
 from lfm2_export.ledger import discard_unlisted
-from lfm2_export.manifest import MANIFEST, CheckpointRecord, FileEntry, Manifest, Program, preference
+from lfm2_export.manifest import MANIFEST, CheckpointRecord, FileEntry, Manifest, Program
+from lfm2_export.preference import preference
 from lfm2_export.staging import Staging, contents, is_plain_name, recover
 
 # People edit the model card; a changed one is no damage.

@@ -1,4 +1,4 @@
-"""Schemes as data: which format each kind of weight gets, what runs in which dtype, and what the program is called.
+"""Schemes as data: which format each kind of weight gets, and what runs in which dtype.
 
 In: a scheme's name, and per weight what the family says of it. Out: the weight's format and the reason for it,
 which goes into the manifest: no layer is left unquantized silently.
@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 from lfm2_export.errors import QuantizationError
 from lfm2_export.families.tensors import EMBEDDING, HEAD, ModelTensor, TensorClass
 from lfm2_export.quant.formats import FloatFormat, IntFormat, WeightFormat
+from lfm2_export.registry import Registry
 
 NEVER_QUANTIZED: Mapping[TensorClass, str] = MappingProxyType(
     {
@@ -42,9 +43,9 @@ class Scheme:
 
     ``embedding`` is also the head's where the two are tied. ``sensitive``: the format of the weights that match
     ``sensitive_patterns``, whatever their class; weights that match ``exclude`` stay in the activations' dtype.
-    Patterns are published names with ``*`` and ``?`` as in a shell. ``programs``: the program's file per backend.
-    ``accuracy_level``: MatMulNBits' and QMoE's, 4 allows int8 activations inside the kernels. The state has the
-    activations' dtype; logits are always float32.
+    Patterns are published names with ``*`` and ``?`` as in a shell. ``accuracy_level``: MatMulNBits' and QMoE's, 4
+    allows int8 activations inside the kernels. The state has the activations' dtype; logits are always float32.
+    ``preference`` orders programs where the caller names none: the lowest is taken.
     """
 
     name: str
@@ -55,24 +56,9 @@ class Scheme:
     sensitive: WeightFormat
     activation_dtype: Literal["float32", "float16"]
     accuracy_level: Literal[0, 4]
-    programs: Mapping[str, str]
+    preference: int = 100
     sensitive_patterns: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-
-    @property
-    def backends(self) -> tuple[str, ...]:
-        return tuple(self.programs)
-
-    @property
-    def file_name(self) -> str:
-        """The ONNX program's file.
-
-        Raises:
-            QuantizationError: the scheme has none.
-        """
-        if "onnx" not in self.programs:
-            raise QuantizationError(f"scheme {self.name} is not for onnx; pass --backend {self.backends[0]}")
-        return self.programs["onnx"]
 
     @property
     def has_groups(self) -> bool:
@@ -150,7 +136,7 @@ def _first_match(fqn: str, patterns: Iterable[str]) -> str | None:
     return next((pattern for pattern in patterns if fnmatchcase(fqn, pattern)), None)
 
 
-def _float_scheme(name: str, dtype: Literal["float32", "float16"], programs: dict[str, str]) -> Scheme:
+def _float_scheme(name: str, dtype: Literal["float32", "float16"], preference: int) -> Scheme:
     plain = FloatFormat(dtype=dtype)
     return Scheme(
         name=name,
@@ -161,7 +147,7 @@ def _float_scheme(name: str, dtype: Literal["float32", "float16"], programs: dic
         sensitive=plain,
         activation_dtype=dtype,
         accuracy_level=0,
-        programs=MappingProxyType(programs),
+        preference=preference,
     )
 
 
@@ -172,7 +158,9 @@ def _float_scheme(name: str, dtype: Literal["float32", "float16"], programs: dic
 Q4_SENSITIVE = ("*.conv.out_proj.weight",)
 
 
-def _onnx_int_scheme(name: str, bits: Literal[4, 8], activations: Literal["float32", "float16"], file: str) -> Scheme:
+def _onnx_int_scheme(
+    name: str, bits: Literal[4, 8], activations: Literal["float32", "float16"], preference: int
+) -> Scheme:
     """MatMulNBits wants scales in the activations' dtype; QMoE takes float16 ones with either, which saves half a bit
     a weight where most of the weights are. Its WebGPU kernel, for which q4f16 is meant, takes no zero points."""
     int8 = IntFormat(bits=8, symmetric=True, signed_scale=True, scale_dtype=activations)
@@ -187,7 +175,7 @@ def _onnx_int_scheme(name: str, bits: Literal[4, 8], activations: Literal["float
         sensitive=int8,
         activation_dtype=activations,
         accuracy_level=4,
-        programs=MappingProxyType({"onnx": file}),
+        preference=preference,
         sensitive_patterns=Q4_SENSITIVE if bits == 4 else (),
     )
 
@@ -206,19 +194,20 @@ def _executorch_int4_scheme() -> Scheme:
         sensitive=int4,
         activation_dtype="float32",
         accuracy_level=4,
-        programs=MappingProxyType({"executorch": "model_8da4w.pte"}),
+        preference=1,
     )
 
 
-SCHEMES: Mapping[str, Scheme] = MappingProxyType(
+# Smallest that keeps quality first; q4f16 is for WebGPU, so a CPU's runner takes it last.
+SCHEMES: Registry[Scheme] = Registry(
     {
         scheme.name: scheme
         for scheme in (
-            _float_scheme("fp32", "float32", {"onnx": "model.onnx", "executorch": "model_fp32.pte"}),
-            _float_scheme("fp16", "float16", {"onnx": "model_fp16.onnx"}),
-            _onnx_int_scheme("q8", 8, "float32", "model_quantized.onnx"),
-            _onnx_int_scheme("q4", 4, "float32", "model_q4.onnx"),
-            _onnx_int_scheme("q4f16", 4, "float16", "model_q4f16.onnx"),
+            _float_scheme("fp32", "float32", preference=4),
+            _float_scheme("fp16", "float16", preference=3),
+            _onnx_int_scheme("q8", 8, "float32", preference=2),
+            _onnx_int_scheme("q4", 4, "float32", preference=0),
+            _onnx_int_scheme("q4f16", 4, "float16", preference=5),
             _executorch_int4_scheme(),
         )
     }

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from lfm2_export.backends import get_backend
 from lfm2_export.errors import QuantizationError
 from lfm2_export.families.tensors import ModelTensor, Part, TensorClass
 from lfm2_export.quant.formats import FloatFormat, IntFormat
@@ -23,18 +24,14 @@ def test_unknown_scheme_lists_the_known_ones():
 
 
 def test_programs_have_the_names_that_runtimes_look_for():
-    names = {name: scheme.programs["onnx"] for name, scheme in SCHEMES.items() if "onnx" in scheme.backends}
-    assert names == {
+    assert get_backend("onnx").SCHEMES == {
         "fp32": "model.onnx",
         "fp16": "model_fp16.onnx",
         "q8": "model_quantized.onnx",
         "q4": "model_q4.onnx",
         "q4f16": "model_q4f16.onnx",
     }
-    assert get_scheme("q4").file_name == "model_q4.onnx"
-    assert get_scheme("8da4w").backends == ("executorch",)
-    with pytest.raises(QuantizationError, match="scheme 8da4w is not for onnx; pass --backend executorch"):
-        _ = get_scheme("8da4w").file_name
+    assert set(get_backend("executorch").SCHEMES) == {"fp32", "8da4w"}
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
@@ -60,7 +57,7 @@ def test_q4_has_int4_linears_and_experts_and_an_int8_embedding():
 def test_onnx_scales_have_the_activations_dtype_where_matmulnbits_reads_them(scheme):
     for kind in (TensorClass.LINEAR, TensorClass.EMBEDDING, TensorClass.HEAD):
         format = scheme.format_for(weight("w", kind)).format
-        if isinstance(format, IntFormat) and "onnx" in scheme.backends:
+        if isinstance(format, IntFormat) and scheme.name in get_backend("onnx").SCHEMES:
             assert format.scale_dtype == scheme.activation_dtype
 
 

@@ -17,6 +17,7 @@ from lfm2_export.backends.program import Estimate, ExportedProgram, ExportReques
 from lfm2_export.cache import CacheSpec
 from lfm2_export.errors import ExportError
 from lfm2_export.manifest import MODEL, StoredTensor, TensorSpec
+from lfm2_export.messages import shown
 from lfm2_export.models import get_net
 from lfm2_export.quant.algorithms import get_algorithm
 from lfm2_export.resources import export_memory_needed, usable_cores
@@ -52,11 +53,11 @@ def max_context(request: ExportRequest) -> int:
         ExportError: not positive, or beyond the model's limit.
     """
     limit = request.checkpoint.config.max_position_embeddings
-    asked = request.max_context
+    asked = request.options.get("max_context")
     if asked is None:
         return min(DEFAULT_MAX_CONTEXT, limit)
-    if not 1 < asked <= limit:
-        raise ExportError(f"--max-context {asked}: pass 2 to {limit}, the model's max_position_embeddings")
+    if type(asked) is not int or not 1 < asked <= limit:
+        raise ExportError(f"--max-context {shown(asked)}: pass 2 to {limit}, the model's max_position_embeddings")
     return asked
 
 
@@ -147,14 +148,14 @@ def _export_one(request: ExportRequest, plan: WeightPlan, cache: CacheSpec, cont
 
 def _plans(request: ExportRequest) -> dict[str, WeightPlan]:
     """By file name, the portable way to run experts first."""
-    wanted: tuple[MoeOp | None, ...] = (_moe_op(request.moe_op),)
-    if request.moe_op == BOTH:
+    wanted: tuple[MoeOp | None, ...] = (_moe_op(request.options.get("moe_op")),)
+    if request.options.get("moe_op") == BOTH:
         wanted = (MoeOp.STOCK, MoeOp.LFM2)
-    config, name = request.checkpoint.config, request.scheme.programs["executorch"]
+    config, name = request.checkpoint.config, request.file_name
     stem, suffix = name.rsplit(".", 1)
     return {
         f"{stem}_lfm2.{suffix}" if op is MoeOp.LFM2 else name: make_plan(
-            config, request.scheme, moe_op=op, embedding_bits=request.embedding_bits
+            config, request.scheme, moe_op=op, embedding_bits=request.options.get("embedding_bits")
         )
         for op in wanted
     }

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lfm2_export.backends import ExportOption
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -24,8 +26,46 @@ if TYPE_CHECKING:
     from lfm2_export.config import ModelConfig
     from lfm2_export.manifest import Program
 
-SCHEMES = ("fp32", "fp16", "q8", "q4", "q4f16")
+# Transformers.js looks for these names.
+SCHEMES = {
+    "fp32": "model.onnx",
+    "fp16": "model_fp16.onnx",
+    "q8": "model_quantized.onnx",
+    "q4": "model_q4.onnx",
+    "q4f16": "model_q4f16.onnx",
+}
+OPTIONS: dict[str, ExportOption] = {}
+TESTED_WITH = {
+    "fp32": "lfm2-export, onnxruntime, onnxruntime-genai, Transformers.js (Node)",
+    "fp16": "lfm2-export, onnxruntime, Transformers.js (Node)",
+    "q8": "lfm2-export, onnxruntime, onnxruntime-genai, Transformers.js (Node)",
+    "q4": "lfm2-export, onnxruntime, onnxruntime-genai, Transformers.js (Node)",
+    "q4f16": "lfm2-export, onnxruntime, Transformers.js (Node; the WebGPU test found no adapter yet)",
+}
 KL_TOLERANCE = 1e-3
+
+_HOW_TO_RUN = """## Run it
+
+```
+pip install lfm2-export
+lfm2-export run . --prompt "What is C. elegans?"
+```
+
+Graphs named `*_lfm2*.onnx` are for lfm2-export's own operators, which it builds where it finds a compiler; they are
+faster and read the same data files. All others need ONNX Runtime alone.
+
+onnxruntime-genai opens the folder as it is (`og.Model(".")`). So does Transformers.js:
+
+```js
+import {{ pipeline }} from "@huggingface/transformers";
+const generator = await pipeline("text-generation", "<this folder or repository>", {{ dtype: "{dtype}" }});
+```
+"""
+
+
+def how_to_run(programs: Sequence[Program]) -> str:
+    """The card's section on onnxruntime, onnxruntime-genai and Transformers.js."""
+    return _HOW_TO_RUN.format(dtype=programs[0].scheme)
 
 
 def estimate(request: ExportRequest) -> Estimate:

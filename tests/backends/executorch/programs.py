@@ -67,10 +67,11 @@ def request(checkpoint: Checkpoint, scheme: str, **options: Any) -> ExportReques
     return ExportRequest(
         checkpoint=checkpoint,
         scheme=get_scheme(scheme),
+        file_name=SCHEMES[scheme],
         folder=folder,
         algorithm="round",
         progress=lambda nbytes: None,
-        **{"max_context": MAX_CONTEXT, **options},
+        options={"max_context": MAX_CONTEXT, **options},
     )
 
 

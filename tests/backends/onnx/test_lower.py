@@ -17,6 +17,7 @@ from onnx import helper
 
 import lfm2_export
 from lfm2_export.artifact import Artifact
+from lfm2_export.backends import get_backend
 from lfm2_export.backends.onnx.lower import Lowering, OnnxAttention
 from lfm2_export.backends.onnx.plan import make_plan
 from lfm2_export.checkpoint import open_checkpoint
@@ -82,7 +83,7 @@ def test_every_layer_became_its_operator(artifact: Exported, checkpoint, scheme)
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("checkpoint", FAMILIES)
 def test_inputs_and_outputs_are_the_contracts(artifact: Exported, checkpoint, scheme):
-    path = artifact(checkpoint) / "onnx" / get_scheme(scheme).file_name
+    path = artifact(checkpoint) / "onnx" / get_backend("onnx").SCHEMES[scheme]
     config, kind = open_checkpoint(checkpoint).config, "tensor(float16)" if "16" in scheme else "tensor(float)"
     inputs = {
         "input_ids": ("tensor(int64)", ["batch_size", "sequence_length"]),
