@@ -21,7 +21,7 @@ import numpy as np
 from lfm2_export import paths
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import CheckpointError
-from lfm2_export.families import FAMILIES, Family, get_family
+from lfm2_export.families import find_family
 from lfm2_export.families.tensors import EMBEDDING, HEAD, FusedTensor, ModelTensor, Part
 from lfm2_export.hashing import sha256_files
 from lfm2_export.safetensors_file import (
@@ -79,7 +79,7 @@ class Checkpoint:
         self.path = source.path
         self.revision = source.revision
         self.raw_config = read_json_object(self.path / "config.json")
-        self.family = _family(self.path, self.raw_config)
+        self.family = find_family(self.raw_config, str(self.path / "config.json"))
         self.config: ModelConfig = self.family.parse_config(self.raw_config)
         self._shards = {shard.path: shard for shard in _open_shards(self.path)}
         stored = {name: info for shard in self._shards.values() for name, info in shard.tensors.items()}
@@ -240,12 +240,6 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds a {type(value).__name__}, not a JSON object; download it again")
     return value
-
-
-def _family(path: Path, raw_config: Mapping[str, Any]) -> Family:
-    if "model_type" not in raw_config:
-        raise CheckpointError(f"{path / 'config.json'}: model_type is missing; expected one of {', '.join(FAMILIES)}")
-    return get_family(raw_config["model_type"])
 
 
 def _open_shards(folder: Path) -> list[Shard]:

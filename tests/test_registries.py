@@ -77,6 +77,7 @@ def twin(tmp_path: Path) -> Iterator[Path]:
     transformers.AutoModelForCausalLM.register(TwinConfig, TwinForCausalLM)
     dense = get_family("lfm2")
     family = SimpleNamespace(
+        ARCHITECTURES=("TwinForCausalLM",),
         parse_config=lambda raw: replace(dense.parse_config({**raw, "model_type": "lfm2"}), model_type="twin"),
         tensors=dense.tensors,
         fused_tensors=dense.fused_tensors,

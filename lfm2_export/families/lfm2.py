@@ -22,6 +22,8 @@ from lfm2_export.errors import ConfigError
 from lfm2_export.families.tensors import FusedTensor, ModelTensor, backbone, by_name, mlp
 from lfm2_export.messages import shown
 
+ARCHITECTURES = ("Lfm2ForCausalLM", "Lfm2Model")
+
 
 def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     """A checked ``ModelConfig`` from a checkpoint's ``config.json``.

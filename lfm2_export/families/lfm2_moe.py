@@ -23,6 +23,8 @@ from lfm2_export.families.tensors import (
     swiglu_shapes,
 )
 
+ARCHITECTURES = ("Lfm2MoeForCausalLM", "Lfm2MoeModel")
+
 
 def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     """A checked ``ModelConfig`` from a checkpoint's ``config.json``.
