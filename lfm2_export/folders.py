@@ -152,8 +152,8 @@ class Folder:
     def read(self, name: str, limit: int) -> bytes:
         """The bytes of a regular file of at most ``limit``; raises as ``open_file``, also where it is larger."""
         with open(self.open_file(name, os.O_RDONLY), "rb") as file:
-            data = file.read(limit + 1)
-        if len(data) > limit:
+            data = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else None
+        if data is None or len(data) > limit:
             raise UnexpectedKindError(self.path / name, f"larger than {limit} bytes")
         return data
 

@@ -472,6 +472,38 @@ def test_another_command_finishes_what_was_interrupted_first(out: Path) -> None:
     assert os.listdir(out.parent) == ["out"]
 
 
+def test_the_same_command_has_no_more_to_do_than_to_finish(out: Path) -> None:
+    """Killed in the midst of putting files into place; other commands and damage are another matter."""
+
+    def export(key: str) -> bool:
+        with ArtifactWriter(out, record(), key=key) as writer:
+            if writer.finished() is not None:
+                return False
+            write_program(writer, content=key)
+            writer.commit()
+        return True
+
+    export("old")
+    old, exported_again = snapshot(out), {True: set[bool](), False: set[bool]()}
+    workspace = out.parent / ".out.lfm2-export.partial"
+    for damaged in (False, True):
+        for step in range(30):
+            if not killed_at(step, lambda: export("new")):
+                break
+            moved = not (workspace / "files/onnx/model_q4.onnx").exists()
+            if (workspace / "commit.json").exists() and (moved or not damaged):
+                if damaged:
+                    (out / "onnx/model_q4.onnx").write_text("GRAPH q4")
+                exported_again[damaged].add(export("new"))
+                assert (out / "onnx/model_q4.onnx_data").read_text() == "new q4"
+                Artifact.open(out)
+            else:
+                shutil.rmtree(workspace, ignore_errors=True)
+            restore(out, old)
+    print(exported_again)
+    assert exported_again == {False: {False}, True: {True}}
+
+
 def kill_halfway(out: Path) -> None:
     """An export of new q4 weights into ``out`` that is killed once a file of the program was replaced."""
     for step in range(30):
