@@ -78,8 +78,9 @@ class Folder:
 
     def _at(self, name: str) -> str:
         """One step, as the system calls take it beside ``dir_fd``."""
-        assert is_plain_name(name), name
+        assert name not in ("", ".", ".."), name
         assert "/" not in name, name
+        assert self._descriptor is not None or not HANDLES, f"{self.path} is closed"
         return name if HANDLES else str(self.path / name)
 
     @contextlib.contextmanager

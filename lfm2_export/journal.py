@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 JOURNAL, FILES = "commit.json", "files"
 
 _FORMAT = 1
-_JOURNAL_BYTES, _INDEX_BYTES = 4 << 20, 256 << 20
+_JOURNAL_BYTES, _INDEX_BYTES = 1 << 20, 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +76,10 @@ class Commit:
     def finish(self) -> None:
         """Does what is left to do."""
         data = self._new_index()
-        before, obsolete = self._listed_before(data), self._obsolete(data)
+        replaced, obsolete = {*self._listed_before(data), *self._index.unlisted}, self._obsolete(data)
         names = self._waiting().keys()
         with self._root.child(FILES, make=True) as files:
-            for name in sorted(names - {self._index.name}, key=lambda name: (name in before, name)):
+            for name in sorted(names - {self._index.name}, key=lambda name: (name in replaced, name)):
                 self._put(files, name)
             for name in obsolete:
                 self._drop(name)
@@ -107,9 +107,10 @@ class Commit:
 
     def _fault(self) -> str | None:
         self._root.files(self._owner)  # looks at all of it
-        journal, waiting, data = self._read(), self._waiting(), self._new_index()
+        journal = self._read()
         if journal.workspace != self._inode():
             return f"its {JOURNAL} was written elsewhere"
+        waiting, data = self._waiting(), self._new_index()
         if data is None or _sha256(data) != journal.index:
             return f"the new {self._index.name} is gone"
         sizes = self._index.sizes(data)
@@ -213,7 +214,8 @@ def check_place(folder: Folder, name: str, workspace: Folder) -> None:
     with contextlib.suppress(FileNotFoundError), folder.parent_of(name) as (parent, last):
         if (found := parent.status(last)) is not None and is_folder(found):
             raise ArtifactError(
-                f"{parent.path / last}: is a folder where a file is needed; move it away, or give another --output"
+                f"{paths.shown(parent.path / last)}: is a folder where a file is needed; move it away, or give another "
+                "--output"
             )
 
 
@@ -232,23 +234,26 @@ def check_folder(folder: Folder, name: str, workspace: Folder, *, shown: str | N
                 break
             if describe(found) == "a link":
                 raise ArtifactError(
-                    f"{folder.path}: {(shown or name)!r} would be written outside of it, through the link {part!r}; "
-                    "give another --output"
+                    f"{paths.shown(folder.path)}: {(shown or name)!r} would be written outside of it, through the link "
+                    f"{part!r}; give another --output"
                 )
             if not is_folder(found):
                 raise ArtifactError(
-                    f"{here.path / part}: is a file where a folder is needed; move it away, or give another --output"
+                    f"{paths.shown(here.path / part)}: is a file where a folder is needed; move it away, or give "
+                    "another --output"
                 )
             here = opened.enter_context(here.child(part))
         check_writable(here.path)
         if here.own_status().st_dev != workspace.own_status().st_dev:
-            raise ArtifactError(f"{here.path}: is on another file system than what is made; give another --output")
+            raise ArtifactError(
+                f"{paths.shown(here.path)}: is on another file system than what is made; give another --output"
+            )
 
 
 def check_writable(folder: Path) -> None:
     """Refuses a folder that takes no new files."""
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise ArtifactError(f"{folder}: cannot be written; make it writable, or give another --output")
+        raise ArtifactError(f"{paths.shown(folder)}: cannot be written; make it writable, or give another --output")
 
 
 def _is_own(name: str) -> bool:

@@ -23,7 +23,7 @@ from lfm2_export.folders import Folder, UnexpectedKindError, is_plain_name
 SYNC_SECONDS = 5.0
 
 # Far above what the largest checkpoints fill; a larger file was not written here.
-_LEDGER_BYTES = 256 << 20
+_LEDGER_BYTES = 64 << 20
 
 Figures = Mapping[str, float]
 
@@ -59,18 +59,18 @@ class Ledger:
         self._path, self._root, self._sizes = path, root, dict(sizes)
         self._header = json.dumps({"key": key, "files": self._sizes}).encode()
         # Of each step that is done, in the order of the work.
-        done = tuple(_parse(self._lines(), figures))
-        self.done: tuple[Figures, ...] = () if steps is not None and len(done) > steps else done
+        self.done: tuple[Figures, ...] = tuple(_parse(self._lines(steps), figures))
         self._pending: deque[bytes] = deque()
         self._closing = threading.Event()
         self._complete = False
         self._error: OSError | None = None
 
-    def _lines(self) -> list[bytes]:
-        """The whole ones after the header; none where key or files are others."""
-        if self._path is None:
+    def _lines(self, steps: int | None) -> list[bytes]:
+        """The whole ones after the header; none where key or files are others, or there are too many."""
+        data = b"" if self._path is None else _read(self._path)
+        if steps is not None and data.count(b"\n") > steps + 1:
             return []
-        header, *lines = _read(self._path).split(b"\n")
+        header, *lines = data.split(b"\n")
         sizes = {name: _size(self._root / name) for name in self._sizes}
         return lines[:-1] if header == self._header and sizes == self._sizes else []
 

@@ -11,10 +11,40 @@ import contextlib
 import errno
 import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
-from lfm2_export.folders import Folder
+from lfm2_export import paths
+from lfm2_export.errors import ArtifactError
+from lfm2_export.folders import Folder, UnexpectedKindError
 
 _REPLACEABLE = sys.platform != "win32"  # there an open file cannot be removed; one that is left stays, empty
+
+
+@contextlib.contextmanager
+def held_lock(base: Folder, name: str, folder: Path) -> Iterator[Lock]:
+    """The lock of who writes to ``folder``.
+
+    Raises:
+        ArtifactError: another process holds it, or something else is in its place.
+        OSError: it cannot be made.
+    """
+    lock = Lock(base, name)
+    try:
+        held = lock.acquire()
+    except UnexpectedKindError as error:
+        raise ArtifactError(
+            f"{paths.shown(error.path)}: is {error.what} where an export keeps its lock; delete it and give the "
+            "command again"
+        ) from error
+    if not held:
+        raise ArtifactError(
+            f"{paths.shown(folder)}: another export is writing to it; wait for it, or give another --output"
+        )
+    try:
+        yield lock
+    finally:
+        lock.release()
 
 
 class Lock:

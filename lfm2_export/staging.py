@@ -27,7 +27,7 @@ from lfm2_export import paths
 from lfm2_export.errors import ArtifactError, ResourceError
 from lfm2_export.folders import DRAFT, TAG, Folder, UnexpectedKindError, check_owner, describe, is_folder
 from lfm2_export.journal import FILES, JOURNAL, Commit, Index, check_folder, check_writable
-from lfm2_export.lock import Lock
+from lfm2_export.lock import held_lock
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ class Staging:
 
     def __enter__(self) -> Staging:
         if paths.exists(self.folder, ArtifactError) and not paths.is_folder(self.folder, ArtifactError):
-            raise ArtifactError(f"{self.folder}: is a file; give a folder as --output")
+            raise ArtifactError(f"{paths.shown(self.folder)}: is a file; give a folder as --output")
         with self._translated():
             try:
                 self._open()
@@ -142,6 +142,8 @@ class Staging:
             with Folder.open(self.folder) as folder:
                 for name in self._into:
                     check_folder(folder, name, self._base)
+                with contextlib.suppress(OSError):
+                    folder.remove(DRAFT)  # of figures that were being recorded
         lock = self._opened.enter_context(held_lock(self._base, self._place.lock, self.folder))
         self._take_up(lock.owner)
         self._owner = lock.owner
@@ -172,7 +174,8 @@ class Staging:
 
     def _goes_on(self, root: Folder, owner: int) -> bool:
         """Whether the files in a workspace are taken up."""
-        same = self._key is not None and root.status(self._ledgers_name) is not None
+        ledgers = root.status(self._ledgers_name)
+        same = self._key is not None and ledgers is not None and is_folder(ledgers)
         if root.status(JOURNAL) is None:
             return same and _is_as_made(root, owner)
         if paths.is_folder(self.folder, ArtifactError):
@@ -212,7 +215,9 @@ class Staging:
         """
         with self._translated(), self._workspace() as root:
             if self._was_empty and contents(self.folder):
-                raise ArtifactError(f"{self.folder}: something else was put there meanwhile; give another --output")
+                raise ArtifactError(
+                    f"{paths.shown(self.folder)}: something else was put there meanwhile; give another --output"
+                )
             if not self.folder.exists():
                 root.move(FILES, self._base, self.folder.name)
                 return
@@ -272,16 +277,17 @@ class Staging:
 
     def _translate(self, error: OSError) -> ArtifactError | ResourceError:
         if _begun(self.folder) is not None:
+            place = Path(os.path.relpath(error.filename2 or error.filename or self.folder, self.folder))
             return (ArtifactError if _disk_error(error) is None else ResourceError)(
-                f"{self.folder}: not all new files could be put there ({error.filename2 or error.filename}: "
-                f"{error.strerror}); remove the cause, then give the same command again: {self._place.workspace} has "
-                "the rest"
+                f"{paths.shown(self.folder)}: not all new files could be put there ({paths.shown(place)}: "
+                f"{error.strerror}); remove the cause, then give the same command again: "
+                f"{paths.shown(self._place.root)} has the rest"
             )
         if self._kept:
             return ResourceError(
-                f"{self.folder}: the disk cannot take more ({error.strerror}); free space and give the same command "
-                f"again, which goes on from what is done, or delete {self._place.workspace}; what was there before is "
-                "unchanged"
+                f"{paths.shown(self.folder)}: the disk cannot take more ({error.strerror}); free space and give the "
+                "same command again, which goes on from what is done, or delete "
+                f"{paths.shown(self._place.workspace)}; what was there before is unchanged"
             )
         return _refusal(self.folder, error)
 
@@ -307,30 +313,6 @@ def _is_as_made(root: Folder, owner: int) -> bool:
     except UnexpectedKindError as error:
         logger.warning("%s: is %s; the export starts anew", error.path, error.what)
         return False
-
-
-@contextlib.contextmanager
-def held_lock(base: Folder, name: str, folder: Path) -> Iterator[Lock]:
-    """The lock of who writes to ``folder``.
-
-    Raises:
-        ArtifactError: another process holds it, or something else is in its place.
-        OSError: it cannot be made.
-    """
-    lock = Lock(base, name)
-    try:
-        held = lock.acquire()
-    except UnexpectedKindError as error:
-        raise ArtifactError(
-            f"{paths.shown(error.path)}: is {error.what} where an export keeps its lock; delete it and give the "
-            "command again"
-        ) from error
-    if not held:
-        raise ArtifactError(f"{folder}: another export is writing to it; wait for it, or give another --output")
-    try:
-        yield lock
-    finally:
-        lock.release()
 
 
 @contextlib.contextmanager
@@ -360,8 +342,8 @@ def _refusal(folder: Path, error: OSError) -> ArtifactError | ResourceError:
     """The line for what could not be written, where nothing has changed."""
     if _disk_error(error) is not None:
         return ResourceError(
-            f"{folder}: the disk cannot take more ({error.strerror}); free space or give another --output; "
-            "what was there before is unchanged"
+            f"{paths.shown(folder)}: the disk cannot take more ({error.strerror}); free space or give another "
+            "--output; what was there before is unchanged"
         )
     return ArtifactError(f"{paths.shown(folder)}: cannot be written ({error.strerror}); give another --output")
 

@@ -424,18 +424,14 @@ def world(tmp_path: Path) -> World:
     return world
 
 
-@pytest.fixture(params=[INSIDE, BESIDE])
+@pytest.fixture(params=[INSIDE, BESIDE, "beside, without handles"])
 def where(request: pytest.FixtureRequest, world: World, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where an export keeps its files: inside where its parent cannot be written."""
+    """Where an export keeps its files: inside where its parent cannot be written. Windows has no handles of folders."""
     if request.param == INSIDE:
         monkeypatch.setattr(staging.os, "access", lambda path, mode: Path(path) != world.out.parent)
-    return request.param
-
-
-@pytest.fixture(params=[True, False], ids=["handles", "no handles"])
-def _handles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on Windows, too."""
-    monkeypatch.setattr(folders, "HANDLES", request.param and folders.HANDLES)
+    elif request.param != BESIDE:
+        monkeypatch.setattr(folders, "HANDLES", False)
+    return INSIDE if request.param == INSIDE else BESIDE
 
 
 def contents_of(folder: Path) -> dict[str, object]:
@@ -443,7 +439,6 @@ def contents_of(folder: Path) -> dict[str, object]:
     return {name: (mode, size, content) for name, (mode, _, _, size, _, _, content) in World(folder).seen().items()}
 
 
-@pytest.mark.usefixtures("_handles")
 @pytest.mark.parametrize(("plant", "reason"), REFUSED.values(), ids=REFUSED)
 def test_an_export_refuses_what_no_export_left(world: World, where: str, plant: Plant, reason: str) -> None:
     plant(world, where)
@@ -470,7 +465,6 @@ def test_an_export_refuses_what_no_export_left(world: World, where: str, plant: 
     assert world.seen(world.outside) == untouched
 
 
-@pytest.mark.usefixtures("_handles")
 @pytest.mark.parametrize("plant", FINISHED.values(), ids=FINISHED)
 def test_a_perfect_forgery_reaches_nothing_outside(world: World, where: str, plant: Plant) -> None:
     plant(world, where)
@@ -644,7 +638,6 @@ def test_what_a_killed_writer_did_is_taken_up(world: World) -> None:
         assert (writer.root / "onnx/model.onnx_data").read_bytes() == b"done"
 
 
-@pytest.mark.usefixtures("_handles")
 @pytest.mark.parametrize("plant", STARTS_ANEW.values(), ids=STARTS_ANEW)
 def test_an_export_takes_up_nothing_that_leads_elsewhere_or_is_no_ledger(
     world: World, plant: Callable[[World, Path], None]
