@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hin
 
 from lfm2_export.cache import CacheSpec
 from lfm2_export.errors import ArtifactError
+from lfm2_export.folders import is_plain_name
 from lfm2_export.messages import shown
-from lfm2_export.staging import is_plain_name
 
 if TYPE_CHECKING:
     from lfm2_export.checkpoint import Checkpoint
