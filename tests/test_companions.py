@@ -50,7 +50,7 @@ def test_the_weights_of_these_tests_are_refused_where_they_are_read(checkpoint: 
     ("name", "content", "message"),
     [
         ("generation_config.json", b"{", "is not JSON (Expecting property name"),
-        ("generation_config.json", b"[]", "holds a list, not a JSON object; download it again"),
+        ("generation_config.json", b"[]", "holds [], not a JSON object; bring back the original"),
         ("generation_config.json", b'{"temperature": -1}', "temperature=-1 is not usable; expected 0 (greedy) or a"),
         (
             "generation_config.json",
@@ -64,8 +64,8 @@ def test_the_weights_of_these_tests_are_refused_where_they_are_read(checkpoint: 
         ),
         ("tokenizer_config.json", b"{", "is not JSON (Expecting property name"),
         ("tokenizer_config.json", b'{"added_tokens_decoder": 3}', "its tokens are damaged (AttributeError("),
-        ("special_tokens_map.json", b"3", "holds a int, not a JSON object; download it again"),
-        ("chat_template.jinja", b"{{ \xff }}", "byte 3 is not UTF-8; download it again"),
+        ("special_tokens_map.json", b"3", "holds 3, not a JSON object; bring back the original"),
+        ("chat_template.jinja", b"{{ \xff }}", "byte 3 is not UTF-8; bring back the original"),
         ("tokenizer.json", b"{}", "not a readable tokenizer"),
     ],
 )
@@ -75,7 +75,7 @@ def test_a_damaged_companion_is_refused_before_any_weight_is_read(
     (checkpoint / name).write_bytes(content)
     found = refusal(checkpoint, tmp_path / "out")
     assert found.startswith(f"{checkpoint / name}: {message}")
-    assert found.endswith(("; download it again", "; correct the file"))
+    assert found.endswith(("; download it again", "; correct the file", "; bring back the original"))
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja"])
