@@ -22,7 +22,7 @@ from lfm2_export import files, paths
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import CheckpointError
 from lfm2_export.hashing import sha256_files
-from lfm2_export.messages import MESSAGE_LIMIT, listed, natural
+from lfm2_export.messages import MESSAGE_LIMIT, listed
 from lfm2_export.models import FAMILIES, Family, get_family
 from lfm2_export.models._names import FusedTensor
 from lfm2_export.safetensors_file import TensorInfo, read_float32, read_row_blocks, read_stored
@@ -270,10 +270,12 @@ def match_tensors(
     """
     expected = family.tensor_shapes(config)
     found, wrong = _take_fused_apart(family.fused_tensors(config), stored)
-    for name in expected.keys() & found.keys():
-        if found[name].shape != expected[name]:
-            wrong[name] = (found[name].shape, expected[name])
-    _raise_mismatch(path, expected.keys() - found.keys(), found.keys() - expected.keys(), wrong)
+    for name, shape in expected.items():
+        if name in found and found[name].shape != shape:
+            wrong[name] = (found[name].shape, shape)
+    missing = [name for name in expected if name not in found]
+    left_over = [name for name in found if name not in expected]
+    _raise_mismatch(path, missing, left_over, wrong)
     return {name: found[name] for name in expected}
 
 
@@ -306,7 +308,7 @@ def _raise_mismatch(path: Path, missing: Collection[str], left_over: Collection[
     remedy = "; use the config.json of these weights"
     room = (MESSAGE_LIMIT - len(start + remedy)) // len(lists) - _COUNTS
     problems = [f"{len(names)} {kind}: {listed(names, room=room, longest=160)}" for kind, names in lists.items()]
-    details = [f"{kind}: {name}" for kind, names in lists.items() for name in sorted(names, key=natural)]
+    details = [f"{kind}: {name}" for kind, names in lists.items() for name in names]
     raise CheckpointError(f"{start}{'; '.join(problems)}{remedy}", details=details)
 
 

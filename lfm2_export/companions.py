@@ -34,6 +34,8 @@ def check(checkpoint: Checkpoint) -> None:
         CheckpointError: a file is damaged, too large, no regular file or elsewhere, or a generation setting is out of
             range.
     """
+    for path in checkpoint.files():
+        files.check(path, checkpoint.path, CheckpointError, limit=_limit(path))
     _warn_of_values(checkpoint.path / "config.json", checkpoint.raw_config)
     for name, value in _objects(checkpoint).items():
         _warn_of_values(checkpoint.path / name, value)
@@ -42,8 +44,10 @@ def check(checkpoint: Checkpoint) -> None:
         files.read_text(checkpoint.path / TEMPLATE, checkpoint.path, CheckpointError)
     if _has(checkpoint, TOKENIZER):
         _check_tokenizer(checkpoint)
-    for path in checkpoint.licences():
-        files.read_bytes(path, checkpoint.path, CheckpointError, limit=files.TEXT_LIMIT)
+
+
+def _limit(path: Path) -> int:
+    return _LIMITS.get(path.name, files.TEXT_LIMIT)
 
 
 def _warn_of_values(path: Path, value: Mapping[str, Any]) -> None:
@@ -67,7 +71,7 @@ def _objects(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
 def carry_over(checkpoint: Checkpoint, writer: ArtifactWriter) -> None:
     """Tokenizer, template, generation settings and licence, as they are; runtimes need a generation config."""
     for path in checkpoint.files():
-        writer.copy(path, limit=_LIMITS.get(path.name, files.TEXT_LIMIT))
+        writer.copy(path, limit=_limit(path))
     for name, value in _objects(checkpoint).items():
         if json_values.not_plain(value):
             writer.write_json(name, value)

@@ -23,8 +23,8 @@ _LAYER_TYPE_ALIASES = {"attention": FULL_ATTENTION}
 
 _ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 
-# Of a checkpoint. The largest published one, the 24B, has 7,700; the names and places of so many take 300 MB.
-MOST_TENSORS = 1 << 18
+# Of a checkpoint. The largest published one, the 24B, has 7,700; the names and places of so many take 150 MB.
+MOST_TENSORS = 1 << 17
 
 _LARGEST = sys.float_info.max  # NaN compares false, infinity is above, integers compare exactly
 

@@ -101,15 +101,25 @@ def read_bytes(path: Path, folder: Path, kind: type[Lfm2ExportError], *, limit: 
         kind: as ``open_regular``, or it is larger.
     """
     with open_regular(path, folder, kind) as file:
-        size = os.fstat(file.fileno()).st_size
+        _check_size(path, os.fstat(file.fileno()).st_size, kind, limit)
         # Some special files state no size, and a file may grow: what is read is bounded as well.
-        data = b"" if size > limit else _read_up_to(file, limit + 1)
-    if max(size, len(data)) > limit:
-        raise kind(
-            f"{paths.shown(path)}: has {max(size, len(data))} bytes, more than the {limit} that such a file may "
-            "have; bring back the original"
-        )
+        data = _read_up_to(file, limit + 1)
+    _check_size(path, len(data), kind, limit)
     return data
+
+
+def check(path: Path, folder: Path, kind: type[Lfm2ExportError], *, limit: int) -> None:
+    """Opens a file that ``read_bytes``, or another library, will read; raises as ``read_bytes``."""
+    with open_regular(path, folder, kind) as file:
+        _check_size(path, os.fstat(file.fileno()).st_size, kind, limit)
+
+
+def _check_size(path: Path, size: int, kind: type[Lfm2ExportError], limit: int) -> None:
+    if size > limit:
+        raise kind(
+            f"{paths.shown(path)}: has {size} bytes, more than the {limit} that such a file may have; bring back the "
+            "original"
+        )
 
 
 def _read_up_to(file: FileIO, limit: int) -> bytes:

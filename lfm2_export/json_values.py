@@ -15,9 +15,9 @@ from typing import Any
 
 from lfm2_export.messages import shown_reason
 
-# A value of three bytes ("[],") takes up to 120 bytes parsed, so that this many take 400 MB. The largest real files
+# A value of three bytes ("[],") takes up to 120 bytes parsed, so that this many take 240 MB. The largest real files
 # (manifest and header of the 24B) have some 100,000.
-MOST_VALUES = 3_000_000
+MOST_VALUES = 2_000_000
 # Some of Python's encoders and our own walks are recursive; the deepest real files have 6 levels.
 DEEPEST = 64
 

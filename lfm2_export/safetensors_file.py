@@ -26,9 +26,9 @@ from lfm2_export.config import MOST_TENSORS
 from lfm2_export.errors import CheckpointError
 from lfm2_export.messages import named, shown
 
-# MOST_TENSORS at 128 bytes each; 30 times the header of the 24B, were it one file. The format allows 100 MB, which
+# MOST_TENSORS at 128 bytes each; 16 times the header of the 24B, were it one file. The format allows 100 MB, which
 # could take 4 GB parsed.
-MAX_HEADER_BYTES = 32 << 20
+MAX_HEADER_BYTES = 16 << 20
 # No tensor of the family has more than 3.
 _MOST_AXES = 8
 
@@ -259,8 +259,9 @@ def _tensor_info(path: Path, name: str, entry: object, data_start: int) -> Tenso
 
 def _are_sizes(value: object) -> TypeGuard[list[int]]:
     """Few of them: the product of ten thousand axes takes minutes."""
-    few = isinstance(value, list) and len(value) <= _MOST_AXES
-    return few and all(type(v) is int and 0 <= v < 2**63 for v in value)
+    if not isinstance(value, list) or len(value) > _MOST_AXES:
+        return False
+    return all(type(v) is int and 0 <= v < 2**63 for v in value)
 
 
 def _check_layout(path: Path, tensors: dict[str, TensorInfo], data_start: int, size: int) -> None:

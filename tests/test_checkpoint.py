@@ -420,7 +420,7 @@ def test_names_a_truncated_shard(sharded: Path, keep: int) -> None:
 
 def test_refuses_a_giant_header_before_reading_it(moe: Path) -> None:
     (moe / SINGLE).write_bytes((1 << 60).to_bytes(8, "little") + b"{}")
-    assert f"states a header of {1 << 60} bytes, at most 33554432 are read; it is not a safe" in refusal(moe)
+    assert f"states a header of {1 << 60} bytes, at most 16777216 are read; it is not a safe" in refusal(moe)
 
 
 def test_recognizes_a_git_lfs_pointer(moe: Path) -> None:
