@@ -10,20 +10,21 @@ import contextlib
 import functools
 import json
 import logging
-import shutil
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ParamSpec
 
-from lfm2_export import paths
-from lfm2_export.errors import ArtifactError
+from lfm2_export import files, json_values, paths
+from lfm2_export.errors import ArtifactError, CheckpointError
 from lfm2_export.folders import Folder, UnexpectedKindError, is_plain_name
 from lfm2_export.hashing import sha256_files
 from lfm2_export.journal import Index
 from lfm2_export.ledger import discard_unlisted
-from lfm2_export.manifest import MANIFEST, CheckpointRecord, FileEntry, Manifest, Program, preference
+from lfm2_export.manifest import MANIFEST, MANIFEST_LIMIT, CheckpointRecord, FileEntry, Manifest, Program, preference
+from lfm2_export.messages import one_line
 from lfm2_export.staging import Staging, alone, contents, unfinished
 
 logger = logging.getLogger(__name__)
@@ -120,23 +121,24 @@ class Artifact:
 
     def _check_size(self, name: str, entry: FileEntry) -> None:
         path = self.path / name
-        if not paths.is_file(path, ArtifactError):
-            raise ArtifactError(f"{path}: is missing, but {MANIFEST} names it; export again or bring it back")
-        if (size := path.stat().st_size) != entry.bytes:
+        if not paths.exists(path, ArtifactError):
             raise ArtifactError(
-                f"{path}: has {size} bytes where the export wrote {entry.bytes}; it was truncated or replaced, "
-                "export again or bring it back"
+                f"{paths.shown(path)}: is missing, but {MANIFEST} names it; export again or bring it back"
+            )
+        with files.open_regular(path, self.path, ArtifactError) as file:
+            size = os.fstat(file.fileno()).st_size
+        if size != entry.bytes:
+            raise ArtifactError(
+                f"{paths.shown(path)}: has {size} bytes where the export wrote {entry.bytes}; it was truncated or "
+                "replaced, export again or bring it back"
             )
 
     def _check_hashes(self, entries: Mapping[str, FileEntry]) -> None:
-        try:
-            digests = sha256_files((self.path / name for name in entries), remembered=True)
-        except OSError as error:
-            raise ArtifactError(f"{error.filename}: cannot be read ({error.strerror}); check the disk") from error
+        digests = sha256_files((self.path / name for name in entries), remembered=True)
         for name, entry in entries.items():
             if digests[self.path / name] != entry.sha256:
                 raise ArtifactError(
-                    f"{self.path / name}: was changed since the export (its sha256 is another); "
+                    f"{paths.shown(self.path / name)}: was changed since the export (its sha256 is another); "
                     "export again or bring it back"
                 )
 
@@ -155,8 +157,10 @@ class Artifact:
             if backend in (None, program.backend) and scheme in (None, program.scheme):
                 return program
         asked = " ".join(word for word in (backend, scheme) if word is not None) or "any"
-        there = ", ".join(map(str, self.programs)) or "none"
-        raise ArtifactError(f"{self.path}: has no {asked} program, only: {there}; export it into this folder first")
+        there = one_line(", ".join(map(str, self.programs)), 120) or "none"
+        raise ArtifactError(
+            f"{paths.shown(self.path)}: has no {asked} program, only: {there}; export it into this folder first"
+        )
 
     def graph(self, program: Program, role: str) -> Path | None:
         """The file of a program's graph for a role, None where it has none."""
@@ -192,14 +196,12 @@ def _with_parity(manifest: Manifest, parity: Mapping[tuple[str, str], Mapping[st
 
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
-    try:
-        return Manifest.from_json(path.read_bytes(), str(path))
-    except FileNotFoundError as error:
-        weights = any(name.endswith(".safetensors") for name in paths.names(folder, ArtifactError))
-        kind = "a checkpoint: export it first" if weights else "not an artifact"
-        raise ArtifactError(f"{folder}: has no {MANIFEST}; it is {kind}") from error
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read ({error.strerror}); check the file") from error
+    if paths.exists(path, ArtifactError):
+        text = files.read_bytes(path, folder, ArtifactError, limit=MANIFEST_LIMIT)
+        return Manifest.from_json(text, paths.shown(path))
+    weights = paths.names(folder, ArtifactError, lambda name: name.endswith(".safetensors"), most=1)
+    kind = "a checkpoint: export it first" if weights else "not an artifact"
+    raise ArtifactError(f"{paths.shown(folder)}: has no {MANIFEST}; it is {kind}")
 
 
 class ArtifactWriter:
@@ -323,11 +325,17 @@ class ArtifactWriter:
         self.path(name).write_text(text, encoding="utf-8")
 
     def write_json(self, name: str, value: object) -> None:
-        self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        """Writes what every JSON parser reads (``json_values.plain``)."""
+        self.write_text(name, json_values.dump(value))
 
-    def copy(self, source: Path, name: str | None = None) -> None:
-        """Copies a file of the checkpoint; where it is a link, what it points to."""
-        shutil.copyfile(source, self.path(name or source.name))
+    def copy(self, source: Path, *, limit: int = files.TEXT_LIMIT) -> None:
+        """Copies a file of the checkpoint, of at most ``limit`` bytes; where it is a link in there, what it points to.
+
+        Raises:
+            CheckpointError: it is larger, no regular file, elsewhere, or cannot be read.
+        """
+        data = files.read_bytes(source, source.parent, CheckpointError, limit=limit)
+        self.path(source.name).write_bytes(data)
 
     def add_program(self, program: Program, files: Iterable[str]) -> Program:
         """Adds a program, or replaces the one of its backend and scheme; hashes its files, which are final now.
@@ -346,10 +354,10 @@ class ArtifactWriter:
         return program
 
     def _entries(self, names: Iterable[str]) -> dict[str, FileEntry]:
-        files = {name: self._staging.files / name for name in names}
-        digests = sha256_files(files.values())
+        written = {name: self._staging.files / name for name in names}
+        digests = sha256_files(written.values())
         return {
-            name: FileEntry(bytes=path.stat().st_size, sha256=digests[path]) for name, path in sorted(files.items())
+            name: FileEntry(bytes=path.stat().st_size, sha256=digests[path]) for name, path in sorted(written.items())
         }
 
     @property
