@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from lfm2_export.config import ModelConfig
+from lfm2_export.config import FULL_ATTENTION, ModelConfig
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -110,7 +110,7 @@ def backbone(config: ModelConfig) -> Iterator[ModelTensor]:
     for layer in range(config.num_hidden_layers):
         for norm in ("operator_norm", "ffn_norm"):
             yield _norm(f"{block_prefix(layer)}{norm}.weight", width, layer)
-        yield from _attention(config, layer) if layer in config.attention_layers else _conv(config, layer)
+        yield from _attention(config, layer) if config.layer_types[layer] == FULL_ATTENTION else _conv(config, layer)
     if not config.tie_word_embeddings:
         yield ModelTensor(name=HEAD, shape=table, kind=TensorClass.HEAD, part=Part.HEAD)
 
