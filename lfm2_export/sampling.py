@@ -47,36 +47,38 @@ class Sampler:
         Raises:
             GenerationError: the logits are not numbers.
         """
-        largest = logits_V[np.argmax(logits_V)]  # NaN where there is one
-        if not np.isfinite(largest):
+        best = int(np.argmax(logits_V))  # NaN where there is one
+        if not np.isfinite(logits_V[best]):
             raise GenerationError(
-                f"the program gave {largest} as its largest logit; its weights or its state overflow "
+                f"the program gave {logits_V[best]} as its largest logit; its weights or its state overflow "
                 "(fp16 programs: try another scheme)"
             )
         scores_V = penalize(logits_V, self._seen_V, self._config.repetition_penalty)
-        token = (
-            int(np.argmax(scores_V)) if self._config.greedy else draw(*candidates(scores_V, self._config), self._random)
-        )
+        if not self._config.greedy:
+            token = draw(*candidates(scores_V, self._config), self._random)
+        else:
+            token = best if scores_V is logits_V else int(np.argmax(scores_V))
         self._seen_V[token] = True
         return token
 
 
 @_falling
 def penalize(logits_V: np.ndarray, seen_V: np.ndarray, penalty: float) -> np.ndarray:
-    """Divides the positive and multiplies the negative logits of ``seen_V`` by ``penalty`` (CTRL, arXiv:1909.05858).
-
-    Counted in float64, which rounds to what float32 gives; the result is float64 where float32 cannot hold it.
-    """
+    """Divides the positive and multiplies the negative logits of ``seen_V`` by ``penalty`` (CTRL, arXiv:1909.05858);
+    float64 where float32 cannot hold the result."""
     if penalty == 1:
         return logits_V
     seen = np.flatnonzero(seen_V)
-    factor = np.float64(np.float32(penalty) if _FLOAT32.tiny <= penalty <= _FLOAT32.max else penalty)
-    scores = logits_V[seen].astype(np.float64)
-    changed = np.where(scores < 0, scores * factor, scores / factor)
-    changed = np.where(np.isfinite(scores), np.clip(changed, _FLOAT64.min, _FLOAT64.max), scores)
-    large = bool(np.any(np.abs(changed[np.isfinite(changed)]) > np.finfo(logits_V.dtype).max))
-    scores_V = logits_V.astype(np.float64 if large else logits_V.dtype)
-    scores_V[seen] = changed
+    scores = logits_V[seen]
+    if _has_room(logits_V, penalty) and np.abs(scores).max(initial=0) <= _FLOAT32.max * min(penalty, 1 / penalty):
+        scores_V, factor = logits_V.copy(), np.float32(penalty)
+        scores_V[seen] = np.where(scores < 0, scores * factor, scores / factor)
+        return scores_V
+    scores_V = logits_V.astype(np.float64)
+    scores = scores_V[seen]
+    changed = np.where(scores < 0, scores * penalty, scores / penalty)
+    # A logit of minus infinity is a token that the program excludes; no other becomes one.
+    scores_V[seen] = np.where(np.isfinite(scores), np.clip(changed, _FLOAT64.min, _FLOAT64.max), scores)
     return scores_V
 
 
@@ -99,10 +101,14 @@ def candidates(scores_V: np.ndarray, config: GenerationConfig) -> tuple[np.ndarr
 def temper(scores_V: np.ndarray, temperature: float) -> np.ndarray:
     """The scores divided by ``temperature``; where float32 has no room for that, their distances to the best one."""
     best = float(scores_V.max())
-    roomy = _FLOAT32.tiny <= temperature <= _FLOAT32.max and abs(best) <= _FLOAT32.max * min(temperature, 1)
-    if roomy and scores_V.dtype == np.float32:
+    if _has_room(scores_V, temperature) and abs(best) <= _FLOAT32.max * min(temperature, 1):
         return scores_V / np.float32(temperature)
     return (scores_V.astype(np.float64) - best) / temperature
+
+
+def _has_room(scores: np.ndarray, setting: float) -> bool:
+    """Whether these are float32 and a setting keeps its digits in it."""
+    return scores.dtype == np.float32 and bool(_FLOAT32.tiny <= setting <= _FLOAT32.max)
 
 
 def keep_top_k(scores: np.ndarray, k: int) -> np.ndarray:
