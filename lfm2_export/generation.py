@@ -15,6 +15,7 @@ import numpy as np
 from lfm2_export.backends.base import Runner, TokenRows, check_fits, check_rows
 from lfm2_export.errors import GenerationError
 from lfm2_export.generation_config import GenerationConfig
+from lfm2_export.messages import shown
 from lfm2_export.sampling import Sampler
 
 FinishReason = Literal["stop", "length", "context"]
@@ -114,7 +115,7 @@ def continue_from(
 def _finish_reason(
     token: int, step: int, held: int, context_length: int, config: GenerationConfig
 ) -> FinishReason | None:
-    if token in config.stop_token_ids:
+    if token in config.stop_tokens:
         return "stop"
     if step == config.max_new_tokens:
         return "length"
@@ -154,5 +155,7 @@ def _check_prompts(runner: Runner, prompts: TokenRows, config: GenerationConfig)
     check_fits(np.zeros(len(rows), dtype=np.int64), [len(row) for row in rows], runner.context_length)
     for token in config.stop_token_ids:
         if token >= runner.vocab_size:
-            raise GenerationError(f"stop token {token} is not in the vocabulary of {runner.vocab_size}; remove it")
+            raise GenerationError(
+                f"stop token {shown(token)} is not in the vocabulary of {runner.vocab_size}; remove it"
+            )
     return rows

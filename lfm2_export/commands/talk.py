@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from lfm2_export import console
+from lfm2_export import chat_template, console
 from lfm2_export.artifact import Artifact
 from lfm2_export.backends.base import Runner
 from lfm2_export.chat import Chat
@@ -49,6 +49,8 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
 
 def open_for_text(options: argparse.Namespace) -> Opened:
     """Loads program, tokenizer and the checkpoint's generation settings, overridden by the options."""
+    if not getattr(options, "raw", False):
+        chat_template.prepare()  # while the program is loaded
     artifact = Artifact.open(options.artifact, verify=False)
     program = artifact.program(options.backend, options.scheme)
     config = generation_settings(artifact.path).override(
