@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,14 +21,19 @@ import numpy.typing as npt
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
-from lfm2_export.backends.onnx import variants
 from lfm2_export.backends.onnx.packing import pack_codes
 from lfm2_export.backends.onnx.session import session_options
+from lfm2_export.kernels import build
 
 Arrays = dict[str, npt.NDArray[Any] | None]
 DoubleArray = npt.NDArray[np.float64]
 
 INT8_ZERO = 128
+
+
+def operator_library() -> Path | None:
+    """The library itself, whether or not its kernels here are faster than onnxruntime's; None without a compiler."""
+    return build.onnx_library_path()
 
 
 def open_operator(
@@ -55,7 +61,7 @@ def open_operator(
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("lfm2", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    options = session_options(threads, variants.own_library())
+    options = session_options(threads, operator_library())
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
