@@ -10,7 +10,7 @@ head size.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from lfm2_export.backends.onnx.packing import pack_codes
 from lfm2_export.backends.onnx.session import session_options
@@ -37,9 +37,15 @@ def operator_library() -> Path | None:
 
 
 def open_operator(
-    op: str, inputs: Arrays, outputs: Mapping[str, int], attributes: Mapping[str, Any], *, threads: int = 1
+    op: str,
+    inputs: Arrays,
+    outputs: Mapping[str, int],
+    attributes: Mapping[str, Any],
+    *,
+    threads: int = 1,
+    constants: Collection[str] = (),
 ) -> ort.InferenceSession:
-    """A session of one node; an input that is None is left out."""
+    """A session of one node; an input that is None is left out, one of ``constants`` is an initializer."""
     given = {name: array for name, array in inputs.items() if array is not None}
     node = helper.make_node(
         op,
@@ -56,8 +62,10 @@ def open_operator(
                 name, helper.np_dtype_to_tensor_dtype(array.dtype), [f"{name}_{axis}" for axis in range(array.ndim)]
             )
             for name, array in given.items()
+            if name not in constants
         ],
         [helper.make_tensor_value_info(name, kind, None) for name, kind in outputs.items()],
+        [numpy_helper.from_array(given[name], name) for name in constants if name in given],
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("lfm2", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
