@@ -19,8 +19,9 @@ from lfm2_export.messages import listed, natural, shown
 
 # The first release whose CPU kernels cover every operator that our programs use (QMoE's accuracy_level among them).
 MIN_ONNXRUNTIME = (1, 31)
-# onnxruntime logs a warning for every initializer that its optimizer leaves unused: nothing that a user could act on.
-_LOG_ERRORS_ONLY = 3
+# onnxruntime logs a warning for every initializer that its optimizer leaves unused, which nobody could act on, and every
+# error that it also raises, which we say ourselves.
+_LOG_FATAL_ONLY = 4
 _TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "uint8": "tensor(uint8)"}
 
 
@@ -50,7 +51,7 @@ def session_options(threads: int | None = None, library: Path | None = None) -> 
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     # Every decode step has another mask length; a memory plan would be kept for each of them.
     options.enable_mem_pattern = False
-    options.log_severity_level = _LOG_ERRORS_ONLY
+    options.log_severity_level = _LOG_FATAL_ONLY
     return options
 
 
