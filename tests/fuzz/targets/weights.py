@@ -45,12 +45,12 @@ def put_base() -> None:
 
 @cache
 def _base() -> dict[str, bytes]:
-    base, corpus = FOLDER / "base", FOLDER / "corpus"
+    base = FOLDER / "base"
     places = {
         "config.json": base / "config.json",
-        "onnx/model_q4.onnx": corpus / "onnx_graph" / "model_q4.onnx",
+        "onnx/model_q4.onnx": FOLDER / "corpus" / "onnx_graph" / "model_q4.onnx",
         "onnx/model_q4.onnx_data": base / "model_q4.onnx_data",
-        "executorch/model_8da4w.pte": corpus / "pte" / "model_8da4w.pte",
+        "executorch/model_8da4w.pte": base / "model_8da4w.pte",
     }
     return {name: path.read_bytes() for name, path in places.items()}
 
