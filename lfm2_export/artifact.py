@@ -6,23 +6,72 @@ with its size and SHA-256. ``ArtifactWriter`` makes one or adds to one; ``Artifa
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
-import shutil
+import logging
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ParamSpec
 
-from lfm2_export import paths
-from lfm2_export.errors import ArtifactError
+from lfm2_export import files, json_values, paths
+from lfm2_export.errors import ArtifactError, CheckpointError
+from lfm2_export.folders import Folder, UnexpectedKindError, is_plain_name
 from lfm2_export.hashing import sha256_files
+from lfm2_export.journal import Index
 from lfm2_export.ledger import discard_unlisted
-from lfm2_export.manifest import MANIFEST, CheckpointRecord, FileEntry, Manifest, Program, preference
-from lfm2_export.staging import Staging, contents, is_plain_name, recover
+from lfm2_export.manifest import MANIFEST, MANIFEST_LIMIT, CheckpointRecord, FileEntry, Manifest, Program, preference
+from lfm2_export.messages import one_line
+from lfm2_export.staging import Staging, alone, contents, unfinished
 
+logger = logging.getLogger(__name__)
+
+_CARD = "README.md"
 # People edit the model card; a changed one is no damage.
-_NOT_VOUCHED_FOR = ("README.md", MANIFEST)
+_NOT_VOUCHED_FOR = (_CARD, MANIFEST)
+_INDEX = Index(
+    name=MANIFEST,
+    sizes=lambda data: {name: entry.bytes for name, entry in Manifest.from_json(data).all_files().items()},
+    unlisted=(_CARD,),
+)
+
+# What an export knows of its checkpoint, for one that goes on from it; a name and a hash for each shard.
+_NOTE, _NOTE_BYTES = "checkpoint.json", 16 << 20
+
+Arguments = ParamSpec("Arguments")
+
+
+def _blaming_interruption(check: Callable[Arguments, None]) -> Callable[Arguments, None]:
+    """A check whose refusals say so where an interrupted export explains them."""
+
+    @functools.wraps(check)
+    def checked(*args: Arguments.args, **options: Arguments.kwargs) -> None:
+        try:
+            check(*args, **options)
+        except ArtifactError as error:
+            artifact = args[0]
+            assert isinstance(artifact, Artifact)
+            if unfinished(artifact.path) is None:
+                raise
+            fault = str(error).rpartition("; ")[0]
+            raise ArtifactError(
+                f"{fault}; an export into the folder was interrupted or is under way: give the same export command "
+                "again, or wait for it"
+            ) from error
+
+    return checked
+
+
+@functools.cache
+def _warn_of_unfinished(workspace: Path, folder: Path) -> None:
+    logger.warning(
+        "%s: an export into it was interrupted (%s); the same export command finishes it",
+        paths.shown(folder),
+        paths.shown(workspace.name),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +83,8 @@ class Artifact:
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = True) -> Artifact:
-        """Reads the manifest and, with ``verify``, checks every file that it names.
+        """Reads the manifest and, with ``verify``, checks every file that it names. Changes nothing; where an export
+        into the folder was interrupted in its last step, a warning says so, and what is whole can be used.
 
         Raises:
             ArtifactError: the folder or its manifest is missing or damaged, or a file is missing or was changed.
@@ -44,12 +94,14 @@ class Artifact:
             raise ArtifactError(
                 f"{paths.shown(folder)}: no such directory; give the folder that `lfm2-export export` wrote"
             )
-        recover(folder)
+        if (workspace := unfinished(folder)) is not None:
+            _warn_of_unfinished(workspace, folder)
         artifact = cls(path=folder, manifest=_read_manifest(folder))
         if verify:
             artifact.verify()
         return artifact
 
+    @_blaming_interruption
     def verify(self, *programs: Program, hashes: bool = True) -> None:
         """Checks that the files of ``programs`` (default: of all) and the shared ones are what was exported.
 
@@ -69,23 +121,24 @@ class Artifact:
 
     def _check_size(self, name: str, entry: FileEntry) -> None:
         path = self.path / name
-        if not paths.is_file(path, ArtifactError):
-            raise ArtifactError(f"{path}: is missing, but {MANIFEST} names it; export again or bring it back")
-        if (size := path.stat().st_size) != entry.bytes:
+        if not paths.exists(path, ArtifactError):
             raise ArtifactError(
-                f"{path}: has {size} bytes where the export wrote {entry.bytes}; it was truncated or replaced, "
-                "export again or bring it back"
+                f"{paths.shown(path)}: is missing, but {MANIFEST} names it; export again or bring it back"
+            )
+        with files.open_regular(path, self.path, ArtifactError) as file:
+            size = os.fstat(file.fileno()).st_size
+        if size != entry.bytes:
+            raise ArtifactError(
+                f"{paths.shown(path)}: has {size} bytes where the export wrote {entry.bytes}; it was truncated or "
+                "replaced, export again or bring it back"
             )
 
     def _check_hashes(self, entries: Mapping[str, FileEntry]) -> None:
-        try:
-            digests = sha256_files((self.path / name for name in entries), remembered=True)
-        except OSError as error:
-            raise ArtifactError(f"{error.filename}: cannot be read ({error.strerror}); check the disk") from error
+        digests = sha256_files((self.path / name for name in entries), remembered=True)
         for name, entry in entries.items():
             if digests[self.path / name] != entry.sha256:
                 raise ArtifactError(
-                    f"{self.path / name}: was changed since the export (its sha256 is another); "
+                    f"{paths.shown(self.path / name)}: was changed since the export (its sha256 is another); "
                     "export again or bring it back"
                 )
 
@@ -104,8 +157,10 @@ class Artifact:
             if backend in (None, program.backend) and scheme in (None, program.scheme):
                 return program
         asked = " ".join(word for word in (backend, scheme) if word is not None) or "any"
-        there = ", ".join(map(str, self.programs)) or "none"
-        raise ArtifactError(f"{self.path}: has no {asked} program, only: {there}; export it into this folder first")
+        there = one_line(", ".join(map(str, self.programs)), 120) or "none"
+        raise ArtifactError(
+            f"{paths.shown(self.path)}: has no {asked} program, only: {there}; export it into this folder first"
+        )
 
     def graph(self, program: Program, role: str) -> Path | None:
         """The file of a program's graph for a role, None where it has none."""
@@ -115,18 +170,18 @@ class Artifact:
     def update(
         self, *, parity: Mapping[tuple[str, str], Mapping[str, Any]] | None = None, readme: str | None = None
     ) -> Artifact:
-        """Records parity figures by (backend, scheme), and replaces the model card; atomically.
+        """Records parity figures by (backend, scheme), and replaces the model card; each file atomically.
 
         Raises:
-            ArtifactError: no such program, the folder cannot be written, or an export is writing to it.
+            ArtifactError: no such program, the folder cannot be written, or an export is writing to it or was
+                interrupted in its last step.
             ResourceError: the disk is full.
         """
-        with Staging(self.path, last=MANIFEST) as staging:
+        with alone(self.path) as folder:
             manifest = _with_parity(_read_manifest(self.path), parity or {}, self.path)
-            (staging.files / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
             if readme is not None:
-                (staging.files / "README.md").write_text(readme, encoding="utf-8")
-            staging.commit()
+                folder.write(_CARD, readme.encode())
+            folder.write(MANIFEST, manifest.to_json().encode())
         return replace(self, manifest=manifest)
 
 
@@ -141,14 +196,12 @@ def _with_parity(manifest: Manifest, parity: Mapping[tuple[str, str], Mapping[st
 
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
-    try:
-        return Manifest.from_json(path.read_bytes(), str(path))
-    except FileNotFoundError as error:
-        weights = any(name.endswith(".safetensors") for name in paths.names(folder, ArtifactError))
-        kind = "a checkpoint: export it first" if weights else "not an artifact"
-        raise ArtifactError(f"{folder}: has no {MANIFEST}; it is {kind}") from error
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read ({error.strerror}); check the file") from error
+    if paths.exists(path, ArtifactError):
+        text = files.read_bytes(path, folder, ArtifactError, limit=MANIFEST_LIMIT)
+        return Manifest.from_json(text, paths.shown(path))
+    weights = paths.names(folder, ArtifactError, lambda name: name.endswith(".safetensors"), most=1)
+    kind = "a checkpoint: export it first" if weights else "not an artifact"
+    raise ArtifactError(f"{paths.shown(folder)}: has no {MANIFEST}; it is {kind}")
 
 
 class ArtifactWriter:
@@ -177,7 +230,7 @@ class ArtifactWriter:
         into: Sequence[str] = (),
         key: str | None = None,
     ):
-        self._staging = Staging(Path(folder), last=MANIFEST, into=into, key=key)
+        self._staging = Staging(Path(folder), index=_INDEX, into=into, key=key)
         self._record = checkpoint
         self._added: dict[tuple[str, str], Program] = {}
         self.existing: Manifest | None = None
@@ -222,18 +275,26 @@ class ArtifactWriter:
         Raises:
             ArtifactError: it read others; the files are gone when the writer is left.
         """
-        note = self.ledgers / "checkpoint.json"
-        try:
-            known = json.loads(note.read_bytes())
-        except (OSError, ValueError):  # killed before it knew
-            known = checkpoint.shards
-            note.write_text(json.dumps(known), encoding="utf-8")
+        with Folder.open(self.ledgers) as ledgers:
+            try:
+                known = json.loads(ledgers.read(_NOTE, _NOTE_BYTES))
+            except (OSError, ValueError, RecursionError, UnexpectedKindError):  # killed before it knew
+                known = checkpoint.shards
+                ledgers.write(_NOTE, json.dumps(known).encode())
         if known != checkpoint.shards:
             raise ArtifactError(
                 f"{self.folder}: an export into it was interrupted, and the weights of {checkpoint} changed since "
                 "without their files' times; give the command again to start anew"
             )
         return checkpoint
+
+    def finished(self) -> Artifact | None:
+        """What a writer with the same key was killed at putting into place, and entering has put there; None where
+        there was none, or it is not whole."""
+        if self._staging.finished:
+            with contextlib.suppress(ArtifactError):
+                return Artifact.open(self.folder)
+        return None
 
     def _read_existing(self) -> Manifest | None:
         names = contents(self.folder)
@@ -264,11 +325,17 @@ class ArtifactWriter:
         self.path(name).write_text(text, encoding="utf-8")
 
     def write_json(self, name: str, value: object) -> None:
-        self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        """Writes what every JSON parser reads (``json_values.plain``)."""
+        self.write_text(name, json_values.dump(value))
 
-    def copy(self, source: Path, name: str | None = None) -> None:
-        """Copies a file of the checkpoint; where it is a link, what it points to."""
-        shutil.copyfile(source, self.path(name or source.name))
+    def copy(self, source: Path, *, limit: int = files.TEXT_LIMIT) -> None:
+        """Copies a file of the checkpoint, of at most ``limit`` bytes; where it is a link in there, what it points to.
+
+        Raises:
+            CheckpointError: it is larger, no regular file, elsewhere, or cannot be read.
+        """
+        data = files.read_bytes(source, source.parent, CheckpointError, limit=limit)
+        self.path(source.name).write_bytes(data)
 
     def add_program(self, program: Program, files: Iterable[str]) -> Program:
         """Adds a program, or replaces the one of its backend and scheme; hashes its files, which are final now.
@@ -287,10 +354,10 @@ class ArtifactWriter:
         return program
 
     def _entries(self, names: Iterable[str]) -> dict[str, FileEntry]:
-        files = {name: self._staging.files / name for name in names}
-        digests = sha256_files(files.values())
+        written = {name: self._staging.files / name for name in names}
+        digests = sha256_files(written.values())
         return {
-            name: FileEntry(bytes=path.stat().st_size, sha256=digests[path]) for name, path in sorted(files.items())
+            name: FileEntry(bytes=path.stat().st_size, sha256=digests[path]) for name, path in sorted(written.items())
         }
 
     @property
@@ -306,8 +373,7 @@ class ArtifactWriter:
         text = manifest.to_json()
         Manifest.from_json(text)  # what cannot be read back must not replace what can
         self.write_text(MANIFEST, text)
-        before = self.existing.all_files() if self.existing else {}
-        self._staging.commit(delete=sorted(before.keys() - manifest.all_files().keys()))
+        self._staging.commit()
         return Artifact(path=self.folder, manifest=manifest)
 
     def _manifest(self) -> Manifest:

@@ -6,14 +6,17 @@ and values of every position so far. Each is an explicit tensor with a name, a s
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from lfm2_export.config import ModelConfig
+from lfm2_export.config import CONV, ModelConfig
 from lfm2_export.errors import ArtifactError
+from lfm2_export.messages import shown
 
 BATCH = "batch_size"
 PAST = "past_sequence_length"
@@ -63,6 +66,9 @@ class StateTensor:
     def zeros(self, batch_size: int, length: int = 0) -> np.ndarray:
         return np.zeros(self.concrete_shape(batch_size, length), dtype=self.dtype)
 
+    def nbytes(self, batch_size: int, length: int = 0) -> int:
+        return math.prod(self.concrete_shape(batch_size, length)) * np.dtype(self.dtype).itemsize
+
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSpec:
@@ -75,7 +81,7 @@ class CacheSpec:
         tensors: list[StateTensor] = []
         shape: tuple[int | str, ...]
         for layer in range(config.num_hidden_layers):
-            if layer in config.conv_layers:
+            if config.layer_types[layer] == CONV:
                 shape = (BATCH, config.conv_L_cache - 1, config.hidden_size)
                 tensors.append(_state(layer, CONV_STATE, shape, dtype))
             else:
@@ -107,11 +113,11 @@ class CacheSpec:
 
     def bytes_per_token(self) -> int:
         """Bytes that one more position of context costs in one row."""
-        return sum(t.zeros(1, 1).nbytes for t in self.growing)
+        return sum(t.nbytes(1, 1) for t in self.growing)
 
     def fixed_bytes(self) -> int:
         """Bytes of one row's conv states, whatever the context's length."""
-        return sum(t.zeros(1).nbytes for t in self.conv)
+        return sum(t.nbytes(1) for t in self.conv)
 
     def to_json(self) -> list[dict[str, Any]]:
         return [{**asdict(t), "shape": list(t.shape)} for t in self.tensors]
@@ -121,11 +127,14 @@ class CacheSpec:
         """Reads what ``to_json`` wrote.
 
         Raises:
-            ArtifactError: an entry lacks a field or has one of the wrong type.
+            ArtifactError: there is no entry, one lacks a field or has one that no model's state has, or they are not
+                one conv state, or keys and values of one shape, for each layer in order.
         """
-        if not isinstance(entries, list):
-            raise ArtifactError(f"cache: expected a list of state tensors, found {type(entries).__name__}")
-        return cls(tensors=tuple(_from_json(entry) for entry in entries))
+        if not isinstance(entries, list) or not entries:
+            raise ArtifactError(f"cache: expected a list of state tensors, found {shown(entries)}")
+        tensors = tuple(_from_json(entry) for entry in entries)
+        _check_layers(tensors)
+        return cls(tensors=tensors)
 
 
 def _state(layer: int, kind: str, shape: tuple[int | str, ...], dtype: str) -> StateTensor:
@@ -133,18 +142,73 @@ def _state(layer: int, kind: str, shape: tuple[int | str, ...], dtype: str) -> S
     return StateTensor(layer=layer, kind=kind, past_name=past, present_name=present, shape=shape, dtype=dtype)
 
 
+_FIELDS: dict[str, type] = {
+    "layer": int,
+    "kind": str,
+    "past_name": str,
+    "present_name": str,
+    "shape": list,
+    "dtype": str,
+}
+# What a shape of each kind begins with; what follows are sizes.
+_SHAPES: dict[str, tuple[str | None, ...]] = {
+    CONV_STATE: (BATCH, None, None),
+    KEY_STATE: (BATCH, None, PAST, None),
+    VALUE_STATE: (BATCH, None, PAST, None),
+}
+# Elements of one state tensor at one position; real ones have some thousands.
+_LARGEST = 2**31 - 1
+
+
 def _from_json(entry: object) -> StateTensor:
-    fields = {"layer": int, "kind": str, "past_name": str, "present_name": str, "shape": list, "dtype": str}
-    if not isinstance(entry, Mapping) or set(entry) != set(fields):
-        raise ArtifactError(f"cache: a state tensor needs exactly the fields {', '.join(fields)}; found {entry!r}")
-    for name, kind in fields.items():
-        if not isinstance(entry[name], kind):
-            raise ArtifactError(f"cache: {name}={entry[name]!r} is not a {kind.__name__}")
-    axes = entry["shape"]
-    if not all((type(a) is int and 0 < a < 2**31) or a in (BATCH, PAST) for a in axes):
-        raise ArtifactError(f"cache: {entry['past_name']} has the shape {axes!r}; sizes or known axis names expected")
-    if entry["dtype"] not in ("float32", "float16"):
+    if not isinstance(entry, Mapping) or set(entry) != set(_FIELDS):
         raise ArtifactError(
-            f"cache: {entry['past_name']} has the dtype {entry['dtype']!r}; float32 or float16 expected"
+            f"cache: a state tensor needs exactly the fields {', '.join(_FIELDS)}; found {shown(entry)}"
         )
+    for name, type_ in _FIELDS.items():
+        if type(entry[name]) is not type_:
+            raise ArtifactError(f"cache: {name}={shown(entry[name])} is not a {type_.__name__}")
+    layer, kind, axes = entry["layer"], entry["kind"], entry["shape"]
+    if kind not in _SHAPES or not 0 <= layer <= _LARGEST:
+        raise ArtifactError(
+            f"cache: a state tensor has kind={shown(kind)} and layer={shown(layer)}; one of {', '.join(_SHAPES)}, and "
+            "a layer from 0 expected"
+        )
+    names = StateTensor.names(layer, kind)
+    if (entry["past_name"], entry["present_name"]) != names:
+        found = f"{shown(entry['past_name'])} and {shown(entry['present_name'])}"
+        raise ArtifactError(f"cache: layer {layer}'s {kind} state is named {found}; expected {' and '.join(names)}")
+    if not _is_shape(axes, _SHAPES[kind]):
+        expected = ", ".join(axis or "size" for axis in _SHAPES[kind])
+        raise ArtifactError(f"cache: {names[0]} has the shape {shown(axes)}; [{expected}] expected")
+    if entry["dtype"] not in ("float32", "float16"):
+        raise ArtifactError(f"cache: {names[0]} has the dtype {shown(entry['dtype'])}; float32 or float16 expected")
     return StateTensor(**{**entry, "shape": tuple(axes)})
+
+
+def _is_shape(axes: list[object], expected: tuple[str | None, ...]) -> bool:
+    if len(axes) != len(expected):
+        return False
+    elements = 1
+    for axis, name in zip(axes, expected, strict=True):
+        if name is None:
+            if type(axis) is not int or not 0 < axis <= _LARGEST:
+                return False
+            elements *= axis
+        elif axis != name:
+            return False
+    return elements <= _LARGEST
+
+
+def _check_layers(tensors: tuple[StateTensor, ...]) -> None:
+    layers = [list(group) for _, group in itertools.groupby(tensors, key=lambda tensor: tensor.layer)]
+    numbers = [group[0].layer for group in layers]
+    if numbers != sorted(set(numbers)):
+        raise ArtifactError(f"cache: its layers are {shown(numbers)}; each once and in order expected")
+    for group in layers:
+        kinds = [tensor.kind for tensor in group]
+        if kinds not in ([CONV_STATE], [KEY_STATE, VALUE_STATE]) or len({tensor.shape for tensor in group}) > 1:
+            raise ArtifactError(
+                f"cache: layer {group[0].layer} has {', '.join(kinds)}; {CONV_STATE}, or {KEY_STATE} and {VALUE_STATE} "
+                "of one shape expected"
+            )

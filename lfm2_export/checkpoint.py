@@ -11,36 +11,32 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lfm2_export import paths
+from lfm2_export import files, paths
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import CheckpointError
 from lfm2_export.hashing import sha256_files
+from lfm2_export.messages import MESSAGE_LIMIT, listed
 from lfm2_export.models import FAMILIES, Family, get_family
 from lfm2_export.models._names import FusedTensor
-from lfm2_export.safetensors_file import (
-    Shard,
-    TensorInfo,
-    read_float32,
-    read_row_blocks,
-    read_shard,
-    read_stored,
-)
+from lfm2_export.safetensors_file import TensorInfo, read_float32, read_row_blocks, read_stored
 from lfm2_export.source import Source, resolve
+from lfm2_export.weight_files import open_weights
 
 logger = logging.getLogger(__name__)
+
+# Of a list in a message: "262144 missing: " and " and 262143 more; ".
+_COUNTS = 36
 
 # name -> (shape as stored, shape that the config asks for)
 WrongShapes = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -48,7 +44,13 @@ COMPANIONS = (
     "chat_template.jinja",
     "generation_config.json",
 )
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+# The names go into the model card.
+_LICENCE = re.compile(r"LICENSE[\w.-]{0,40}", re.ASCII)
+_MOST_LICENCES = 16
+# The published ones have 1 kB; 10,000 layers spelled out need 200.
+_CONFIG_LIMIT = 1 << 20
+# Bytes of a head that is compared with the embedding it repeats: 128,000 tokens of 8,192 float32 values.
+_HEAD_LIMIT = 4 << 30
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _BF16_INFINITY = 0x7F80  # every bit pattern above it is a NaN
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -78,10 +80,10 @@ class Checkpoint:
         self.name = name
         self.path = source.path
         self.revision = source.revision
-        self.raw_config = read_json_object(self.path / "config.json")
+        self.raw_config = _read_config(self.path)
         self.family = _family(self.path, self.raw_config)
         self.config: ModelConfig = self.family.parse_config(self.raw_config)
-        self._shards = {shard.path: shard for shard in _open_shards(self.path)}
+        self._shards = {shard.path: shard for shard in open_weights(self.path)}
         stored = {name: info for shard in self._shards.values() for name, info in shard.tensors.items()}
         self._drop_tied_head(stored)
         self.tensors: Mapping[str, TensorInfo] = match_tensors(self.path, self.family, self.config, stored)
@@ -100,8 +102,7 @@ class Checkpoint:
         Raises:
             CheckpointError: the file changed or cannot be read.
         """
-        info = self.tensors[name].rows(rows)
-        return read_stored(self._shards[info.file], info)
+        return self._raw(self.tensors[name].rows(rows))
 
     def read_raw_blocks(self, name: str, rows: slice | None, block_rows: int) -> Iterator[np.ndarray]:
         """What ``read_raw`` returns, in blocks of ``block_rows`` rows; the next one overwrites the one before.
@@ -140,9 +141,16 @@ class Checkpoint:
 
     def files(self) -> list[Path]:
         """Tokenizer, chat template, generation config and licence files, those that exist."""
-        licences = [name for name in paths.names(self.path, CheckpointError) if name.startswith("LICENSE")]
-        found = [self.path / name for name in (*COMPANIONS, *licences)]
-        return [path for path in found if paths.is_file(path, CheckpointError)]
+        found = [self.path / name for name in COMPANIONS]
+        return [path for path in found if paths.exists(path, CheckpointError)] + self.licences()
+
+    def licences(self) -> list[Path]:
+        """Licence files: LICENSE, LICENSE.md and the like, the first few."""
+        found = paths.names(self.path, CheckpointError, _LICENCE.fullmatch)
+        if len(found) > _MOST_LICENCES:
+            logger.warning("%s: has %d licence files; the first %d are taken", self.path, len(found), _MOST_LICENCES)
+        chosen = [self.path / name for name in found[:_MOST_LICENCES]]
+        return [path for path in chosen if _is_no_folder(path)]
 
     @cached_property
     def config_sha256(self) -> str:
@@ -154,19 +162,20 @@ class Checkpoint:
         """SHA-256 of every weight file by its name; streamed once, then remembered.
 
         Raises:
-            CheckpointError: a file of the Hub's cache is not what the Hub said it is (its name there is its hash).
+            CheckpointError: a file cannot be read, or one of the Hub's cache is not what the Hub said it is (its name
+                there is its hash).
         """
         return dict(self._shard_hashes)
 
     @cached_property
     def _shard_hashes(self) -> dict[str, str]:
-        digests = sha256_files(self._shards, remembered=True)
+        digests = sha256_files(self._shards, CheckpointError, remembered=True)
         for path, digest in digests.items():
             blob = path.resolve()
             if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name) and blob.name != digest:
                 raise CheckpointError(
-                    f"{path}: its bytes were altered (sha256 {digest[:12]}…, the Hub gave {blob.name[:12]}…); "
-                    f"delete {blob} and download it again"
+                    f"{paths.shown(path)}: its bytes were altered (sha256 {digest[:12]}…, the Hub gave "
+                    f"{blob.name[:12]}…); delete {paths.shown(blob, 100)} and download it again"
                 )
         return {path.name: digest for path, digest in sorted(digests.items())}
 
@@ -175,20 +184,31 @@ class Checkpoint:
         if not self.config.tie_word_embeddings or _HEAD not in stored or _EMBEDDING not in stored:
             return
         head, embedding = stored[_HEAD], stored[_EMBEDDING]
+        if embedding.shape != (self.config.vocab_size, self.config.hidden_size) or embedding.nbytes > _HEAD_LIMIT:
+            return  # then the head is left over, and what is wrong is said with it
         if not self._same_values(head, embedding):
             raise CheckpointError(
-                f"{head.file}: {_HEAD} differs from {_EMBEDDING}, but config.json says tie_word_embeddings=true; "
-                "set it to false to use the stored head, or remove the head"
+                f"{paths.shown(head.file)}: {_HEAD} differs from {_EMBEDDING}, but config.json says "
+                "tie_word_embeddings=true; set it to false to use the stored head, or remove the head"
             )
         logger.info("%s: %s repeats the tied %s and is left out", head.file, _HEAD, _EMBEDDING)
         del stored[_HEAD]
 
     def _same_values(self, left: TensorInfo, right: TensorInfo) -> bool:
-        if left.shape != right.shape or len(left.shape) != 2:
+        if left.shape != right.shape:
             return False
-        step = max(1, (1 << 22) // max(1, left.shape[1]))
+        step = max(1, (1 << 22) // left.shape[1])
         ranges = (slice(start, start + step) for start in range(0, left.shape[0], step))
-        return all(np.array_equal(self._part(left, rows), self._part(right, rows)) for rows in ranges)
+        return all(self._same_rows(left.rows(rows), right.rows(rows)) for rows in ranges)
+
+    def _same_rows(self, left: TensorInfo, right: TensorInfo) -> bool:
+        """Bits where both have the same dtype, which is fast; values where they have not (or 0 and -0)."""
+        if left.dtype == right.dtype and np.array_equal(self._raw(left), self._raw(right)):
+            return True
+        return np.array_equal(self._part(left, None), self._part(right, None))
+
+    def _raw(self, info: TensorInfo) -> np.ndarray:
+        return read_stored(self._shards[info.file], info)
 
     def _part(self, info: TensorInfo, rows: slice | None) -> np.ndarray:
         return read_float32(self._shards[info.file], info.rows(rows))
@@ -220,80 +240,24 @@ def is_finite(stored: np.ndarray) -> bool:
     return bool(greatest < _BF16_INFINITY and most_negative < _BF16_INFINITY | 0x8000)
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file that must hold an object.
+def _is_no_folder(path: Path) -> bool:
+    """A folder of licences is left alone; what is neither that nor a file is refused where it is read."""
+    return paths.exists(path, CheckpointError) and not paths.is_folder(path, CheckpointError)
 
-    Raises:
-        CheckpointError: it is missing, not JSON, or something else than an object.
-    """
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path.parent}: has no {path.name}; give a checkpoint's own folder") from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the file") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not JSON ({error}); download it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds a {type(value).__name__}, not a JSON object; download it again")
-    return value
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not paths.exists(path, CheckpointError):
+        raise CheckpointError(f"{paths.shown(folder)}: has no {path.name}; give a checkpoint's own folder")
+    return files.read_json_object(path, folder, CheckpointError, limit=_CONFIG_LIMIT)
 
 
 def _family(path: Path, raw_config: Mapping[str, Any]) -> Family:
     if "model_type" not in raw_config:
-        raise CheckpointError(f"{path / 'config.json'}: model_type is missing; expected one of {', '.join(FAMILIES)}")
+        raise CheckpointError(
+            f"{paths.shown(path / 'config.json')}: model_type is missing; expected one of {', '.join(FAMILIES)}"
+        )
     return get_family(raw_config["model_type"])
-
-
-def _open_shards(folder: Path) -> list[Shard]:
-    """The weight files' headers, as one file or as the index lists them (one file first, as in transformers)."""
-    if paths.exists(folder / SINGLE, CheckpointError):
-        return [read_shard(folder / SINGLE)]
-    if paths.exists(folder / INDEX, CheckpointError):
-        return _open_indexed(folder)
-    pickles = [name for name in paths.names(folder, CheckpointError) if name.endswith(_PICKLES)]
-    if pickles:
-        raise CheckpointError(
-            f"{folder}: holds only pickled weights ({', '.join(pickles[:3])}), which can run code and stay closed; "
-            "save the model as safetensors"
-        )
-    raise CheckpointError(f"{folder}: has neither {SINGLE} nor {INDEX}; download the weights")
-
-
-def _open_indexed(folder: Path) -> list[Shard]:
-    index = folder / INDEX
-    weight_map = read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: weight_map is missing or not an object; download it again")
-    for file in weight_map.values():
-        _check_plain_name(index, file)
-    shards = {file: _open_listed(index, file) for file in dict.fromkeys(weight_map.values())}
-    for file, shard in shards.items():
-        listed = {name for name, place in weight_map.items() if place == file}
-        _check_index(index, file, listed, set(shard.tensors))
-    return list(shards.values())
-
-
-def _check_plain_name(index: Path, file: object) -> None:
-    """A shard's name must be a plain one. (The file itself may be a link: the Hub's cache is made of them.)"""
-    if not isinstance(file, str) or file in ("", ".", "..") or set(file) & set("/\\:\0"):
-        raise CheckpointError(
-            f"{index}: names the file {file!r}, which is not a plain name in its folder; do not use this checkpoint"
-        )
-
-
-def _open_listed(index: Path, file: str) -> Shard:
-    path = index.parent / file
-    if not paths.exists(path, CheckpointError):
-        raise CheckpointError(f"{path}: is missing, but {index.name} names it; download it again")
-    return read_shard(path)
-
-
-def _check_index(index: Path, file: str, listed: set[str], stored: set[str]) -> None:
-    if listed - stored:
-        raise CheckpointError(f"{index}: says that {file} holds {_names(listed - stored)}, which it does not")
-    if stored - listed:
-        raise CheckpointError(f"{index}: does not say that {file} holds {_names(stored - listed)}, which it does")
 
 
 def match_tensors(
@@ -306,10 +270,12 @@ def match_tensors(
     """
     expected = family.tensor_shapes(config)
     found, wrong = _take_fused_apart(family.fused_tensors(config), stored)
-    for name in expected.keys() & found.keys():
-        if found[name].shape != expected[name]:
-            wrong[name] = (found[name].shape, expected[name])
-    _raise_mismatch(path, expected.keys() - found.keys(), found.keys() - expected.keys(), wrong)
+    for name, shape in expected.items():
+        if name in found and found[name].shape != shape:
+            wrong[name] = (found[name].shape, shape)
+    missing = [name for name in expected if name not in found]
+    left_over = [name for name in found if name not in expected]
+    _raise_mismatch(path, missing, left_over, wrong)
     return {name: found[name] for name in expected}
 
 
@@ -335,16 +301,15 @@ def _take_fused_apart(
 def _raise_mismatch(path: Path, missing: Collection[str], left_over: Collection[str], wrong: WrongShapes) -> None:
     shapes = [f"{name} is {list(is_)}, config.json asks for {list(asked)}" for name, (is_, asked) in wrong.items()]
     lists: dict[str, Collection[str]] = {"missing": missing, "left over": left_over, "wrong shape": shapes}
-    problems = [f"{len(names)} {kind}: {_names(names)}" for kind, names in lists.items() if names]
-    if problems:
-        raise CheckpointError(
-            f"{path}: the weights do not fit config.json; {'; '.join(problems)}; use the config.json of these weights"
-        )
-
-
-def _names(names: Iterable[str]) -> str:
-    """All of them, in an order that counts layers as numbers."""
-    return ", ".join(sorted(names, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)]))
+    lists = {kind: names for kind, names in lists.items() if names}
+    if not lists:
+        return
+    start = f"{paths.shown(path)}: the weights do not fit config.json; "
+    remedy = "; use the config.json of these weights"
+    room = (MESSAGE_LIMIT - len(start + remedy)) // len(lists) - _COUNTS
+    problems = [f"{len(names)} {kind}: {listed(names, room=room, longest=160)}" for kind, names in lists.items()]
+    details = [f"{kind}: {name}" for kind, names in lists.items() for name in names]
+    raise CheckpointError(f"{start}{'; '.join(problems)}{remedy}", details=details)
 
 
 _PARTS = ("embedding", "head", "convolutions", "attention", "dense MLPs", "experts", "routers", "norms")

@@ -6,43 +6,75 @@ is read: one that is damaged would otherwise fail the export at its end, or the 
 
 from __future__ import annotations
 
-import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from lfm2_export import paths
+from lfm2_export import files, json_values, paths
 from lfm2_export.artifact import ArtifactWriter
-from lfm2_export.checkpoint import Checkpoint, read_json_object
+from lfm2_export.checkpoint import Checkpoint
 from lfm2_export.errors import ArtifactError, CheckpointError, GenerationError
 from lfm2_export.generation_config import GenerationConfig
+from lfm2_export.messages import listed, shown
 from lfm2_export.text import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 GENERATION_CONFIG, TOKENIZER, TEMPLATE = "generation_config.json", "tokenizer.json", "chat_template.jinja"
 _OBJECTS = (GENERATION_CONFIG, "tokenizer_config.json", "special_tokens_map.json")
+# Bytes; what is not named here has ``files.TEXT_LIMIT``. Tokenizers of 260,000 tokens have 33 MB.
+_LIMITS = {TOKENIZER: 64 << 20, **dict.fromkeys(_OBJECTS, files.JSON_LIMIT)}
 
 
 def check(checkpoint: Checkpoint) -> None:
-    """Opens every companion file as its later users will.
+    """Opens every companion file as its later users will; says what of it no JSON file can hold.
 
     Raises:
-        CheckpointError: a file is damaged, or a generation setting is out of range.
+        CheckpointError: a file is damaged, too large, no regular file or elsewhere, or a generation setting is out of
+            range.
     """
-    for name in _OBJECTS:
-        if _has(checkpoint, name):
-            read_json_object(checkpoint.path / name)
+    for path in checkpoint.files():
+        files.check(path, checkpoint.path, CheckpointError, limit=_limit(path))
+    _warn_of_values(checkpoint.path / "config.json", checkpoint.raw_config)
+    for name, value in _objects(checkpoint).items():
+        _warn_of_values(checkpoint.path / name, value)
     _check_generation(checkpoint)
     if _has(checkpoint, TEMPLATE):
-        _check_utf8(checkpoint.path / TEMPLATE)
+        files.read_text(checkpoint.path / TEMPLATE, checkpoint.path, CheckpointError)
     if _has(checkpoint, TOKENIZER):
         _check_tokenizer(checkpoint)
+
+
+def _limit(path: Path) -> int:
+    return _LIMITS.get(path.name, files.TEXT_LIMIT)
+
+
+def _warn_of_values(path: Path, value: Mapping[str, Any]) -> None:
+    if keys := json_values.not_plain(value):
+        logger.warning(
+            "%s: %s has values that JSON cannot hold (NaN, Infinity, half a character); the artifact gets null, or "
+            "U+FFFD in text",
+            paths.shown(path),
+            listed(keys),
+        )
+
+
+def _objects(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    return {
+        name: files.read_json_object(checkpoint.path / name, checkpoint.path, CheckpointError)
+        for name in _OBJECTS
+        if _has(checkpoint, name)
+    }
 
 
 def carry_over(checkpoint: Checkpoint, writer: ArtifactWriter) -> None:
     """Tokenizer, template, generation settings and licence, as they are; runtimes need a generation config."""
     for path in checkpoint.files():
-        writer.copy(path)
+        writer.copy(path, limit=_limit(path))
+    for name, value in _objects(checkpoint).items():
+        if json_values.not_plain(value):
+            writer.write_json(name, value)
     if not _has(checkpoint, GENERATION_CONFIG):
         config = checkpoint.config
         settings = {
@@ -50,7 +82,7 @@ def carry_over(checkpoint: Checkpoint, writer: ArtifactWriter) -> None:
             "eos_token_id": list(config.eos_token_id),
             "pad_token_id": config.pad_token_id,
         }
-        writer.write_text(GENERATION_CONFIG, json.dumps(settings, indent=2) + "\n")
+        writer.write_json(GENERATION_CONFIG, settings)
     if not _has(checkpoint, TOKENIZER):
         logger.warning(
             "%s: has no %s, so the artifact takes token ids only; add one to use `run` and `chat`",
@@ -60,7 +92,8 @@ def carry_over(checkpoint: Checkpoint, writer: ArtifactWriter) -> None:
 
 
 def _has(checkpoint: Checkpoint, name: str) -> bool:
-    return paths.is_file(checkpoint.path / name, CheckpointError)
+    """Whether anything is there; what is no regular file is refused where it is read."""
+    return paths.exists(checkpoint.path / name, CheckpointError)
 
 
 def _check_generation(checkpoint: Checkpoint) -> None:
@@ -72,17 +105,9 @@ def _check_generation(checkpoint: Checkpoint) -> None:
     for token in settings.stop_token_ids:
         if token >= vocab_size:
             raise CheckpointError(
-                f"{path}: eos_token_id={token} is not in the vocabulary of {vocab_size}; correct the file"
+                f"{paths.shown(path)}: eos_token_id={shown(token)} is not in the vocabulary of {vocab_size}; "
+                "correct the file"
             )
-
-
-def _check_utf8(path: Path) -> None:
-    try:
-        path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: byte {error.start} is not UTF-8; download it again") from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the file") from error
 
 
 def _check_tokenizer(checkpoint: Checkpoint) -> None:

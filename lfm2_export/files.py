@@ -10,20 +10,19 @@ allowed.
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from lfm2_export import paths
+from lfm2_export import json_values, paths
 from lfm2_export.errors import Lfm2ExportError
 from lfm2_export.messages import shown
 
-# Parsed JSON takes up to 35 times its bytes (objects without members). The largest file of the family, the manifest of
-# the 24B with every program, is below 8 MB.
+# The largest JSON file of the family, the manifest of the 24B with every program, is below 8 MB.
 JSON_LIMIT = 16 << 20
 TEXT_LIMIT = 1 << 20
 
@@ -31,22 +30,48 @@ TEXT_LIMIT = 1 << 20
 _FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOFOLLOW", "O_CLOEXEC", "O_BINARY"))
 
 
+class NotRegularError(OSError):
+    """What was to be read is a folder, a device, a FIFO or a socket."""
+
+
 @contextmanager
-def open_regular(path: Path, folder: Path, kind: type[Lfm2ExportError]) -> Iterator[BinaryIO]:
-    """A regular file of ``folder``, open for reading without a buffer.
+def open_regular(
+    path: Path, folder: Path, kind: type[Lfm2ExportError], *, real: Path | None = None
+) -> Iterator[FileIO]:
+    """A regular file of ``folder``, open for reading without a buffer; ``real``: where ``inside`` found it before.
 
     Raises:
         kind: it leads out of the folder, is no regular file, or cannot be read, also while it is being read.
     """
     try:
-        with os.fdopen(os.open(inside(path, folder, kind), _FLAGS), "rb", buffering=0) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise kind(f"{paths.shown(path)}: is not a regular file; put the file itself there")
+        with open_real(inside(path, folder, kind) if real is None else real) as file:
             yield file
-    except IsADirectoryError as error:
-        raise kind(f"{paths.shown(path)}: is a folder where a file is needed; move it away") from error
     except OSError as error:
-        raise kind(f"{paths.shown(path)}: cannot be read ({error.strerror}); check the file and its rights") from error
+        raise unreadable(path, error, kind) from error
+
+
+def open_real(path: Path) -> FileIO:
+    """A regular file by its path without links, without ever waiting for anything but the disk.
+
+    Raises:
+        OSError: it cannot be opened; ``NotRegularError`` where it is something else. ``unreadable`` makes it a line.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):  # to open some devices is to use them
+        raise NotRegularError(str(path))
+    descriptor = os.open(path, _FLAGS)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise NotRegularError(str(path))
+    return FileIO(descriptor, "rb")
+
+
+def unreadable(path: Path, error: OSError, kind: type[Lfm2ExportError]) -> Lfm2ExportError:
+    """The line for a file that cannot be read."""
+    if paths.is_folder(path, kind):
+        return kind(f"{paths.shown(path)}: is a folder where a file is needed; move it away")
+    if isinstance(error, NotRegularError):
+        return kind(f"{paths.shown(path)}: is not a regular file; put the file itself there")
+    return kind(f"{paths.shown(path)}: cannot be read ({error.strerror or error}); check the file and its rights")
 
 
 def inside(path: Path, folder: Path, kind: type[Lfm2ExportError]) -> Path:
@@ -56,15 +81,17 @@ def inside(path: Path, folder: Path, kind: type[Lfm2ExportError]) -> Path:
         kind: it lies outside of ``folder`` and of the Hub's cache that the folder belongs to.
     """
     real, root = paths.real(path, kind), paths.real(folder, kind)
-    if real.is_relative_to(root) or real.parent == _blobs(root):
+    if real.is_relative_to(root) or real.parent in _blobs(root):
         return real
     raise kind(
-        f"{paths.shown(path)}: is a link that leaves its folder (to {paths.shown(real)}); put the file itself there"
+        f"{paths.shown(path)}: is a link that leaves its folder (to {paths.shown(real, 100)}); put the file itself "
+        "there"
     )
 
 
-def _blobs(snapshot: Path) -> Path | None:
-    return snapshot.parent.parent / "blobs" if snapshot.parent.name == "snapshots" else None
+def _blobs(folder: Path) -> list[Path]:
+    """Where the Hub's cache keeps the files of a snapshot, or of a folder in one."""
+    return [above.parent / "blobs" for above in folder.parents if above.name == "snapshots"]
 
 
 def read_bytes(path: Path, folder: Path, kind: type[Lfm2ExportError], *, limit: int) -> bytes:
@@ -74,18 +101,28 @@ def read_bytes(path: Path, folder: Path, kind: type[Lfm2ExportError], *, limit: 
         kind: as ``open_regular``, or it is larger.
     """
     with open_regular(path, folder, kind) as file:
-        size = os.fstat(file.fileno()).st_size
+        _check_size(path, os.fstat(file.fileno()).st_size, kind, limit)
         # Some special files state no size, and a file may grow: what is read is bounded as well.
-        data = b"" if size > limit else _read_up_to(file, limit + 1)
-        if max(size, len(data)) > limit:
-            raise kind(
-                f"{paths.shown(path)}: has {max(size, len(data))} bytes, more than the {limit} that such a file may "
-                "have; bring back the original"
-            )
-        return data
+        data = _read_up_to(file, limit + 1)
+    _check_size(path, len(data), kind, limit)
+    return data
 
 
-def _read_up_to(file: BinaryIO, limit: int) -> bytes:
+def check(path: Path, folder: Path, kind: type[Lfm2ExportError], *, limit: int) -> None:
+    """Opens a file that ``read_bytes``, or another library, will read; raises as ``read_bytes``."""
+    with open_regular(path, folder, kind) as file:
+        _check_size(path, os.fstat(file.fileno()).st_size, kind, limit)
+
+
+def _check_size(path: Path, size: int, kind: type[Lfm2ExportError], limit: int) -> None:
+    if size > limit:
+        raise kind(
+            f"{paths.shown(path)}: has {size} bytes, more than the {limit} that such a file may have; bring back the "
+            "original"
+        )
+
+
+def _read_up_to(file: FileIO, limit: int) -> bytes:
     pieces: list[bytes] = []
     left = limit
     while left and (piece := file.read(min(left, 1 << 20))):
@@ -117,14 +154,9 @@ def read_json_object(
     """
     data = read_bytes(path, folder, kind, limit=limit)
     try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise kind(f"{paths.shown(path)}: is not JSON ({shown_reason(error)}); bring back the original") from error
+        value = json_values.parse(data)
+    except json_values.JsonError as error:
+        raise kind(f"{paths.shown(path)}: {error}; bring back the original") from error
     if not isinstance(value, dict):
         raise kind(f"{paths.shown(path)}: holds {shown(value, 40)}, not a JSON object; bring back the original")
     return value
-
-
-def shown_reason(error: Exception) -> str:
-    """What a parser found wrong, short."""
-    return shown(str(error), 120)[1:-1]

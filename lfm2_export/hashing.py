@@ -16,7 +16,8 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lfm2_export.errors import ResourceError
+from lfm2_export import files
+from lfm2_export.errors import ArtifactError, Lfm2ExportError, ResourceError
 
 logger = logging.getLogger(__name__)
 
@@ -28,15 +29,32 @@ _THREADS = 4
 
 
 def sha256_file(path: Path) -> str:
-    """The hex SHA-256 of a file's bytes, streamed."""
-    with open(path, "rb") as file:
+    """The hex SHA-256 of a file's bytes, streamed.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
+    with files.open_real(Path(os.path.realpath(path))) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_files(paths: Iterable[Path], *, remembered: bool = False) -> dict[Path, str]:
-    """Hex SHA-256 by path, several files at a time; ``remembered`` takes known digests from the user's cache."""
+def sha256_files(
+    paths: Iterable[Path], kind: type[Lfm2ExportError] = ArtifactError, *, remembered: bool = False
+) -> dict[Path, str]:
+    """Hex SHA-256 by path, several files at a time; ``remembered`` takes known digests from the user's cache.
+
+    Raises:
+        kind: a file cannot be read, or is no regular file.
+    """
     unique = list(dict.fromkeys(paths))
-    digest = _remembered_sha256 if remembered else sha256_file
+    known_or_read = _remembered_sha256 if remembered else sha256_file
+
+    def digest(path: Path) -> str:
+        try:
+            return known_or_read(path)
+        except OSError as error:
+            raise files.unreadable(path, error, kind) from error
+
     with ThreadPoolExecutor(max_workers=min(_THREADS, os.cpu_count() or 1)) as pool:
         return dict(zip(unique, pool.map(digest, unique), strict=True))
 
@@ -56,7 +74,7 @@ def cache_folder() -> Path:
 
 
 def _remembered_sha256(path: Path) -> str:
-    resolved = path.resolve()
+    resolved = Path(os.path.realpath(path))
     stamp = _stamp(resolved)
     record = _record_path(resolved)
     if record is None:

@@ -6,15 +6,17 @@ In: a folder, Hub id or bundled name. Out: a JSON-like dict; the CLI prints it. 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from lfm2_export import paths
 from lfm2_export.artifact import Artifact
 from lfm2_export.cache import CacheSpec
 from lfm2_export.errors import ArtifactError
 from lfm2_export.manifest import MANIFEST, Program
-from lfm2_export.paths import is_file
+from lfm2_export.messages import as_unicode
 
 
 def inspect(name: str | Path, *, revision: str | None = None, offline: bool = False) -> dict[str, Any]:
@@ -23,7 +25,7 @@ def inspect(name: str | Path, *, revision: str | None = None, offline: bool = Fa
     Raises:
         Lfm2ExportError: it is neither, or damaged.
     """
-    if is_file(Path(name) / MANIFEST, ArtifactError):
+    if paths.exists(Path(name) / MANIFEST, ArtifactError):
         return _artifact(Artifact.open(name))
     return _checkpoint(str(name), revision, offline)
 
@@ -36,7 +38,7 @@ def _checkpoint(name: str, revision: str | None, offline: bool) -> dict[str, Any
     cache = CacheSpec.from_config(config)
     return {
         "kind": "checkpoint",
-        "name": checkpoint.name,
+        "name": as_unicode(checkpoint.name),
         "family": config.model_type,
         "parameters": checkpoint.parameter_count,
         "active_parameters": checkpoint.active_parameter_count,
@@ -55,7 +57,7 @@ def _artifact(artifact: Artifact) -> dict[str, Any]:
     record = artifact.manifest.checkpoint
     return {
         "kind": "artifact",
-        "name": str(artifact.path),
+        "name": as_unicode(str(artifact.path)),
         "family": record.model_type,
         "checkpoint": str(record),
         "programs": [_program(program) for program in artifact.programs],
@@ -65,10 +67,7 @@ def _artifact(artifact: Artifact) -> dict[str, Any]:
 def _program(program: Program) -> dict[str, Any]:
     dtypes: Counter[str] = Counter()
     for tensor in program.tensors:
-        count = 1
-        for size in tensor.shape:
-            count *= size
-        dtypes[tensor.dtype] += count
+        dtypes[tensor.dtype] += math.prod(tensor.shape)
     worst = max(program.tensors, key=lambda tensor: tensor.error or 0.0, default=None)
     return {
         "backend": program.backend,

@@ -8,22 +8,27 @@ were lost. A thread sees to that every few seconds: the work itself never waits 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from lfm2_export.staging import is_plain_name
+from lfm2_export.folders import Folder, UnexpectedKindError, is_plain_name
 
 # What a killed export has to do again at most. Syncing more often makes the disk write shared blocks twice.
 SYNC_SECONDS = 5.0
 
+# Far above what the largest checkpoints fill; a larger file was not written here.
+_LEDGER_BYTES = 64 << 20
+
 Figures = Mapping[str, float]
 
 _sync = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
+_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 
 
 class Ledger:
@@ -37,23 +42,35 @@ class Ledger:
         root: the folder in which the files are made.
         sizes: the bytes of each file when it is complete, by its name relative to ``root``.
         key: says what the bytes follow from; a ledger with another key is worth nothing.
+        steps: how many there are at most; a ledger with more of them is worth nothing.
+        figures: the names of the figures of each step, None for any.
     """
 
-    def __init__(self, path: Path | None, *, root: Path, sizes: Mapping[str, int], key: str):
+    def __init__(
+        self,
+        path: Path | None,
+        *,
+        root: Path,
+        sizes: Mapping[str, int],
+        key: str,
+        steps: int | None = None,
+        figures: Collection[str] | None = None,
+    ):
         self._path, self._root, self._sizes = path, root, dict(sizes)
         self._header = json.dumps({"key": key, "files": self._sizes}).encode()
         # Of each step that is done, in the order of the work.
-        self.done: tuple[Figures, ...] = tuple(_parse(self._lines()))
+        self.done: tuple[Figures, ...] = tuple(_parse(self._lines(steps), figures))
         self._pending: deque[bytes] = deque()
         self._closing = threading.Event()
         self._complete = False
         self._error: OSError | None = None
 
-    def _lines(self) -> list[bytes]:
-        """The whole ones after the header; none where key or files are others."""
-        if self._path is None or not self._path.is_file():
+    def _lines(self, steps: int | None) -> list[bytes]:
+        """The whole ones after the header; none where key or files are others, or there are too many."""
+        data = b"" if self._path is None else _read(self._path)
+        if steps is not None and data.count(b"\n") > steps + 1:
             return []
-        header, *lines = self._path.read_bytes().split(b"\n")
+        header, *lines = data.split(b"\n")
         sizes = {name: _size(self._root / name) for name in self._sizes}
         return lines[:-1] if header == self._header and sizes == self._sizes else []
 
@@ -62,7 +79,7 @@ class Ledger:
             self._start_anew()
         if self._path is not None:
             self._replace(self._path)
-            files = [os.open(path, os.O_RDWR | os.O_APPEND) for path in (*self._files(), self._path)]
+            files = [os.open(path, os.O_RDWR | os.O_APPEND | _NOFOLLOW) for path in (*self._files(), self._path)]
             threading.Thread(target=self._write_lines, args=(files,), name="ledger", daemon=True).start()
         return self
 
@@ -94,9 +111,9 @@ class Ledger:
             self._path.unlink(missing_ok=True)
             _sync_folder(self._path.parent)
             for name in old:
-                (self._root / name).unlink(missing_ok=True)
+                _remove(self._root, name)
         for name, size in self._sizes.items():
-            file = os.open(self._root / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+            file = os.open(self._root / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC | _NOFOLLOW, 0o644)
             os.ftruncate(file, size)
             os.close(file)
 
@@ -104,7 +121,8 @@ class Ledger:
         """A new ledger with the lines of the old one: neither a torn line of that nor its thread, should it still wait
         for the disk, gets into this one."""
         draft = path.with_suffix(".draft")
-        with open(draft, "wb") as file:
+        draft.unlink(missing_ok=True)
+        with open(draft, "xb") as file:
             file.write(self._header + b"\n")
             file.writelines(map(_line, self.done))
             file.flush()
@@ -145,8 +163,8 @@ def _line(figures: Figures) -> bytes:
 def listed_files(ledger: Path) -> list[str]:
     """The names of the files that a ledger speaks of, whatever its key; none where it cannot be read."""
     try:
-        names = json.loads(ledger.read_bytes().split(b"\n")[0])["files"]
-    except (OSError, ValueError, TypeError, KeyError):
+        names = json.loads(_read(ledger).split(b"\n", 1)[0])["files"]
+    except (ValueError, TypeError, KeyError, RecursionError):
         return []
     return [name for name in names if is_plain_name(name)] if isinstance(names, dict) else []
 
@@ -159,14 +177,34 @@ def discard_unlisted(root: Path, ledgers: Path) -> None:
             path.unlink()
 
 
-def _parse(lines: Iterable[bytes]) -> Iterator[Figures]:
+def _read(ledger: Path) -> bytes:
+    """Nothing where there is none, or something else than a file of a ledger's size."""
+    try:
+        with Folder.open(ledger.parent) as folder:
+            return folder.read(ledger.name, _LEDGER_BYTES)
+    except (OSError, UnexpectedKindError):
+        return b""
+
+
+def _remove(root: Path, name: str) -> None:
+    with (
+        contextlib.suppress(FileNotFoundError, UnexpectedKindError),
+        Folder.open(root) as folder,
+        folder.parent_of(name) as (parent, last),
+    ):
+        parent.remove(last)
+
+
+def _parse(lines: Iterable[bytes], names: Collection[str] | None) -> Iterator[Figures]:
     """Ends at the first line that is damaged: what comes after it was written later."""
     for line in lines:
         try:
             figures = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             return
-        if not isinstance(figures, dict):
+        if not isinstance(figures, dict) or not all(isinstance(value, float) for value in figures.values()):
+            return
+        if names is not None and figures.keys() != set(names):
             return
         yield figures
 

@@ -6,18 +6,19 @@ of the wrong type, an unknown field or another schema version is refused by name
 
 from __future__ import annotations
 
-import functools
 import json
 import math
-import types
+import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
+from lfm2_export import json_values
 from lfm2_export.cache import CacheSpec
+from lfm2_export.dataclass_json import decode, encode
 from lfm2_export.errors import ArtifactError
-from lfm2_export.messages import shown
-from lfm2_export.staging import is_plain_name
+from lfm2_export.folders import is_plain_name
+from lfm2_export.messages import as_unicode, named, shown
 
 if TYPE_CHECKING:
     from lfm2_export.checkpoint import Checkpoint
@@ -31,6 +32,13 @@ SCHEME_ORDER = ("q4", "8da4w", "q8", "fp16", "fp32", "q4f16")
 
 # The graph of a program that any runtime opens; other roles of ``Program.graphs`` are variants of it.
 MODEL = "model"
+
+# Bytes. The 24B with a .pte beside every ONNX program is below 16 MB.
+MANIFEST_LIMIT = 32 << 20
+
+_LARGEST = 2**31 - 1
+_MOST_AXES = 8
+_NAME = re.compile(r"[\w][\w.+-]{0,63}", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +89,7 @@ class CheckpointRecord:
             CheckpointError: a file of the Hub's cache was altered.
         """
         return cls(
-            name=checkpoint.name if checkpoint.revision is not None else checkpoint.path.resolve().name,
+            name=as_unicode(checkpoint.name if checkpoint.revision is not None else checkpoint.path.resolve().name),
             revision=checkpoint.revision,
             model_type=checkpoint.config.model_type,
             config_sha256=checkpoint.config_sha256,
@@ -145,7 +153,7 @@ class Manifest:
         return found
 
     def to_json(self) -> str:
-        return json.dumps(_encode(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        return json.dumps(encode(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, place: str = MANIFEST) -> Manifest:
@@ -155,17 +163,17 @@ class Manifest:
             ArtifactError: names the first field that is missing, unknown, of the wrong type or out of bounds.
         """
         try:
-            raw = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ArtifactError(f"{place}: is not JSON ({error}); export again") from error
+            raw = json_values.parse(text)
+        except json_values.JsonError as error:
+            raise ArtifactError(f"{place}: {error}; export again") from error
         version = raw.get("schema_version") if isinstance(raw, dict) else None
         if version != SCHEMA_VERSION or isinstance(version, bool):
             raise ArtifactError(
-                f"{place}: schema_version={version!r} is unknown, this version of lfm2-export reads {SCHEMA_VERSION}; "
-                "install the version that wrote it, or export again"
+                f"{place}: schema_version={shown(version)} is unknown, this version of lfm2-export reads "
+                f"{SCHEMA_VERSION}; install the version that wrote it, or export again"
             )
         try:
-            manifest = _decode(cls, raw, "")
+            manifest = decode(cls, raw)
             _check(manifest)
         except ArtifactError as error:
             raise ArtifactError(f"{place}: {error}; export again, or install the version that wrote it") from error
@@ -188,98 +196,59 @@ def _rank(order: tuple[str, ...], name: str) -> int:
 
 def _check(manifest: Manifest) -> None:
     """What types alone do not say."""
+    _check_name(manifest.checkpoint.model_type, "checkpoint.model_type")
     for name, entry in manifest.all_files().items():
         if not is_plain_name(name):
-            raise ArtifactError(f"the file name {name!r} leaves the artifact's folder")
+            raise ArtifactError(f"the file name {shown(name)} leaves the artifact's folder")
         if entry.bytes < 0 or len(entry.sha256) != 64 or set(entry.sha256) - set("0123456789abcdef"):
-            raise ArtifactError(f"{name} has no valid size and sha256")
-    keys = [program.key for program in manifest.programs]
+            raise ArtifactError(f"{named(name)} has no valid size and sha256")
+    seen: set[tuple[str, str]] = set()
     for program in manifest.programs:
-        if keys.count(program.key) > 1:
+        _check_program(program)
+        if program.key in seen:
             raise ArtifactError(f"the program {program} is listed twice")
-        if program.context_length < 1:
-            raise ArtifactError(f"{program} has context_length={program.context_length}, which is below 1")
-        if MODEL not in program.graphs:
-            raise ArtifactError(f"{program} has no graph {MODEL!r}")
-        for role, name in program.graphs.items():
-            if name not in program.files:
-                raise ArtifactError(f"{program} does not list {name!r}, its graph {role!r}, among its files")
+        seen.add(program.key)
 
 
-def _encode(value: Any) -> Any:
-    """Dataclasses, mappings and sequences as JSON values; a figure that is not finite becomes null."""
-    if isinstance(value, CacheSpec):
-        return value.to_json()
-    if is_dataclass(value):
-        return {f.name: _encode(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _encode(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_encode(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _check_name(name: str, place: str) -> None:
+    """Names that people type and tables show."""
+    if not _NAME.fullmatch(name):
+        raise ArtifactError(f"{place}={shown(name)} is not a name of letters, digits and _.+- (at most 64)")
 
 
-def _decode(kind: Any, value: Any, place: str) -> Any:
-    """A JSON value as the type that a dataclass field is annotated with."""
-    if kind is Any:
-        return value
-    if kind is CacheSpec:
-        return _decode_cache(value, place)
-    if is_dataclass(kind):
-        return _decode_dataclass(kind, value, place)
-    origin, args = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        return _decode_union(args, value, place)
-    if origin is tuple:
-        return tuple(_decode(args[0], item, f"{place}[{i}]") for i, item in enumerate(_expect(list, value, place)))
-    if origin is Mapping:
-        items = _expect(dict, value, place).items()
-        return {key: _decode(args[1], item, _join(place, key)) for key, item in items}
-    if kind is float and type(value) is int:
-        return float(value)
-    return _expect(kind, value, place)
+def _check_program(program: Program) -> None:
+    _check_name(program.backend, "programs: backend")
+    _check_name(program.scheme, "programs: scheme")
+    if not 1 <= program.context_length <= _LARGEST:
+        raise ArtifactError(f"{program} has context_length={program.context_length}, which is not from 1 to {_LARGEST}")
+    if MODEL not in program.graphs:
+        raise ArtifactError(f"{program} has no graph {MODEL!r}")
+    for role, name in program.graphs.items():
+        if name not in program.files:
+            raise ArtifactError(f"{program} does not list {shown(name)}, its graph {shown(role)}, among its files")
+    tensors: list[TensorSpec | StoredTensor] = [*program.inputs, *program.outputs, *program.tensors]
+    for tensor in tensors:
+        _check_shape(program, tensor)
+    _check_figures(program)
+    moe_op = program.options.get("moe_op")  # read by ExecuTorch's runner
+    if moe_op is not None and not _is_mapping_of(moe_op, str):
+        raise ArtifactError(f"{program} has options.moe_op={shown(moe_op)}, which is not a string for each file")
 
 
-def _decode_union(kinds: tuple[Any, ...], value: Any, place: str) -> Any:
-    for kind in kinds:
-        if kind is type(None) and value is None:
-            return None
-        if kind in (int, str) and type(value) is kind:
-            return value
-    rest = [kind for kind in kinds if kind is not type(None)]
-    return _decode(rest[0], value, place)
+def _check_shape(program: Program, tensor: TensorSpec | StoredTensor) -> None:
+    sizes = [axis for axis in tensor.shape if isinstance(axis, int)]
+    wrong = len(tensor.shape) > _MOST_AXES or not all(1 <= size <= _LARGEST for size in sizes)
+    if wrong or math.prod(sizes) >= 2**63:
+        raise ArtifactError(f"{program}: {named(tensor.name)} has the shape {shown(list(tensor.shape))}")
 
 
-def _decode_dataclass(kind: Any, value: Any, place: str) -> Any:
-    raw = _expect(dict, value, place)
-    hints = _hints(kind)
-    if unknown := sorted(raw.keys() - hints.keys()):
-        raise ArtifactError(f"{_join(place, unknown[0])} is an unknown field")
-    values = {}
-    for f in fields(kind):
-        if f.name in raw:
-            values[f.name] = _decode(hints[f.name], raw[f.name], _join(place, f.name))
-        elif f.default is MISSING and f.default_factory is MISSING:
-            raise ArtifactError(f"{_join(place, f.name)} is missing")
-    return kind(**values)
+def _check_figures(program: Program) -> None:
+    """The model card shows those of two hops."""
+    for hop in ("lowering", "quantization"):
+        figures = (program.parity or {}).get(hop, {})
+        if not _is_mapping_of(figures, int | float | None):
+            raise ArtifactError(f"{program} has parity.{hop}={shown(figures)}, which is not a number for each figure")
 
 
-_hints = functools.cache(get_type_hints)
-
-
-def _decode_cache(value: Any, place: str) -> CacheSpec:
-    try:
-        return CacheSpec.from_json(value)
-    except ArtifactError as error:
-        raise ArtifactError(f"{place}: {error}") from error
-
-
-def _join(place: str, name: str) -> str:
-    return f"{place}.{name}" if place else name
-
-
-def _expect(kind: type, value: Any, place: str) -> Any:
-    if type(value) is not kind:
-        names = {dict: "object", list: "list", str: "string", int: "integer", float: "number"}
-        raise ArtifactError(f"{place}={shown(value)} is not a{'n' * (kind in (dict, int))} {names[kind]}")
-    return value
+def _is_mapping_of(value: object, kind: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(item, kind) for item in value.values())

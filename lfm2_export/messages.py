@@ -6,6 +6,7 @@ digits, ten thousand names. Out: printable text of bounded length, made with bou
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import re
 import reprlib
@@ -15,7 +16,8 @@ from collections.abc import Collection
 MESSAGE_LIMIT = 380
 _VALUE_LIMIT = 80
 _NAMES = 8
-_NAME_LIMIT = 60
+_NAME_LIMIT = 72  # the family's longest tensor names have 61 characters
+_ROOM = 240
 
 _DIGITS = re.compile(r"([0-9]+)")
 _LINE_BREAKS = re.compile(r"\s*[\r\n]\s*")
@@ -52,11 +54,27 @@ def shown(value: object, limit: int = _VALUE_LIMIT) -> str:
     return one_line(_Short(limit).repr(value), limit)
 
 
-def listed(names: Collection[str], limit: int = _NAMES) -> str:
-    """The first few names in an order that counts layers as numbers, and how many more there are."""
-    first = sorted(names, key=_natural)[:limit]
-    more = len(names) - len(first)
-    return ", ".join(one_line(name, _NAME_LIMIT) for name in first) + (f" and {more} more" if more else "")
+def shown_reason(error: Exception) -> str:
+    """What a parser found wrong, short."""
+    return shown(str(error), 120)[1:-1]
+
+
+def listed(names: Collection[str], *, room: int = _ROOM, longest: int = _NAME_LIMIT) -> str:
+    """The first eight names in an order that counts layers as numbers, and how many more there are. Long ones are
+    fewer: a message has ``room`` for so many characters of them, and for one name of ``longest`` at least."""
+    text, count = "", 0
+    for name in heapq.nsmallest(_NAMES, names, key=natural):
+        longer = (f"{text}, " if text else "") + one_line(name, longest)
+        if count and len(longer) > room:
+            break
+        text, count = longer, count + 1
+    more = len(names) - count
+    return f"{text} and {more} more" if more else text
+
+
+def named(name: str) -> str:
+    """A name as a message gives it, without quotes."""
+    return one_line(name, _NAME_LIMIT)
 
 
 def one_line(text: str, limit: int = MESSAGE_LIMIT) -> str:
@@ -71,6 +89,19 @@ def printable(text: str, limit: int) -> str:
     return _without_middle(text if text.isprintable() else "".join(map(_printable, text)), limit)
 
 
+def as_unicode(text: str) -> str:
+    """``text`` with lone surrogates, which UTF-8 cannot write, as escapes. Names of files and JSON have them."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """A key that sorts digits as numbers; by length first, so that no run of a thousand digits becomes an integer."""
+    parts = _DIGITS.split(name)
+    return [
+        (len(part.lstrip("0")), 0, part.lstrip("0")) if index % 2 else (0, 1, part) for index, part in enumerate(parts)
+    ]
+
+
 def _without_middle(text: str, limit: int) -> str:
     if len(text) <= limit:
         return text
@@ -81,11 +112,3 @@ def _without_middle(text: str, limit: int) -> str:
 def _printable(character: str) -> str:
     """Control characters, lone surrogates and marks of direction as escapes."""
     return character if character.isprintable() else ascii(character)[1:-1]
-
-
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    """Digits compare as numbers; by length first, so that a run of a thousand digits need not become an integer."""
-    parts = _DIGITS.split(name)
-    return [
-        (len(part.lstrip("0")), 0, part.lstrip("0")) if index % 2 else (0, 1, part) for index, part in enumerate(parts)
-    ]

@@ -7,14 +7,19 @@ NUL; here each of these is one line of the kind that the caller names.
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 from lfm2_export.errors import Lfm2ExportError
 from lfm2_export.messages import printable
 
 _SHOWN = 200
+# Looking at so many takes less than a second.
+MOST_NAMES = 500_000
 
 
 def status(path: str | Path, kind: type[Lfm2ExportError]) -> os.stat_result | None:
@@ -48,16 +53,23 @@ def is_file(path: str | Path, kind: type[Lfm2ExportError]) -> bool:
     return found is not None and stat.S_ISREG(found.st_mode)
 
 
-def names(folder: Path, kind: type[Lfm2ExportError]) -> list[str]:
-    """The names in a folder, sorted.
+def names(
+    folder: Path, kind: type[Lfm2ExportError], wanted: Callable[[str], object] = bool, most: int = MOST_NAMES
+) -> list[str]:
+    """The first ``most`` names in a folder, sorted, of those that are ``wanted`` (default: all).
 
     Raises:
-        kind: it may not be read.
+        kind: it may not be read, or holds more names than can be looked at.
     """
     try:
-        return sorted(os.listdir(folder))
+        with os.scandir(folder) as entries:
+            found = [entry.name for entry in itertools.islice(entries, MOST_NAMES) if wanted(entry.name)]
+            more = next(entries, None) is not None
     except OSError as error:
         raise unusable(folder, error, kind) from error
+    if more:
+        raise kind(f"{shown(folder)}: holds more than {MOST_NAMES} files; give the folder of one model alone")
+    return heapq.nsmallest(most, found)
 
 
 def real(path: str | Path, kind: type[Lfm2ExportError]) -> Path:
@@ -74,6 +86,6 @@ def unusable(path: str | Path, error: OSError | ValueError, kind: type[Lfm2Expor
     return kind(f"{shown(path)}: cannot be looked at ({reason}); check the name and the rights of its folders")
 
 
-def shown(path: str | Path) -> str:
+def shown(path: str | Path, limit: int = _SHOWN) -> str:
     """A path for a message: whole unless it is absurdly long, on one line whatever it holds."""
-    return printable(str(path), _SHOWN)
+    return printable(str(path), limit)

@@ -94,6 +94,8 @@ def export(
     # A backend's files lie in the folder of its name.
     writer = ArtifactWriter(output, record.result, into=[backend], key=key)
     with writer:
+        if (finished := writer.finished()) is not None:
+            return finished
         requests = [
             ExportRequest(
                 checkpoint=opened,

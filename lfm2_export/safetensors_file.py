@@ -11,28 +11,32 @@ holes.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 
+from lfm2_export import files, json_values, paths
+from lfm2_export.config import MOST_TENSORS
 from lfm2_export.errors import CheckpointError
+from lfm2_export.messages import named, shown
 
-# The limit of the format's reference implementation; checked before the header is allocated.
-MAX_HEADER_BYTES = 100_000_000
+# MOST_TENSORS at 128 bytes each; 16 times the header of the 24B, were it one file. The format allows 100 MB, which
+# could take 4 GB parsed.
+MAX_HEADER_BYTES = 16 << 20
+# No tensor of the family has more than 3.
+_MOST_AXES = 8
 
 # bfloat16 has no numpy dtype: its bits are read as uint16.
 STORED_DTYPES: dict[str, np.dtype[Any]] = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
 
 # 512 KiB of bf16 and its 1 MiB of fp32 stay in a core's cache: twice as fast as whole tensors.
 _BLOCK_BYTES = 1 << 19
-
-_DOWNLOAD_AGAIN = "download it again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +76,12 @@ class TensorInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """A safetensors file as its header describes it, and the size and time by which a later change is noticed."""
+    """A safetensors file as its header describes it. ``real`` is its path without links, ``identity`` what tells a
+    later change."""
 
     path: Path
-    bytes: int
-    mtime_ns: int
+    real: Path
+    identity: tuple[int, ...]
     tensors: dict[str, TensorInfo]
 
 
@@ -86,15 +91,13 @@ def read_shard(path: Path) -> Shard:
     Raises:
         CheckpointError: the file is missing, truncated, altered, or holds dtypes other than BF16, F16 and F32.
     """
-    try:
-        with open(path, "rb", buffering=0) as file:
-            status = os.fstat(file.fileno())
-            header, data_start = _read_header(path, file, status.st_size)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the file") from error
+    real = files.inside(path, path.parent, CheckpointError)
+    with files.open_regular(path, path.parent, CheckpointError, real=real) as file:
+        status = os.fstat(file.fileno())
+        header, data_start = _read_header(path, file, status.st_size)
     tensors = _parse_header(path, header, data_start)
     _check_layout(path, tensors, data_start, status.st_size)
-    return Shard(path=path, bytes=status.st_size, mtime_ns=status.st_mtime_ns, tensors=tensors)
+    return Shard(path=path, real=real, identity=_identity(status), tensors=tensors)
 
 
 def read_stored(shard: Shard, info: TensorInfo) -> np.ndarray:
@@ -148,84 +151,88 @@ def read_float32(shard: Shard, info: TensorInfo) -> np.ndarray:
 def _blocks(shard: Shard, info: TensorInfo, block_bytes: int) -> Iterator[np.ndarray]:
     """A tensor's stored values in order, in blocks that share one buffer."""
     buffer = np.empty(min(block_bytes, max(info.nbytes, 1)), np.uint8)
-    try:
-        with open(info.file, "rb", buffering=0) as file:
-            _check_unchanged(shard, file)
-            file.seek(info.offset)
-            for done in range(0, info.nbytes, block_bytes):
-                block = buffer[: min(block_bytes, info.nbytes - done)]
-                _read_exactly(info, file, block.data)
-                yield block.view(info.stored_dtype)
-            _drop_from_page_cache(file, info.offset, info.nbytes)
-    except OSError as error:
-        raise CheckpointError(f"{info.file}: cannot be read ({error.strerror}); check the disk") from error
+    with files.open_regular(shard.path, shard.path.parent, CheckpointError, real=shard.real) as file:
+        _check_unchanged(shard, file)
+        file.seek(info.offset)
+        for done in range(0, info.nbytes, block_bytes):
+            block = buffer[: min(block_bytes, info.nbytes - done)]
+            _read_exactly(info, file, block.data)
+            yield block.view(info.stored_dtype)
+        _drop_from_page_cache(file, info.offset, info.nbytes)
 
 
-def _read_exactly(info: TensorInfo, file: BinaryIO, view: memoryview) -> None:
+def _read_exactly(info: TensorInfo, file: FileIO, view: memoryview) -> None:
     done = 0
     while done < len(view):
-        count = file.readinto(view[done:])  # type: ignore[attr-defined]
+        count = file.readinto(view[done:])
         if not count:
-            raise CheckpointError(f"{info.file}: ends inside {info.name}; {_DOWNLOAD_AGAIN}")
+            raise _damaged(info.file, f"ends inside {named(info.name)}")
         done += count
 
 
-def _check_unchanged(shard: Shard, file: BinaryIO) -> None:
-    status = os.fstat(file.fileno())
-    if (status.st_size, status.st_mtime_ns) != (shard.bytes, shard.mtime_ns):
-        raise CheckpointError(f"{shard.path}: was changed while it was being read; leave it alone and start again")
+def _check_unchanged(shard: Shard, file: FileIO) -> None:
+    if _identity(os.fstat(file.fileno())) != shard.identity:
+        raise CheckpointError(
+            f"{paths.shown(shard.path)}: was changed while it was being read; leave it alone and start again"
+        )
 
 
-def _drop_from_page_cache(file: BinaryIO, offset: int, nbytes: int) -> None:
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _drop_from_page_cache(file: FileIO, offset: int, nbytes: int) -> None:
     """A weight is read once: its pages need not push out the ones that the machine's other work wants."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fileno(), offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
-def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[bytes, int]:
+def _read_header(path: Path, file: FileIO, size: int) -> tuple[bytes, int]:
     start = file.read(8)
     if start == b"version ":
-        raise CheckpointError(f"{path}: is a git-lfs pointer, not the weights; run `git lfs pull` in its folder")
+        raise CheckpointError(
+            f"{paths.shown(path)}: is a git-lfs pointer, not the weights; run `git lfs pull` in its folder"
+        )
     if len(start) < 8:
-        raise CheckpointError(f"{path}: is truncated ({size} bytes, no header); {_DOWNLOAD_AGAIN}")
+        raise _damaged(path, f"is truncated ({size} bytes, no header)")
     length = int.from_bytes(start, "little")
     if length > MAX_HEADER_BYTES:
-        raise CheckpointError(
-            f"{path}: states a header of {length} bytes, the format allows {MAX_HEADER_BYTES}; "
-            f"it is not a safetensors file or was altered, {_DOWNLOAD_AGAIN}"
+        raise _damaged(
+            path,
+            f"states a header of {length} bytes, at most {MAX_HEADER_BYTES} are read; it is not a safetensors file "
+            "or was altered",
         )
     if 8 + length > size:
-        raise CheckpointError(
-            f"{path}: is truncated ({size} bytes, its header alone needs {8 + length}); {_DOWNLOAD_AGAIN}"
-        )
+        raise _damaged(path, f"is truncated ({size} bytes, its header alone needs {8 + length})")
     header = bytearray()
     while len(header) < length and (piece := file.read(length - len(header))):
         header += piece
     return bytes(header), 8 + length
 
 
+def _damaged(path: Path, fault: str) -> CheckpointError:
+    return CheckpointError(f"{paths.shown(path)}: {fault}; download it again")
+
+
 def _parse_header(path: Path, header: bytes, data_start: int) -> dict[str, TensorInfo]:
     try:
-        entries = json.loads(header, object_pairs_hook=_refuse_duplicates)
-    except (ValueError, RecursionError) as error:
-        reason = str(error) if isinstance(error, _DuplicateKey) else "not the JSON that the format asks for"
-        raise CheckpointError(f"{path}: its header is damaged ({reason}); {_DOWNLOAD_AGAIN}") from error
+        entries = json_values.parse(header, pairs_hook=_refuse_duplicates)
+    except json_values.JsonError as error:
+        raise _damaged(path, f"its header {error}") from error
     if not isinstance(entries, dict):
-        raise CheckpointError(f"{path}: its header is damaged (not a JSON object); {_DOWNLOAD_AGAIN}")
+        raise _damaged(path, "its header is not a JSON object")
     entries.pop("__metadata__", None)
+    if len(entries) > MOST_TENSORS:
+        raise _damaged(path, f"its header lists {len(entries)} tensors, more than the {MOST_TENSORS} that are read")
     return {name: _tensor_info(path, name, entry, data_start) for name, entry in entries.items()}
 
 
-class _DuplicateKey(ValueError):
-    pass
-
-
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in entries:
-            raise _DuplicateKey(f"{key} stands there twice")
-        entries[key] = value
+def _refuse_duplicates(pairs: json_values.Pairs) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        seen: set[str] = set()
+        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise json_values.JsonError(f"names {named(repeated)} twice")
     return entries
 
 
@@ -233,23 +240,28 @@ def _tensor_info(path: Path, name: str, entry: object, data_start: int) -> Tenso
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        raise CheckpointError(f"{path}: the header's entry {name} is damaged ({str(entry)[:200]}); {_DOWNLOAD_AGAIN}")
+        raise _damaged(path, f"the header's entry {named(name)} is damaged ({shown(entry)})")
     if dtype not in STORED_DTYPES:
         raise CheckpointError(
-            f"{path}: {name} is stored as {dtype}; only BF16, F16 and F32 are read: use the unquantized checkpoint"
+            f"{paths.shown(path)}: {named(name)} is stored as {named(dtype)}; only BF16, F16 and F32 are read: "
+            "use the unquantized checkpoint"
         )
     begin, end = offsets
     needed = math.prod(shape) * STORED_DTYPES[dtype].itemsize
     if end - begin != needed:
-        raise CheckpointError(
-            f"{path}: {name} has data_offsets {offsets} ({end - begin} bytes), "
-            f"its shape {shape} in {dtype} needs {needed} bytes; the file was altered, {_DOWNLOAD_AGAIN}"
+        raise _damaged(
+            path,
+            f"{named(name)} has data_offsets {offsets} ({end - begin} bytes), its shape {shown(shape)} in {dtype} "
+            f"needs {needed} bytes; the file was altered",
         )
     return TensorInfo(name=name, dtype=dtype, shape=tuple(shape), file=path, offset=data_start + begin, nbytes=needed)
 
 
 def _are_sizes(value: object) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(v) is int and 0 <= v < 2**63 for v in value)
+    """Few of them: the product of ten thousand axes takes minutes."""
+    if not isinstance(value, list) or len(value) > _MOST_AXES:
+        return False
+    return all(type(v) is int and 0 <= v < 2**63 for v in value)
 
 
 def _check_layout(path: Path, tensors: dict[str, TensorInfo], data_start: int, size: int) -> None:
@@ -259,14 +271,10 @@ def _check_layout(path: Path, tensors: dict[str, TensorInfo], data_start: int, s
         if info.offset != position:
             kind = "overlaps the tensor before it" if info.offset < position else "leaves a hole before it"
             begin = info.offset - data_start
-            raise CheckpointError(
-                f"{path}: {info.name} at data_offsets [{begin}, {begin + info.nbytes}] {kind}; "
-                f"the file was altered, {_DOWNLOAD_AGAIN}"
-            )
+            offsets = [begin, begin + info.nbytes]
+            raise _damaged(path, f"{named(info.name)} at data_offsets {offsets} {kind}; the file was altered")
         position += info.nbytes
     if position > size:
-        raise CheckpointError(f"{path}: is truncated ({size} bytes of {position}); {_DOWNLOAD_AGAIN}")
+        raise _damaged(path, f"is truncated ({size} bytes of {position})")
     if position < size:
-        raise CheckpointError(
-            f"{path}: has {size - position} bytes after its last tensor; the file was altered, {_DOWNLOAD_AGAIN}"
-        )
+        raise _damaged(path, f"has {size - position} bytes after its last tensor; the file was altered")

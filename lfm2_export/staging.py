@@ -1,10 +1,13 @@
 """A folder that changes all at once: files are made beside it and put into place together, or not at all.
 
 In: the folder's path and files written under ``Staging.files``. Out: the folder with those files in it. One writer at a
-time holds a lock. A new folder appears by one rename. Into an existing one files are moved one by one under a journal:
-a writer killed before the journal is there leaves the folder as it was, one killed later is finished by whoever opens
-the folder next (``recover``). What a killed writer left behind is removed by the next, or taken up by it where both
-have the same key. Where not even the first file can be moved, the folder stays what it was.
+time holds a lock. A new folder appears by one rename. Into an existing one files are moved one by one under a journal
+(``journal``): a writer killed before the journal is there leaves the folder as it was, one killed later is finished by
+the next writer. What a killed writer left behind is removed by the next, or taken up by it where both have the same
+key. Where not even the first file can be moved, the folder stays what it was.
+
+Only writers do any of this, and only with what a writer of this user left, links nowhere in it (``folders``). Readers
+look whether a commit was begun (``unfinished``) and write nothing.
 """
 
 from __future__ import annotations
@@ -12,11 +15,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import json
 import logging
 import os
-import shutil
-import sys
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +25,61 @@ from types import TracebackType
 
 from lfm2_export import paths
 from lfm2_export.errors import ArtifactError, ResourceError
+from lfm2_export.folders import DRAFT, TAG, Folder, UnexpectedKindError, check_owner, describe, is_folder
+from lfm2_export.journal import FILES, JOURNAL, Commit, Index, check_folder, check_writable
+from lfm2_export.lock import held_lock
 
 logger = logging.getLogger(__name__)
 
-_TAG = "lfm2-export"
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a folder's new files, journal and lock are while it is being written: names in ``base``."""
+
+    base: Path
+    root: str
+    lock: str
+
+    @property
+    def workspace(self) -> Path:
+        return self.base / self.root
+
+
+def _beside(folder: Path) -> _Place:
+    return _Place(folder.parent, f".{folder.name}.{TAG}.partial", f".{folder.name}.{TAG}.lock")
+
+
+def _inside(folder: Path) -> _Place:
+    return _Place(folder, f".{TAG}.partial", f".{TAG}.lock")
+
+
+def _begun(folder: Path) -> _Place | None:
+    """Where a commit into it waits to be finished; looks through no link. A name too long for a workspace has none."""
+    for place in (_inside(folder), _beside(folder)):
+        with contextlib.suppress(OSError):
+            if stat.S_ISDIR(os.lstat(place.workspace).st_mode) and os.lstat(place.workspace / JOURNAL):
+                return place
+    return None
+
+
+def _place(folder: Path) -> _Place:
+    """Where a commit waits to be finished. Else beside the folder; inside where renames from beside would fail (a mount
+    point) or nothing may be made there."""
+    if (begun := _begun(folder)) is not None:
+        return begun
+    if paths.is_folder(folder, ArtifactError) and (os.path.ismount(folder) or not os.access(folder.parent, os.W_OK)):
+        return _inside(folder)
+    return _beside(folder)
+
+
+def unfinished(folder: Path) -> Path | None:
+    """The workspace of a commit into ``folder`` that was begun and is not done; changes nothing.
+
+    Raises:
+        ArtifactError: the path cannot be looked at.
+    """
+    place = _begun(paths.real(folder, ArtifactError))
+    return None if place is None else place.workspace
 
 
 class Staging:
@@ -35,66 +87,108 @@ class Staging:
 
     Args:
         folder: where the files shall be in the end; it may or may not exist.
-        last: the file that is put into place after all others, so that it never names what is not there yet.
+        index: the file that lists the others; it is put into place after them, so that it never names what is not
+            there yet, and what only its predecessor lists is removed.
         into: folders in it that will be written to.
         key: says what the files follow from. The files of a killed writer with the same key are there on entering.
 
     Raises:
-        ArtifactError: the folder is a file, cannot be written, or another process is writing to it.
+        ArtifactError: the folder is a file, cannot be written, or another process is writing to it; or what lies where
+            files are made is not a writer's of this user.
         ResourceError: on leaving, where the disk was full.
     """
 
-    def __init__(self, folder: Path, *, last: str, into: Sequence[str] = (), key: str | None = None):
+    def __init__(self, folder: Path, *, index: Index, into: Sequence[str] = (), key: str | None = None):
         self.folder = paths.real(folder, ArtifactError)
-        self._last = last
-        self._into = tuple(into)
-        self._key = key
-        self._was_empty = False
+        # Whether entering has finished the commit of a writer with the same key.
+        self.finished = False
+        self._index, self._into, self._key = index, tuple(into), key
+        self._ledgers_name = hashlib.sha256((key or "").encode()).hexdigest()
+        self._place = _beside(self.folder)
+        self._opened = contextlib.ExitStack()
         self._made_parents: list[Path] = []
-        self._kept = False
-        self._lock: _Lock | None = None
+        self._was_empty = self._kept = False
+        self._owner: int | None = None  # of what is made here, once the workspace is ours
 
     @property
     def files(self) -> Path:
         """The folder in which the new files are made."""
-        return self._workspace.new_files
+        return self._place.workspace / FILES
 
     @property
     def ledgers(self) -> Path:
         """The folder for what writers with this key, and no others, tell the next about the files. It is never
         committed. What is called ``*.ledger`` in it says how far files are (``ledger``)."""
-        return self._workspace.root / hashlib.sha256((self._key or "").encode()).hexdigest()
+        return self._place.workspace / self._ledgers_name
 
     def __enter__(self) -> Staging:
-        if paths.exists(self.folder, ArtifactError) and not self.folder.is_dir():
-            raise ArtifactError(f"{self.folder}: is a file; give a folder as --output")
-        try:
-            self._open()
-        except BaseException as error:
-            self._close()
-            if isinstance(error, OSError):
-                raise self._translate(error) from error
-            raise
+        if paths.exists(self.folder, ArtifactError) and not paths.is_folder(self.folder, ArtifactError):
+            raise ArtifactError(f"{paths.shown(self.folder)}: is a file; give a folder as --output")
+        with self._translated():
+            try:
+                self._open()
+            except BaseException:
+                self._close()
+                raise
         return self
 
     def _open(self) -> None:
         self._made_parents = _make_parents(self.folder.parent)
-        for place in (self.folder, *(self.folder / name for name in self._into)):
-            _check_writable(place)
-        self._workspace = _workspace(self.folder)
-        self._lock = _Lock(self._workspace.lock)
-        if not self._lock.acquire():
-            self._lock = None
-            raise ArtifactError(
-                f"{self.folder}: another export is writing to it; wait for it, or give another --output"
-            )
-        _finish(self._workspace, self.folder)
-        if self._key is None or not self.ledgers.is_dir():
-            shutil.rmtree(self._workspace.root, ignore_errors=True)
-            self.files.mkdir(parents=True)
-            self.ledgers.mkdir()
-        self.files.mkdir(exist_ok=True)  # a commit that was killed may have moved it as a whole
+        self._place = _place(self.folder)
+        if paths.is_folder(self.folder, ArtifactError):
+            check_writable(self.folder)
+        self._base = self._opened.enter_context(Folder.open(self._place.base))
+        if paths.is_folder(self.folder, ArtifactError):
+            with Folder.open(self.folder) as folder:
+                for name in self._into:
+                    check_folder(folder, name, self._base)
+                with contextlib.suppress(OSError):
+                    folder.remove(DRAFT)  # of figures that were being recorded
+        lock = self._opened.enter_context(held_lock(self._base, self._place.lock, self.folder))
+        self._take_up(lock.owner)
+        self._owner = lock.owner
         self._was_empty = not contents(self.folder)
+
+    def _take_up(self, owner: int) -> None:
+        """Finishes a commit that was begun, and keeps the files of a writer with the same key; all else goes."""
+        found = self._base.status(self._place.root)
+        if found is not None:
+            _check_workspace(self._place.workspace, found, owner)
+            with self._workspace() as root:
+                if self._goes_on(root, owner):
+                    return
+            self._clear()
+        self._base.make(self._place.root, 0o700)
+        with self._workspace() as root:
+            root.make(FILES)
+            root.make(self._ledgers_name)
+
+    def _clear(self) -> None:
+        try:
+            self._base.remove_tree(self._place.root)
+        except OSError as error:
+            raise ArtifactError(
+                f"{paths.shown(self._place.workspace)}: what an interrupted export left cannot be removed "
+                f"({error.strerror}); delete it and give the command again"
+            ) from error
+
+    def _goes_on(self, root: Folder, owner: int) -> bool:
+        """Whether the files in a workspace are taken up."""
+        ledgers = root.status(self._ledgers_name)
+        same = self._key is not None and ledgers is not None and is_folder(ledgers)
+        if root.status(JOURNAL) is None:
+            return same and _is_as_made(root, owner)
+        if paths.is_folder(self.folder, ArtifactError):
+            with Folder.open(self.folder) as folder:
+                commit = Commit(root, folder, self._index, owner)
+                commit.check()
+                commit.finish()
+            logger.warning("%s: an export into it was interrupted in its last step, which is done now", self.folder)
+            self.finished = same
+        return False
+
+    def _workspace(self) -> Folder:
+        return self._base.child(self._place.root)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -108,44 +202,46 @@ class Staging:
     def _own_error(self, error: BaseException) -> OSError | None:
         """An error about a file that was being made here; any other is its raiser's to explain."""
         name = getattr(error, "filename", None)
-        ours = isinstance(name, str | Path) and Path(name).is_relative_to(self._workspace.root)
+        ours = isinstance(name, str | Path) and Path(name).is_relative_to(self._place.workspace)
         return error if ours and isinstance(error, OSError) else None
 
-    def commit(self, delete: Sequence[str] = ()) -> None:
-        """Puts every file into place and then removes those named in ``delete``; call it once, as the last step.
+    def commit(self) -> None:
+        """Puts every file into place and removes those that only the former index lists; call it once, as the last
+        step.
 
         Raises:
             ArtifactError: a file cannot be put there. Where that is the first one, the folder is as it was.
             ResourceError: the disk is full.
         """
-        try:
-            self._commit(delete)
-        except OSError as error:
-            raise self._translate(error) from error
+        with self._translated(), self._workspace() as root:
+            if self._was_empty and contents(self.folder):
+                raise ArtifactError(
+                    f"{paths.shown(self.folder)}: something else was put there meanwhile; give another --output"
+                )
+            if not self.folder.exists():
+                root.move(FILES, self._base, self.folder.name)
+                return
+            with self._commit(root) as commit:
+                commit.begin()
+                try:
+                    commit.finish()
+                except OSError:
+                    commit.take_back()
+                    raise
 
-    def _commit(self, delete: Sequence[str]) -> None:
-        if self._was_empty and contents(self.folder):
-            raise ArtifactError(f"{self.folder}: something else was put there meanwhile; give another --output")
-        if not self.folder.exists():
-            os.replace(self.files, self.folder)
-            return
-        names = sorted(_walk(self.files))
-        for place in [_destination(self.folder, name) for name in (*names, *delete)]:
-            _check_replaceable(place)
-        _write_journal(self._workspace, {"last": self._last, "delete": list(delete), "files": names})
-        try:
-            _finish(self._workspace, self.folder)
-        except OSError:
-            _drop_unused_journal(self._workspace)
-            raise
+    @contextlib.contextmanager
+    def _commit(self, root: Folder) -> Iterator[Commit]:
+        assert self._owner is not None, "enter it first"
+        with Folder.open(self.folder) as folder:
+            yield Commit(root, folder, self._index, self._owner)
 
     def _close(self, *, keep: bool = False) -> None:
-        if self._lock is not None:
-            try:
+        try:
+            if self._owner is not None:
                 self._finish_or_discard(keep)
-            finally:
-                self._lock.release()
-                self._lock = None
+        finally:
+            self._owner = None
+            self._opened.close()
         for parent in reversed(self._made_parents):
             try:
                 parent.rmdir()
@@ -153,116 +249,109 @@ class Staging:
                 break
 
     def _finish_or_discard(self, keep: bool) -> None:
-        """A commit that was interrupted is finished; where even that fails, its journal stays for ``recover``."""
-        try:
-            _finish(self._workspace, self.folder)
-        except OSError:
-            if not _drop_unused_journal(self._workspace):
+        """A commit that was interrupted is finished; where even that fails, its journal stays for the next writer."""
+        with contextlib.suppress(OSError, UnexpectedKindError), self._workspace() as root:
+            if root.status(JOURNAL) is not None and not self._is_settled(root):
                 return
-        self._kept = keep and any(self.ledgers.glob("*.ledger")) and any(_walk(self.files))
+            self._kept = keep and any(self.ledgers.glob("*.ledger")) and any(self.files.rglob("*"))
         if not self._kept:
-            shutil.rmtree(self._workspace.root, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self._base.remove_tree(self._place.root)
+
+    def _is_settled(self, root: Folder) -> bool:
+        with self._commit(root) as commit:
+            try:
+                commit.finish()
+            except (OSError, UnexpectedKindError):
+                return commit.take_back()
+        return True
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise self._translate(error) from error
+        except UnexpectedKindError as error:
+            raise ArtifactError(f"{paths.shown(error.path)}: is {error.what}; move it away") from error
 
     def _translate(self, error: OSError) -> ArtifactError | ResourceError:
-        full = _disk_error(error) is not None
-        if self._lock is not None and os.path.exists(self._workspace.journal):
-            return (ResourceError if full else ArtifactError)(
-                f"{self.folder}: not all new files could be put there ({error.filename2 or error.filename}: "
-                f"{error.strerror}); remove the cause, then open the folder again: {self._workspace.root} has the rest"
+        if _begun(self.folder) is not None:
+            place = Path(os.path.relpath(error.filename2 or error.filename or self.folder, self.folder))
+            return (ArtifactError if _disk_error(error) is None else ResourceError)(
+                f"{paths.shown(self.folder)}: not all new files could be put there ({paths.shown(place)}: "
+                f"{error.strerror}); remove the cause, then give the same command again: "
+                f"{paths.shown(self._place.root)} has the rest"
             )
-        if full and self._kept:
+        if self._kept:
             return ResourceError(
-                f"{self.folder}: the disk cannot take more ({error.strerror}); free space and give the same command "
-                f"again, which goes on from what is done, or delete {self._workspace.root}; what was there before is "
-                "unchanged"
+                f"{paths.shown(self.folder)}: the disk cannot take more ({error.strerror}); free space and give the "
+                "same command again, which goes on from what is done, or delete "
+                f"{paths.shown(self._place.workspace)}; what was there before is unchanged"
             )
-        if full:
-            return ResourceError(
-                f"{self.folder}: the disk cannot take more ({error.strerror}); free space or give another --output; "
-                "what was there before is unchanged"
-            )
-        return ArtifactError(f"{paths.shown(self.folder)}: cannot be written ({error.strerror}); give another --output")
+        return _refusal(self.folder, error)
 
 
-def recover(folder: Path) -> None:
-    """Finishes a commit that was killed halfway, and waits for one that is under way.
+def _check_workspace(path: Path, found: os.stat_result, owner: int) -> None:
+    try:
+        if not is_folder(found):
+            raise UnexpectedKindError(path, describe(found))
+        check_owner(path, found, owner)
+    except UnexpectedKindError as error:
+        raise ArtifactError(
+            f"{paths.shown(path)}: is {error.what} where an export makes its files; delete it and give the command "
+            "again"
+        ) from error
 
-    One of which nothing has been done yet, and which cannot be finished here, is left to the next export: the folder
-    is what it was before.
+
+def _is_as_made(root: Folder, owner: int) -> bool:
+    """Whether a workspace holds what an export puts there and nothing that leads elsewhere; another name of a file (a
+    hard link) is to stay as it is."""
+    try:
+        root.child(FILES, make=True).close()  # a commit that was killed may have moved it as a whole
+        return all(status.st_nlink <= 1 for status in root.files(owner).values())
+    except UnexpectedKindError as error:
+        logger.warning("%s: is %s; the export starts anew", error.path, error.what)
+        return False
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[Folder]:
+    """A folder in which single files may be replaced: no export writes to it meanwhile.
 
     Raises:
-        ArtifactError: a commit is half done but the folder cannot be written.
+        ArtifactError: one does, or was interrupted in its last step; or the folder cannot be written.
+        ResourceError: the disk is full.
     """
     folder = paths.real(folder, ArtifactError)
-    for workspace in (_beside(folder), _inside(folder)):
-        if os.path.exists(workspace.journal):  # a name too long for one has none
-            _recover(workspace, folder)
-
-
-def _recover(workspace: _Workspace, folder: Path) -> None:
-    try:
-        lock = _Lock(workspace.lock)
-        lock.acquire(wait=True)
-        try:
-            _finish(workspace, folder)
-            shutil.rmtree(workspace.root, ignore_errors=True)
-        finally:
-            lock.release()
-    except OSError as error:
-        if not os.path.exists(workspace.journal):
-            return
-        if _is_unused(workspace):
-            logger.warning("%s: a killed export into it cannot be finished (%s)", folder, error.strerror)
-            return
+    check_writable(folder)
+    place = _place(folder)
+    if _begun(folder) is not None:
         raise ArtifactError(
-            f"{folder}: an export into it was killed halfway and cannot be finished ({error.strerror}); "
-            f"open it once with the right to write to {workspace.root.parent}"
-        ) from error
+            f"{paths.shown(folder)}: an export into it was interrupted or is under way; give the same export command "
+            "again first, or wait for it"
+        )
+    try:
+        with Folder.open(place.base) as base, held_lock(base, place.lock, folder), Folder.open(folder) as opened:
+            yield opened
+    except OSError as error:
+        raise _refusal(folder, error) from error
+
+
+def _refusal(folder: Path, error: OSError) -> ArtifactError | ResourceError:
+    """The line for what could not be written, where nothing has changed."""
+    if _disk_error(error) is not None:
+        return ResourceError(
+            f"{paths.shown(folder)}: the disk cannot take more ({error.strerror}); free space or give another "
+            "--output; what was there before is unchanged"
+        )
+    return ArtifactError(f"{paths.shown(folder)}: cannot be written ({error.strerror}); give another --output")
 
 
 def contents(folder: Path) -> list[str]:
     """The names in a folder, without this module's own; none where there is no folder."""
-    workspace = _inside(folder)
-    own = {workspace.root.name, workspace.lock.name}
-    return sorted(set(os.listdir(folder)) - own) if folder.is_dir() else []
-
-
-def is_plain_name(name: object) -> bool:
-    """Whether ``name`` is a relative path with forward slashes that stays inside the folder it is relative to."""
-    if not isinstance(name, str) or not name or set(name) & set("\\:\0"):
-        return False
-    return not any(part in ("", ".", "..") for part in name.split("/"))
-
-
-@dataclass(frozen=True)
-class _Workspace:
-    """Where a folder's new files, journal and lock are while it is being written."""
-
-    root: Path
-    lock: Path
-
-    @property
-    def new_files(self) -> Path:
-        return self.root / "files"
-
-    @property
-    def journal(self) -> Path:
-        return self.root / "commit.json"
-
-
-def _workspace(folder: Path) -> _Workspace:
-    """Beside the folder; inside where renames from beside would fail (a mount point) or nothing may be made there."""
-    if folder.is_dir() and (os.path.ismount(folder) or not os.access(folder.parent, os.W_OK)):
-        return _inside(folder)
-    return _beside(folder)
-
-
-def _beside(folder: Path) -> _Workspace:
-    return _Workspace(folder.parent / f".{folder.name}.{_TAG}.partial", folder.parent / f".{folder.name}.{_TAG}.lock")
-
-
-def _inside(folder: Path) -> _Workspace:
-    return _Workspace(folder / f".{_TAG}.partial", folder / f".{_TAG}.lock")
+    place = _inside(folder)
+    return sorted(set(os.listdir(folder)) - {place.root, place.lock, DRAFT}) if folder.is_dir() else []
 
 
 def _make_parents(folder: Path) -> list[Path]:
@@ -275,82 +364,6 @@ def _make_parents(folder: Path) -> list[Path]:
     return missing
 
 
-def _check_writable(folder: Path) -> None:
-    """Refuses what is there and takes no new files; a missing folder will be made."""
-    if not paths.exists(folder, ArtifactError):
-        return
-    if not paths.is_folder(folder, ArtifactError):
-        raise ArtifactError(f"{folder}: is a file where a folder is needed; move it away, or give another --output")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ArtifactError(f"{folder}: cannot be written; make it writable, or give another --output")
-
-
-def _check_replaceable(path: Path) -> None:
-    """Refuses a place where no file can be put, before any other has been."""
-    _check_writable(path.parent)
-    if paths.is_folder(path, ArtifactError):
-        raise ArtifactError(f"{path}: is a folder where a file is needed; move it away, or give another --output")
-
-
-def _write_journal(workspace: _Workspace, journal: dict[str, object]) -> None:
-    draft = workspace.root / "draft.json"
-    draft.write_text(json.dumps(journal), encoding="utf-8")
-    os.replace(draft, workspace.journal)
-
-
-def _finish(workspace: _Workspace, folder: Path) -> None:
-    """Does what a journal asks for, or what is left of it."""
-    if not workspace.journal.exists():
-        return
-    last, delete, _ = _read_journal(workspace)
-    for name in sorted(_walk(workspace.new_files), key=lambda name: (name == last, name)):
-        path = _destination(folder, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(workspace.new_files / name, path)
-    for name in delete:
-        _destination(folder, name).unlink(missing_ok=True)
-    workspace.journal.unlink()
-
-
-def _is_unused(workspace: _Workspace) -> bool:
-    """Whether nothing of what a journal asks for has been done: files are moved before any is deleted."""
-    try:
-        return set(_read_journal(workspace)[2]) == set(_walk(workspace.new_files))
-    except OSError:
-        return False
-
-
-def _drop_unused_journal(workspace: _Workspace) -> bool:
-    """Takes a journal back of which nothing has been done; whether it could be."""
-    if not _is_unused(workspace):
-        return False
-    with contextlib.suppress(OSError):
-        workspace.journal.unlink()
-    return not os.path.exists(workspace.journal)
-
-
-def _read_journal(workspace: _Workspace) -> tuple[str, list[str], list[str]]:
-    """The file to move last, those to delete, and all that are to be moved."""
-    try:
-        journal = json.loads(workspace.journal.read_text(encoding="utf-8"))
-        return str(journal["last"]), list(map(str, journal["delete"])), list(map(str, journal["files"]))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ArtifactError(f"{workspace.journal}: is damaged; delete the folder that it is in") from error
-
-
-def _destination(folder: Path, name: str) -> Path:
-    """Where a file goes. A journal may come with a folder from elsewhere, so it must not reach out of the folder."""
-    path = folder / name
-    if not is_plain_name(name) or not path.parent.resolve().is_relative_to(folder):
-        raise ArtifactError(f"{folder}: {name!r} would be written outside of it; give another --output")
-    return path
-
-
-def _walk(folder: Path) -> Iterator[str]:
-    """Every file below ``folder``, as a relative name with forward slashes."""
-    return (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
-
-
 def _disk_error(error: BaseException | None) -> OSError | None:
     """The error of a full disk among an exception and its causes."""
     while error is not None:
@@ -358,63 +371,3 @@ def _disk_error(error: BaseException | None) -> OSError | None:
             return error
         error = error.__cause__ or error.__context__
     return None
-
-
-class _Lock:
-    """A lock file, held by at most one process and let go by the system when that process dies."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        self._descriptor: int | None = None
-
-    def acquire(self, *, wait: bool = False) -> bool:
-        """Whether the lock is held now; without ``wait`` another holder is no reason to stay."""
-        while True:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
-            if not _lock_descriptor(descriptor, wait):
-                os.close(descriptor)
-                return False
-            if self._is_current(descriptor):
-                self._descriptor = descriptor
-                return True
-            os.close(descriptor)  # the holder before us removed the file while we waited for it
-
-    def release(self) -> None:
-        """Removes the file, then lets go: whoever opened it meanwhile notices that it is gone."""
-        if self._descriptor is None:
-            return
-        if sys.platform != "win32":  # there an open file cannot be removed; it stays behind, empty
-            with contextlib.suppress(OSError):
-                self._path.unlink(missing_ok=True)
-        os.close(self._descriptor)
-        self._descriptor = None
-
-    def _is_current(self, descriptor: int) -> bool:
-        try:
-            return os.path.samestat(os.fstat(descriptor), os.stat(self._path))
-        except FileNotFoundError:
-            return False
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _lock_descriptor(descriptor: int, wait: bool) -> bool:
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-
-else:
-    import fcntl
-
-    def _lock_descriptor(descriptor: int, wait: bool) -> bool:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
-        return True  # a file system without locks: two exports at once are then the user's to avoid

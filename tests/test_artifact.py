@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 from lfm2_export import hashing, staging
 from lfm2_export.artifact import Artifact, ArtifactWriter
 from lfm2_export.errors import ArtifactError, Lfm2ExportError, ResourceError
+from lfm2_export.folders import Folder
 from lfm2_export.manifest import MANIFEST
 from tests.artifacts import program, record, snapshot, write_artifact, write_program
 
@@ -76,6 +79,17 @@ def test_parents_are_made_and_an_empty_folder_is_filled(out: Path) -> None:
     assert empty.stat().st_ino == inode
     Artifact.open(empty)
     assert sorted(os.listdir(out)) == ["a", "empty"]
+
+
+@pytest.mark.parametrize(
+    "name", ["a:b", "c:\\d", "[x]", " ", "-o", "...", "line\nline", "gro\u00df", os.fsdecode(b"\xff")]
+)
+def test_any_name_that_a_folder_can_have_is_as_good(out: Path, name: str) -> None:
+    for schemes in ({"q4": "weights"}, {"fp32": "weights"}):
+        write_artifact(out / name, schemes)
+    Artifact.open(out / name).update(readme="figures")
+    assert len(Artifact.open(out / name).programs) == 2
+    assert os.listdir(out) == [name]
 
 
 def test_a_link_to_a_folder_is_followed(out: Path) -> None:
@@ -206,16 +220,17 @@ def deny_writing(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 def fail_replacing(monkeypatch: pytest.MonkeyPatch, folder: Path, after: int = 0) -> None:
     """Moves into ``folder`` fail once so many have been made."""
-    real, left = os.replace, [after]
+    real, left = Folder.move, [after]
 
-    def replace(source: Path, target: Path) -> None:
-        if Path(target).is_relative_to(folder):
+    def move(source: Folder, name: str, target: Folder, new_name: str) -> None:
+        if target.path.is_relative_to(folder):
             if not left[0]:
-                raise PermissionError(errno.EPERM, "Operation not permitted", str(source), None, str(target))
+                places = str(source.path / name), None, str(target.path / new_name)
+                raise PermissionError(errno.EPERM, "Operation not permitted", *places)
             left[0] -= 1
-        real(source, target)
+        real(source, name, target, new_name)
 
-    monkeypatch.setattr(staging.os, "replace", replace)
+    monkeypatch.setattr(Folder, "move", move)
 
 
 def test_refuses_a_folder_that_cannot_be_written_before_any_work(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -390,25 +405,50 @@ def test_a_second_export_at_the_same_time_is_refused(out: Path) -> None:
     assert os.listdir(out.parent) == ["out"]
 
 
-DIE_AT_STEP = """
-import os, sys
-from pathlib import Path
-from tests.artifacts import *
-steps = int(sys.argv[2])
-def dying(function):
-    def step(*args, **options):
-        global steps
-        steps -= 1
-        if steps < 0:
-            os._exit(9)
-        return function(*args, **options)
-    return step
-os.replace, Path.unlink = dying(os.replace), dying(Path.unlink)
-write_artifact(Path(sys.argv[1]), {"q4": "new"})
-"""
+def killed_at(step: int, work: Callable[[], object]) -> bool:
+    """Whether ``work``, done in another process that kills itself at its n-th rename or removal, was so."""
+    process = os.fork()
+    if process == 0:
+        left = [step]
+
+        def dying(function: Callable[..., object]) -> Callable[..., object]:
+            def done(*args: object, **options: object) -> object:
+                left[0] -= 1
+                if left[0] < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*args, **options)
+
+            return done
+
+        try:
+            os.replace, os.unlink = dying(os.replace), dying(os.unlink)  # type: ignore[assignment]
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    status = os.waitpid(process, 0)[1]
+    assert status in (0, signal.SIGKILL), "it failed"
+    return status == signal.SIGKILL
 
 
-def test_an_export_killed_at_any_step_of_its_commit_ends_old_or_new(out: Path) -> None:
+def state_to_readers(folder: Path, old: dict[str, bytes], new: dict[str, bytes]) -> str:
+    """Old, new or interrupted; reading changes nothing."""
+    before = snapshot(folder.parent)
+    said = ""
+    try:
+        Artifact.open(folder)
+    except ArtifactError as error:
+        said = str(error)
+    assert snapshot(folder.parent) == before
+    if said:
+        assert "; an export into the folder was interrupted or is under way: give the same export command again" in said
+        return "interrupted"
+    state, expected = ("old", old) if before[f"{folder.name}/{MANIFEST}"] == old[MANIFEST] else ("new", new)
+    assert {name: before[f"{folder.name}/{name}"] for name in expected} == expected
+    return state
+
+
+def test_an_export_killed_at_any_step_is_finished_by_the_same_command(out: Path) -> None:
     with ArtifactWriter(out, record()) as writer:
         write_program(writer, content="old")
         writer.write_text("onnx/old_file", "old")
@@ -416,25 +456,92 @@ def test_an_export_killed_at_any_step_of_its_commit_ends_old_or_new(out: Path) -
         writer.write_json("config.json", "old")
         writer.commit()
     old = snapshot(out)
-    seen = []
-    for step in range(20):
-        process = run_python(DIE_AT_STEP, str(out), str(step))
-        process.communicate(timeout=30)
-        artifact = Artifact.open(out)
-        new = (out / "onnx/model_q4.onnx_data").read_text() == "new q4"
-        seen.append("new" if new else "old")
-        assert (out / "onnx/old_file").exists() != new
-        assert new or snapshot(out) == old
-        assert len(artifact.programs) == 1
-        if process.returncode == 0:
+    write_artifact(out, {"q4": "new"})
+    new, seen = snapshot(out), []
+    assert "onnx/old_file" not in new
+    for step in range(30):
+        restore(out, old)
+        killed = killed_at(step, lambda: write_artifact(out, {"q4": "new"}))
+        seen.append(state_to_readers(out, old, new))
+        write_artifact(out, {"q4": "new"})
+        assert snapshot(out) == new
+        assert os.listdir(out.parent) == ["out"]
+        if not killed:
             break
-        if new:
-            restore(out, old)
     print(seen)
-    assert process.returncode == 0
-    assert seen[0] == "old"
-    assert seen.count("new") > 5
+    assert not killed
+    assert [state for i, state in enumerate(seen) if state not in seen[:i]] == ["old", "interrupted", "new"]
+    assert seen.count("interrupted") >= 4
+
+
+def test_another_command_finishes_what_was_interrupted_first(out: Path) -> None:
+    write_artifact(out, {"q4": "old"})
+    kill_halfway(out)
+    write_artifact(out, {"fp32": "weights"})
+    assert (out / "onnx/model_q4.onnx_data").read_text() == "new q4"
+    assert [p.scheme for p in Artifact.open(out).programs] == ["q4", "fp32"]
     assert os.listdir(out.parent) == ["out"]
+
+
+def test_the_same_command_has_no_more_to_do_than_to_finish(out: Path) -> None:
+    """Killed in the midst of putting files into place; other commands and damage are another matter."""
+
+    def export(key: str) -> bool:
+        with ArtifactWriter(out, record(), key=key) as writer:
+            if writer.finished() is not None:
+                return False
+            write_program(writer, content=key)
+            writer.commit()
+        return True
+
+    export("old")
+    old, exported_again = snapshot(out), {True: set[bool](), False: set[bool]()}
+    workspace = out.parent / ".out.lfm2-export.partial"
+    for damaged in (False, True):
+        for step in range(30):
+            if not killed_at(step, lambda: export("new")):
+                break
+            moved = not (workspace / "files/onnx/model_q4.onnx").exists()
+            if (workspace / "commit.json").exists() and (moved or not damaged):
+                if damaged:
+                    (out / "onnx/model_q4.onnx").write_text("GRAPH q4")
+                exported_again[damaged].add(export("new"))
+                assert (out / "onnx/model_q4.onnx_data").read_text() == "new q4"
+                Artifact.open(out)
+            else:
+                shutil.rmtree(workspace, ignore_errors=True)
+            restore(out, old)
+    print(exported_again)
+    assert exported_again == {False: {False}, True: {True}}
+
+
+def kill_halfway(out: Path) -> None:
+    """An export of new q4 weights into ``out`` that is killed once a file of the program was replaced."""
+    for step in range(30):
+        killed_at(step, lambda: write_artifact(out, {"q4": "new"}))
+        if (out / "onnx/model_q4.onnx_data").read_text() == "new q4":
+            return
+        shutil.rmtree(out.parent / ".out.lfm2-export.partial", ignore_errors=True)
+    raise AssertionError("it was never in the midst of it")
+
+
+def test_what_an_interrupted_export_left_alone_can_be_read(out: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_artifact(out, {"q4": "old", "fp32": "weights"})
+    kill_halfway(out)
+    artifact = Artifact.open(out, verify=False)
+    assert Artifact.open(out, verify=False).manifest == artifact.manifest
+    (said,) = caplog.messages
+    assert said == (
+        f"{out}: an export into it was interrupted (.out.lfm2-export.partial); the same export command finishes it"
+    )
+    artifact.verify(artifact.program(scheme="fp32"))
+    message = refusal(ArtifactError, artifact.verify, artifact.program(scheme="q4"))
+    assert "an export into the folder was interrupted or is under way: give the same export command again" in message
+    message = refusal(ArtifactError, artifact.update, readme="new")
+    assert message == (
+        f"{out}: an export into it was interrupted or is under way; give the same export command again first, or wait "
+        "for it"
+    )
 
 
 def test_a_commit_whose_first_move_fails_leaves_the_folder_as_it_was(
@@ -452,29 +559,17 @@ def test_a_commit_whose_first_move_fails_leaves_the_folder_as_it_was(
 
 def test_a_commit_that_fails_halfway_says_so_and_is_finished_later(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_artifact(out)
-    with monkeypatch.context() as patched:
-        fail_replacing(patched, out, after=1)
-        message = refusal(ArtifactError, write_artifact, out, {"q8": "weights"})
-        assert f"{out}: not all new files could be put there ({out}/" in message
-        assert "Operation not permitted); remove the cause, then open the folder again" in message
-        assert "was killed halfway and cannot be finished" in refusal(ArtifactError, Artifact.open, out)
-    assert [p.scheme for p in Artifact.open(out).programs] == ["q4", "q8"]
+    for folder in (out, out / "onnx"):  # the second time on entering, from what the first left
+        with monkeypatch.context() as patched:
+            fail_replacing(patched, folder, after=int(folder == out))
+            message = refusal(ArtifactError, write_artifact, out, {"q8": "weights"})
+        assert message == (
+            f"{out}: not all new files could be put there (onnx/model_quantized.onnx_data: Operation not permitted); "
+            "remove the cause, then give the same command again: .out.lfm2-export.partial has the rest"
+        )
+    write_artifact(out, {"fp32": "weights"})
+    assert [p.scheme for p in Artifact.open(out).programs] == ["q4", "q8", "fp32"]
     assert os.listdir(out.parent) == ["out"]
-
-
-def test_a_killed_commit_that_moved_nothing_does_not_close_the_folder(
-    out: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    write_artifact(out, {"q4": "old"})
-    before = snapshot(out)
-    run_python(DIE_AT_STEP, str(out), "1").communicate(timeout=30)  # the journal is there, no file was moved
-    with monkeypatch.context() as patched:
-        fail_replacing(patched, out)
-        Artifact.open(out)
-        assert snapshot(out) == before
-        assert "a killed export into it cannot be finished (Operation not permitted)" in caplog.text
-    Artifact.open(out)
-    assert (out / "onnx/model_q4.onnx_data").read_text() == "new q4"
 
 
 def test_an_error_of_the_files_being_made_is_translated_and_others_are_not(out: Path) -> None:
@@ -594,18 +689,6 @@ def test_parity_figures_and_card_are_recorded(out: Path) -> None:
     assert os.listdir(out.parent) == ["out"]
     message = refusal(ArtifactError, artifact.update, parity={("onnx", "q8"): {}})
     assert f"{out}: has no onnx q8 program to record figures for" in message
-
-
-def test_a_journal_that_came_with_the_folder_cannot_reach_outside(out: Path) -> None:
-    write_artifact(out)
-    (out.parent / "victim").write_text("mine")
-    workspace = out / ".lfm2-export.partial"
-    workspace.mkdir()
-    (workspace / "commit.json").write_text('{"last": "x", "delete": ["../victim"], "files": []}')
-    assert "'../victim' would be written outside of it" in refusal(ArtifactError, Artifact.open, out)
-    (workspace / "commit.json").write_text("{}")
-    assert "commit.json: is damaged; delete the folder that it is in" in refusal(ArtifactError, Artifact.open, out)
-    assert (out.parent / "victim").read_text() == "mine"
 
 
 def test_importing_artifacts_imports_no_torch() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import lfm2_export
+from lfm2_export.artifact import Artifact
 from lfm2_export.errors import CheckpointError
 from lfm2_export.text import Tokenizer
 from tests.checkpoints import tiny_config, write_random_checkpoint
@@ -50,7 +52,7 @@ def test_the_weights_of_these_tests_are_refused_where_they_are_read(checkpoint: 
     ("name", "content", "message"),
     [
         ("generation_config.json", b"{", "is not JSON (Expecting property name"),
-        ("generation_config.json", b"[]", "holds a list, not a JSON object; download it again"),
+        ("generation_config.json", b"[]", "holds [], not a JSON object; bring back the original"),
         ("generation_config.json", b'{"temperature": -1}', "temperature=-1 is not usable; expected 0 (greedy) or a"),
         (
             "generation_config.json",
@@ -64,8 +66,8 @@ def test_the_weights_of_these_tests_are_refused_where_they_are_read(checkpoint: 
         ),
         ("tokenizer_config.json", b"{", "is not JSON (Expecting property name"),
         ("tokenizer_config.json", b'{"added_tokens_decoder": 3}', "its tokens are damaged (AttributeError("),
-        ("special_tokens_map.json", b"3", "holds a int, not a JSON object; download it again"),
-        ("chat_template.jinja", b"{{ \xff }}", "byte 3 is not UTF-8; download it again"),
+        ("special_tokens_map.json", b"3", "holds 3, not a JSON object; bring back the original"),
+        ("chat_template.jinja", b"{{ \xff }}", "byte 3 is not UTF-8; bring back the original"),
         ("tokenizer.json", b"{}", "not a readable tokenizer"),
     ],
 )
@@ -75,7 +77,7 @@ def test_a_damaged_companion_is_refused_before_any_weight_is_read(
     (checkpoint / name).write_bytes(content)
     found = refusal(checkpoint, tmp_path / "out")
     assert found.startswith(f"{checkpoint / name}: {message}")
-    assert found.endswith(("; download it again", "; correct the file"))
+    assert found.endswith(("; download it again", "; correct the file", "; bring back the original"))
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja"])
@@ -83,6 +85,25 @@ def test_a_damaged_companion_of_no_tokenizer_is_refused_too(checkpoint: Path, tm
     (checkpoint / "tokenizer.json").unlink()
     (checkpoint / name).write_bytes(b"\xff")
     assert str(checkpoint / name) in refusal(checkpoint, tmp_path / "out")
+
+
+def test_what_no_json_can_hold_is_not_carried_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither from the files nor from their folder's name, which here is no UTF-8."""
+    folder = write_random_checkpoint(tmp_path / os.fsdecode(b"caf\xe9"), tiny_config("lfm2"), seed=3)
+    odd = '"a": NaN, "b": [{"c": -Infinity}, 1.5], "d": "\\ud800!", "e": 1e999, "f": {"g": null}'
+    for name, known in (("config.json", json.dumps(tiny_config("lfm2"))), ("generation_config.json", '{"top_k": 5}')):
+        (folder / name).write_text(f"{known.removesuffix('}')}, {odd}}}")
+    with caplog.at_level(logging.WARNING, "lfm2_export"):
+        artifact = lfm2_export.export(folder, scheme="fp32", output=tmp_path / "out")
+    for name in ("config.json", "generation_config.json"):
+        found = json.loads((artifact.path / name).read_bytes().decode("utf-8"), parse_constant=pytest.fail)
+        expected = {"a": None, "b": [{"c": None}, 1.5], "d": "\ufffd!", "e": None, "f": {"g": None}}
+        assert {key: found[key] for key in expected} == expected
+        warning = f"/{name}: a, b, d, e has values that JSON cannot hold"
+        assert sum(warning in record.getMessage() for record in caplog.records) == 1
+    assert found["top_k"] == 5
+    assert artifact.manifest.checkpoint.name == "caf\\udce9"
+    assert Artifact.open(artifact.path).manifest == artifact.manifest
 
 
 def test_companions_are_carried_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -75,6 +75,31 @@ def test_the_hub_caches_links_to_its_blobs_are_followed(tmp_path):
         read(snapshot / "b")
 
 
+def test_a_folder_of_a_snapshot_of_the_hub_is_one_too(tmp_path):
+    folder = tmp_path / "models--a--b" / "snapshots" / ("0" * 40) / "sub"
+    folder.mkdir(parents=True)
+    (tmp_path / "models--a--b" / "blobs").mkdir()
+    (tmp_path / "models--a--b" / "blobs" / "hash").write_bytes(b"abc")
+    (folder / "a").symlink_to(Path("..", "..", "..", "blobs", "hash"))
+    assert read(folder / "a") == b"abc"
+
+
+def test_a_folder_of_blobs_that_is_a_link_is_none_of_the_hub(tmp_path):
+    snapshot = tmp_path / "models--a--b" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--a--b" / "blobs").symlink_to("/etc")
+    (snapshot / "a").symlink_to(Path("..", "..", "blobs", "hostname"))
+    with pytest.raises(CheckpointError, match="a: is a link that leaves its folder"):
+        read(snapshot / "a")
+
+
+def test_a_file_that_another_library_reads_is_checked_first(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    files.check(tmp_path / "a", tmp_path, CheckpointError, limit=3)
+    with pytest.raises(CheckpointError, match="a: has 3 bytes, more than the 2 that"):
+        files.check(tmp_path / "a", tmp_path, CheckpointError, limit=2)
+
+
 def test_loops_of_links_missing_files_and_folders_are_said_in_a_line(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "folder").mkdir()

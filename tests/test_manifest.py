@@ -76,7 +76,7 @@ def edited(change: Callable[[dict[str, Any]], object]) -> str:
             "programs[0].inputs[0].shape[0]=1.5 is not an int",
         ),
         (lambda m: m["programs"][0]["cache"][0].pop("kind"), "programs[0].cache: cache: a state tensor needs exactly"),
-        (lambda m: m["programs"][0].update(context_length=0), "onnx q4 has context_length=0, which is below 1"),
+        (lambda m: m["programs"][0].update(context_length=0), "onnx q4 has context_length=0, which is not from 1"),
         (lambda m: m["programs"][0].update(graphs={}), "onnx q4 has no graph 'model'"),
         (lambda m: m["programs"][0]["graphs"].update(cpu="x.onnx"), "does not list 'x.onnx', its graph 'cpu', among"),
         (lambda m: m["programs"].append(m["programs"][0]), "the program onnx q4 is listed twice"),

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from lfm2_export.errors import ArtifactError, CheckpointError
-from lfm2_export.messages import MESSAGE_LIMIT, listed, one_line, shown
+from lfm2_export.messages import MESSAGE_LIMIT, as_unicode, listed, one_line, shown
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,17 @@ def test_long_lists_show_the_first_eight_and_how_many_more():
     text = listed(names[::-1])
     assert text == ", ".join(names[:8]) + " and 92 more"
     assert listed(names[:3]) == ", ".join(names[:3])
+
+
+def test_of_long_names_as_many_are_shown_as_there_is_room_for():
+    names = [f"model.layers.{i}.feed_forward.experts.0.w1.weight" for i in range(20)]
+    assert listed(names, room=100) == f"{names[0]}, {names[1]} and 18 more"
+    assert listed(names, room=1) == f"{names[0]} and 19 more"
+    assert len(listed(["x" * 10**6, "y" * 10**6])) < 200
+
+
+def test_text_that_no_utf_8_can_hold_stands_as_escapes():
+    assert as_unicode("é\udce9\ud800x") == "é\\udce9\\ud800x"
 
 
 def test_names_with_superscripts_and_endless_digits_can_be_sorted():

@@ -24,6 +24,7 @@ from lfm2_export import cli, ledger, pipeline, resources
 from lfm2_export.artifact import Artifact
 from lfm2_export.backends.onnx import weights
 from lfm2_export.errors import ArtifactError, CheckpointError, Lfm2ExportError, ResourceError
+from lfm2_export.manifest import MANIFEST
 from lfm2_export.progress import Progress
 from tests.artifacts import snapshot
 from tests.checkpoints import tiny_config, write_random_checkpoint
@@ -38,7 +39,7 @@ CHILD = """
 import os, signal, sys, threading, time
 from pathlib import Path
 import lfm2_export
-from lfm2_export import artifact, ledger
+from lfm2_export import artifact, folders, ledger
 from lfm2_export.backends.onnx import weights
 
 checkpoint, output, pieces, schemes, end = sys.argv[1:]
@@ -73,6 +74,12 @@ lines_before = lines()
 weights.WeightWriter._write_piece = write_piece
 if end == "commit":
     artifact.ArtifactWriter.commit = lambda self: stop()
+if end == "manifest":
+    def move(self, name, target, new_name, real=folders.Folder.move):
+        if target.path == Path(output) and name == "lfm2_export.json":
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(self, name, target, new_name)
+    folders.Folder.move = move
 lfm2_export.export(checkpoint, scheme=schemes.split(","), output=output)
 """
 
@@ -196,6 +203,22 @@ def test_an_export_killed_after_its_last_piece_reads_nothing(checkpoint, whole, 
     (files / "config.json").write_text("{}")
     (files / "special_tokens_map.json").write_text("{}")
     (files / "onnx" / "model_q4.onnx").write_bytes(b"")
+    lfm2_export.export(checkpoint, output=out)
+    assert written == []
+    assert_same(out, expected)
+
+
+def test_an_export_killed_in_its_last_step_has_nothing_left_to_read(checkpoint, whole, tmp_path, written) -> None:
+    """Into a folder that is there already files go one by one; all but the manifest went."""
+    expected, pieces = whole
+    out = tmp_path / "parent" / "out"
+    out.mkdir(parents=True)
+    process = start(checkpoint, out, pieces + 1, end="manifest")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, errors
+    assert sorted(snapshot(out)) == sorted(expected.keys() - {MANIFEST})
+    with pytest.raises(ArtifactError, match="has no lfm2_export"):
+        Artifact.open(out)
     lfm2_export.export(checkpoint, output=out)
     assert written == []
     assert_same(out, expected)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import CheckpointError
+from lfm2_export.messages import shown
 
 if TYPE_CHECKING:
     from lfm2_export.models._common import DecoderForCausalLM
@@ -39,6 +40,6 @@ def get_family(model_type: object) -> Family:
     """
     if model_type not in FAMILIES:
         raise CheckpointError(
-            f"config.json: model_type={model_type!r} is not supported; known families: {', '.join(FAMILIES)}"
+            f"config.json: model_type={shown(model_type)} is not supported; known families: {', '.join(FAMILIES)}"
         )
     return importlib.import_module(f"lfm2_export.models.{model_type}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lfm2_export.config import Fields, ModelConfig
+from lfm2_export.config import FULL_ATTENTION, Fields, ModelConfig
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -38,7 +38,7 @@ def backbone_shapes(config: ModelConfig) -> Shapes:
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
         shapes[f"{prefix}operator_norm.weight"] = shapes[f"{prefix}ffn_norm.weight"] = (width,)
-        shapes |= _attention(config, prefix) if layer in config.attention_layers else _conv(config, prefix)
+        shapes |= _attention(config, prefix) if config.layer_types[layer] == FULL_ATTENTION else _conv(config, prefix)
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, width)
     return shapes

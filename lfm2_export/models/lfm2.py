@@ -65,7 +65,7 @@ def _layer_types(fields: Fields, layers: int) -> tuple[str, ...]:
     kinds = fields.raw.get("layer_types")
     if kinds is None:
         attention = fields.integers("full_attn_idxs", low=0, high=layers - 1)
-        chosen = range(layers) if attention is None else attention
+        chosen = range(layers) if attention is None else frozenset(attention)
         kinds = [FULL_ATTENTION if i in chosen else CONV for i in range(layers)]
     return check_layer_types(fields, kinds, layers)
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lfm2_export.config import Fields, ModelConfig, check_layer_types, common_fields
+from lfm2_export.config import Fields, ModelConfig, check_expert_count, check_layer_types, common_fields
 from lfm2_export.errors import ConfigError
 from lfm2_export.models._common import MLP, DecoderForCausalLM, DecoderModel, Recorder
 from lfm2_export.models._names import (
@@ -42,12 +42,14 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     if raw.get("layer_types") is None:
         raise ConfigError("config.json: layer_types is missing; lfm2_moe has no default for it, so state every layer")
     experts = fields.integer("num_experts", 32, high=65536)
+    num_dense_layers = min(fields.integer("num_dense_layers", 2, low=0), layers)
+    check_expert_count(fields, layers=layers - num_dense_layers, experts=experts)
     return ModelConfig(
         model_type="lfm2_moe",
         **common,
         intermediate_size=fields.integer("intermediate_size", 7168),
         layer_types=check_layer_types(fields, raw["layer_types"], layers),
-        num_dense_layers=min(fields.integer("num_dense_layers", 2, low=0), layers),
+        num_dense_layers=num_dense_layers,
         moe_intermediate_size=fields.integer("moe_intermediate_size", 1792),
         num_experts=experts,
         num_experts_per_tok=fields.integer("num_experts_per_tok", 4, high=experts),

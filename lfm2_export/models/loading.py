@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from lfm2_export.checkpoint import check_finite
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import CheckpointError
+from lfm2_export.messages import listed, named, natural
 from lfm2_export.models import Family
 from lfm2_export.models._common import DecoderForCausalLM
 from lfm2_export.models._names import FusedPart
@@ -99,7 +100,11 @@ def _check_names(source: WeightSource, *, missing: set[str], extra: set[str]) ->
     if missing or extra:
         raise CheckpointError(
             f"the weights do not fit the {source.config.model_type} model; "
-            f"missing: {', '.join(sorted(missing)) or 'none'}; left over: {', '.join(sorted(extra)) or 'none'}"
+            f"missing: {listed(missing, room=120) or 'none'}; left over: {listed(extra, room=120) or 'none'}",
+            details=[
+                *(f"missing: {name}" for name in sorted(missing, key=natural)),
+                *(f"left over: {name}" for name in sorted(extra, key=natural)),
+            ],
         )
 
 
@@ -124,7 +129,7 @@ def _fill(source: WeightSource, name: str, target: Tensor) -> None:
     """Reads a published tensor into ``target``, some rows at a time."""
     shape = tuple(source.tensors[name].shape)
     if shape != tuple(target.shape):
-        raise CheckpointError(f"{name}: has the shape {list(shape)}; the model asks for {list(target.shape)}")
+        raise CheckpointError(f"{named(name)}: has the shape {list(shape)}; the model asks for {list(target.shape)}")
     step = max(1, PIECE * shape[0] // target.numel())
     for start in range(0, shape[0], step):
         rows = slice(start, min(start + step, shape[0]))

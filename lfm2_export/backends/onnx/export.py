@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import fields
 from math import prod
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from lfm2_export.errors import ExportError
 from lfm2_export.ledger import Ledger
 from lfm2_export.manifest import TensorSpec
 from lfm2_export.quant.algorithms import get_algorithm
+from lfm2_export.quant.formats import StorageError
 from lfm2_export.resources import export_memory_needed, usable_cores
 
 FOLDER = "onnx"
@@ -75,6 +77,8 @@ def _ledger(request: ExportRequest, plan: WeightPlan, placements: Mapping[str, P
         root=request.folder,
         sizes=data_file_sizes(names, placements),
         key=hashlib.sha256(key.encode()).hexdigest(),
+        steps=len(pieces(plan)),
+        figures=[field.name for field in fields(StorageError)],
     )
 
 

@@ -14,11 +14,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lfm2_export import files, paths
 from lfm2_export.artifact import ArtifactWriter
 from lfm2_export.backends.onnx.variants import CPU
 from lfm2_export.cache import CONV_STATE, KEY_STATE, VALUE_STATE, StateTensor
-from lfm2_export.checkpoint import Checkpoint, read_json_object
+from lfm2_export.checkpoint import Checkpoint
 from lfm2_export.config import ModelConfig
+from lfm2_export.errors import CheckpointError
 from lfm2_export.manifest import MODEL, Program
 
 # A cache of 128k tokens is 3 GB of fp32 on the 8B, and genai allocates max_length at once.
@@ -31,8 +33,7 @@ def write(checkpoint: Checkpoint, writer: ArtifactWriter) -> None:
     """Writes both files for the ONNX programs that the artifact will hold, the preferred one first."""
     programs = [program for program in writer.programs if program.backend == "onnx"]
     config = checkpoint.config
-    path = checkpoint.path / "generation_config.json"
-    generation = read_json_object(path) if path.is_file() else {}
+    generation = _read_object(checkpoint.path, "generation_config.json") or {}
     writer.write_json("genai_config.json", genai_config(config, generation, programs[0]))
     writer.write_json("config.json", transformers_js_config(checkpoint.raw_config, config, programs))
     _embed_chat_template(checkpoint.path, writer)
@@ -40,10 +41,16 @@ def write(checkpoint: Checkpoint, writer: ArtifactWriter) -> None:
 
 def _embed_chat_template(folder: Path, writer: ArtifactWriter) -> None:
     """Transformers.js looks for the template in tokenizer_config.json alone; elsewhere chat_template.jinja wins."""
-    template, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if template.is_file() and settings.is_file():
-        found = read_json_object(settings)
-        writer.write_json("tokenizer_config.json", {**found, "chat_template": template.read_text(encoding="utf-8")})
+    path, settings = folder / "chat_template.jinja", _read_object(folder, "tokenizer_config.json")
+    if settings is not None and paths.exists(path, CheckpointError):
+        template = files.read_text(path, folder, CheckpointError)
+        writer.write_json("tokenizer_config.json", {**settings, "chat_template": template})
+
+
+def _read_object(folder: Path, name: str) -> dict[str, Any] | None:
+    if not paths.exists(folder / name, CheckpointError):
+        return None
+    return files.read_json_object(folder / name, folder, CheckpointError)
 
 
 def genai_config(config: ModelConfig, generation: Mapping[str, Any], program: Program) -> dict[str, Any]:

@@ -6,18 +6,22 @@ decoding, or a RunnerError that says what to do.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnxruntime as ort
 
+from lfm2_export import paths
 from lfm2_export.backends.base import check_threads
 from lfm2_export.cache import CacheSpec
 from lfm2_export.errors import ArtifactError, RunnerError
+from lfm2_export.messages import listed, natural, shown
 
 # The first release whose CPU kernels cover every operator that our programs use (QMoE's accuracy_level among them).
 MIN_ONNXRUNTIME = (1, 31)
 # onnxruntime logs a warning for every initializer that its optimizer leaves unused: nothing that a user could act on.
 _LOG_ERRORS_ONLY = 3
+_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "uint8": "tensor(uint8)"}
 
 
 def open_session(path: Path, *, threads: int | None = None, library: Path | None = None) -> ort.InferenceSession:
@@ -60,6 +64,7 @@ def check_program(session: ort.InferenceSession, path: Path, spec: CacheSpec) ->
     outputs = {"logits"} | {t.present_name for t in spec.tensors}
     _check_names(path, "inputs", {i.name for i in session.get_inputs()}, inputs)
     _check_names(path, "outputs", {o.name for o in session.get_outputs()}, outputs)
+    _check_state(path, {i.name: i for i in session.get_inputs()}, spec)
     logits = next(o for o in session.get_outputs() if o.name == "logits")
     if not isinstance(logits.shape[-1], int) or logits.type != "tensor(float)":
         raise RunnerError(
@@ -71,12 +76,28 @@ def check_program(session: ort.InferenceSession, path: Path, spec: CacheSpec) ->
 
 def _check_names(path: Path, kind: str, found: set[str], expected: set[str]) -> None:
     if found != expected:
-        missing = ", ".join(sorted(expected - found)) or "none"
-        extra = ", ".join(sorted(found - expected)) or "none"
+        missing, extra = expected - found, found - expected
         raise RunnerError(
-            f"{path}: the graph's {kind} differ from the manifest's cache (missing: {missing}; left over: {extra}); "
-            "export again"
+            f"{paths.shown(path)}: the graph's {kind} differ from the manifest's cache (missing: "
+            f"{listed(missing, room=60) or 'none'}; left over: {listed(extra, room=60) or 'none'}); export again",
+            details=[
+                *(f"missing: {name}" for name in sorted(missing, key=natural)),
+                *(f"left over: {name}" for name in sorted(extra, key=natural)),
+            ],
         )
+
+
+def _check_state(path: Path, inputs: Mapping[str, ort.NodeArg], spec: CacheSpec) -> None:
+    """Sizes and dtypes, before buffers of the spec's sizes are made."""
+    for tensor in spec.tensors:
+        found = inputs[tensor.past_name]
+        sizes = [axis if isinstance(axis, int) else None for axis in found.shape]
+        asked = [axis if isinstance(axis, int) else None for axis in tensor.shape]
+        if sizes != asked or found.type != _TYPES[tensor.dtype]:
+            raise RunnerError(
+                f"{paths.shown(path)}: the graph's {tensor.past_name} is {found.type} {shown(found.shape)}, the "
+                f"manifest's {tensor.dtype} {shown(list(tensor.shape))}; export again"
+            )
 
 
 def _load_error(path: Path, error: Exception) -> RunnerError:

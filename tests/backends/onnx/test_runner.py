@@ -7,6 +7,7 @@ row: nothing of the runner's padding, chunking, in-place binding or growth takes
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -464,6 +465,14 @@ def test_an_operator_that_onnxruntime_lacks_is_reported_in_one_line(folder, monk
     ) as info:
         make_runner(folder, "tomorrow.onnx")
     assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize("change", [{"shape": ("batch_size", 2, 2**30)}, {"dtype": "float16"}])
+def test_a_state_of_another_size_than_the_graphs_is_refused_before_it_is_made(folder, change):
+    name = SPEC.tensors[0].past_name
+    spec = CacheSpec(tensors=(replace(SPEC.tensors[0], **change), *SPEC.tensors[1:]))
+    with pytest.raises(RunnerError, match=rf"model\.onnx: the graph's {name} is tensor\(float\) .*, the manifest"):
+        OnnxRunner(folder / "model.onnx", cache=spec, context_length=CONTEXT)
 
 
 def test_a_program_that_contradicts_its_cache_is_refused(folder):
