@@ -12,6 +12,7 @@ from random import Random
 
 from tests.fuzz import bundle
 from tests.fuzz.bundle import Part
+from tests.fuzz.guard import SECRETS
 from tests.fuzz.json_mutation import mutate_json
 
 Mutator = Callable[[bytes, Random], bytes]
@@ -88,7 +89,8 @@ def _for(part: Part, by_name: Mapping[str, Mutator]) -> Mutator:
 def _change_parts(parts: list[Part], index: int, rng: Random, titles: Sequence[str]) -> None:
     """A file left out, put in another's place, or turned into a link, a pipe or a folder."""
     part, other = parts[index], rng.choice(parts)
-    made_into = rng.choice([b" -> ../outside", b" -> /dev/zero", b" -> /etc/passwd", b" -> .", b" (fifo)", b"/x"])
+    targets = [*(secret.encode() for secret in SECRETS), b"../outside", b".", b"x" * 300]
+    made_into = rng.choice([*(b" -> " + target for target in targets), b" (fifo)", b"/x"])
     match rng.randrange(5):
         case 0:
             del parts[index]

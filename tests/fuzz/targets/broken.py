@@ -17,7 +17,7 @@ from tests.fuzz.workspace import workspace
 
 
 def fuzz_one(data: bytes) -> None:
-    (workspace().empty() / "link").symlink_to("/etc/hostname")
+    (workspace().empty() / "link").symlink_to("/etc/passwd")
     attempt(FAULTS.get(data.decode("utf-8", "replace"), FAULTS["nothing"]))
 
 
@@ -52,6 +52,7 @@ FAULTS: dict[str, Callable[[], object]] = {
     "write beside": lambda: (workspace().input.parent / "beside").write_bytes(b""),
     "write and say nothing": _write_and_say_nothing,
     "follow a link": lambda: (workspace().input / "link").read_bytes(),
+    "follow a link to its end": lambda: (workspace().input / "link").resolve().read_bytes(),
     "unpickle": lambda: pickle.loads(b"cos\nsystem\n(S'true'\ntR."),
     "run": lambda: subprocess.run(["true"], check=False),
     "allocate": lambda: np.zeros(1 << 33, np.uint8),

@@ -6,11 +6,11 @@ Their hashes are not compared: whoever writes a manifest can write the right one
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from itertools import islice
 
 from lfm2_export.backends import get_backend
-from lfm2_export.checkpoint import read_json_object
 from lfm2_export.config import ModelConfig
 from lfm2_export.manifest import Manifest, Program
 from lfm2_export.models import get_family
@@ -57,7 +57,7 @@ def _base() -> dict[str, bytes]:
 
 @cache
 def _config() -> ModelConfig:
-    raw = read_json_object(FOLDER / "base" / "config.json")
+    raw = json.loads((FOLDER / "base" / "config.json").read_bytes())
     return get_family(raw["model_type"]).parse_config(raw)
 
 
