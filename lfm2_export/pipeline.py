@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lfm2_export import companions, model_card
+from lfm2_export import companions, interrupts, model_card
 from lfm2_export.artifact import Artifact, ArtifactWriter
 from lfm2_export.backends import BACKENDS, Backend, get_backend, option_flag
 from lfm2_export.backends.program import Estimate, ExportedProgram, ExportRequest
 from lfm2_export.background import Background
 from lfm2_export.checkpoint import Checkpoint, open_checkpoint
 from lfm2_export.errors import ExportError
+from lfm2_export.leftovers import swept
 from lfm2_export.manifest import CheckpointRecord, Program
 from lfm2_export.messages import shown
 from lfm2_export.progress import Progress
@@ -78,6 +79,8 @@ def export(
         Lfm2ExportError: the matching kind; what was there is unchanged. Nothing else is left behind, unless memory or
             disk ran out (ResourceError): then what is done waits beside ``output`` for the same call.
     """
+    if not str(output).strip():
+        raise ExportError(f"output={str(output)!r} names no folder; give a name, or . for this one")
     lowering = get_backend(backend)
     options = _checked_options(backend, options)
     schemes = _customized(_schemes(lowering, backend, scheme), group_size, exclude)
@@ -88,7 +91,7 @@ def export(
     record = Background(lambda: writer.confirm(CheckpointRecord.of(opened)))
     # A backend's files lie in the folder of its name.
     writer = ArtifactWriter(output, record.result, into=[backend], key=key)
-    with writer:
+    with interrupts.lasting(), swept(), writer:
         if (finished := writer.finished()) is not None:
             return finished
         requests = [
@@ -112,12 +115,15 @@ def export(
         # Hashing reads every shard: it runs beside the export, once nothing cheap can refuse the work any more.
         record.start()
         for request in requests:
+            logger.info("lowering %s to %s %s", opened.name, backend, request.scheme.name)
             progress.start(f"{backend} {request.scheme.name}", opened.total_bytes)
             made = lowering.export_program(request)
+            interrupts.check()
             writer.add_program(_program(backend, request.scheme, made), made.files)
         companions.carry_over(opened, writer)
         lowering.runtime_files(opened, writer)
         writer.write_text("README.md", model_card.render(record.result(), writer.programs, opened))
+        interrupts.check()
         return writer.commit()
 
 

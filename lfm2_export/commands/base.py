@@ -25,8 +25,20 @@ class Command(Protocol):
         """Returns the exit code."""
 
 
+def given(text: str) -> str:
+    """An argument that names something. An empty one would be taken for the folder that the command runs in, as where
+    a script's variable is not set.
+
+    Raises:
+        argparse.ArgumentTypeError: it is empty.
+    """
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} names nothing; give a name, or . for this folder")
+    return text
+
+
 def add_artifact(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("artifact", metavar="DIR", help="a folder that `lfm2-export export` wrote")
+    parser.add_argument("artifact", metavar="DIR", type=given, help="a folder that `lfm2-export export` wrote")
     add_program_choice(parser)
 
 
@@ -51,7 +63,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub checkpoint")
+    parser.add_argument("--revision", type=given, help="branch, tag or commit of a Hub checkpoint")
     parser.add_argument("--offline", action="store_true", help="take Hub checkpoints from the local cache only")
 
 

@@ -6,7 +6,7 @@ import argparse
 
 from lfm2_export import console
 from lfm2_export.backends import BACKENDS, option_flag
-from lfm2_export.commands.base import add_json, add_source
+from lfm2_export.commands.base import add_json, add_source, given
 from lfm2_export.manifest import Program
 from lfm2_export.resources import human_bytes
 
@@ -17,10 +17,13 @@ class ExportCommand:
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
-            "checkpoint", metavar="CHECKPOINT", help="a directory, a Hub id, or a bundled name (tiny-moe, tiny-dense)"
+            "checkpoint",
+            metavar="CHECKPOINT",
+            type=given,
+            help="a directory, a Hub id, or a bundled name (tiny-moe, tiny-dense)",
         )
         parser.add_argument(
-            "--output", "-o", metavar="DIR", required=True, help="a new folder, or an artifact to add to"
+            "--output", "-o", metavar="DIR", type=given, required=True, help="a new folder, or an artifact to add to"
         )
         parser.add_argument("--backend", default="onnx", help="onnx (default) or executorch")
         parser.add_argument(

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lfm2_export.errors import Lfm2ExportError
+from lfm2_export.errors import Lfm2ExportError, ResourceError
 from lfm2_export.manifest import Program
 from lfm2_export.parity.figures import FULL_PRECISION, KL, Hop, finite
+from lfm2_export.resources import is_disk_full
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,11 +127,12 @@ class ParityReport:
         """Writes the page.
 
         Raises:
+            ResourceError: the disk is full.
             Lfm2ExportError: the file cannot be written.
         """
         try:
-            Path(path).write_text(self.to_html(), encoding="utf-8")
+            # Names may hold bytes that are no text; they are shown as escapes.
+            Path(path).write_bytes(self.to_html().encode("utf-8", "backslashreplace"))
         except OSError as error:
-            raise Lfm2ExportError(
-                f"{path}: the report cannot be written ({error.strerror}); give another file"
-            ) from error
+            kind = ResourceError if is_disk_full(error) else Lfm2ExportError
+            raise kind(f"{path}: the report cannot be written ({error.strerror}); give another file") from error

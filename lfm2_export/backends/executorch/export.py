@@ -12,15 +12,17 @@ from typing import Any
 
 import torch
 
+from lfm2_export import interrupts
 from lfm2_export.backends.executorch.plan import MoeOp, WeightPlan, make_plan
 from lfm2_export.backends.program import Estimate, ExportedProgram, ExportRequest
 from lfm2_export.cache import CacheSpec
+from lfm2_export.config import ModelConfig
 from lfm2_export.errors import ExportError
 from lfm2_export.manifest import MODEL, StoredTensor, TensorSpec
 from lfm2_export.messages import shown
 from lfm2_export.models import get_net
 from lfm2_export.quant.algorithms import get_algorithm
-from lfm2_export.resources import export_memory_needed, usable_cores
+from lfm2_export.resources import check_memory, export_memory_needed, usable_cores
 
 FOLDER = "executorch"
 DEFAULT_MAX_CONTEXT = 4096
@@ -35,15 +37,33 @@ def estimate(request: ExportRequest) -> Estimate:
         ExportError: a layer or a setting that the operators cannot express.
     """
     plans = _plans(request)
-    max_context(request)
+    state, tables = _buffer_bytes(request.checkpoint.config, max_context(request))
     largest = max(prod(tensor.shape[-2:]) for tensor in request.checkpoint.model_tensors.values())
     experts = max(plan.spilled_bytes() for plan in plans.values())
-    held = max(plan.nbytes() - plan.spilled_bytes() for plan in plans.values())
-    # What is held: once as tensors, once in the program that is put together, once more while it is written.
+    held = max(plan.nbytes() - plan.spilled_bytes() for plan in plans.values()) + tables
+    # What is held: once as tensors, once in the program that is put together, once more while it is written. The state
+    # is twice there, as buffers and as write_state's arguments, and none of it in the file.
     return Estimate(
-        disk_bytes=sum(plan.nbytes() for plan in plans.values()) + experts,
-        memory_bytes=export_memory_needed(largest, at_once=usable_cores()) + 3 * held,
+        disk_bytes=sum(plan.nbytes() + tables for plan in plans.values()) + experts,
+        memory_bytes=export_memory_needed(largest, at_once=usable_cores()) + 3 * held + 2 * state,
     )
+
+
+def _buffer_bytes(config: ModelConfig, context: int) -> tuple[int, int]:
+    """Bytes of the state's buffers, and of RoPE's two tables, which are constants of the program.
+
+    Raises:
+        ResourceError: the buffers alone are too much for this machine.
+    """
+    from lfm2_export.backends.executorch.trace import buffer_positions
+
+    positions = buffer_positions(context)
+    cache = CacheSpec.from_config(config, "float32")
+    state, tables = cache.fixed_bytes() + cache.bytes_per_token() * positions, 2 * 4 * config.head_dim * positions
+    check_memory(
+        2 * state + 3 * tables, purpose=f"a context of {context} (--max-context)", remedy="pass a smaller --max-context"
+    )
+    return state, tables
 
 
 def max_context(request: ExportRequest) -> int:
@@ -135,7 +155,9 @@ def _export_one(request: ExportRequest, plan: WeightPlan, cache: CacheSpec, cont
     folder = request.folder / FOLDER
     with Spill(folder) as spill:
         Lowering(plan.config, weights, buffer_positions(context), spill).lower_(causal_lm)
+        interrupts.check()
         program = make_pte(causal_lm, plan.config, cache, context, spill)
+        interrupts.check()
         with open(folder / name, "wb") as file:
             program.manager.write_to_file(file)
     return Made(

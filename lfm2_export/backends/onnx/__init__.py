@@ -1,11 +1,14 @@
 """The ONNX backend: contrib operators of ONNX Runtime, one folder for onnxruntime, onnxruntime-genai and
 Transformers.js.
 
-Exporting imports torch and onnx, running only onnxruntime; each on first use.
+Exporting imports torch and onnx, running only onnxruntime; each on first use, and never before this module has turned
+onnxruntime's telemetry off.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +46,21 @@ TESTED_WITH = {
     "q4f16": "lfm2-export, onnxruntime, Transformers.js (Node; the WebGPU test found no adapter yet)",
 }
 KL_TOLERANCE = 1e-3
+_TELEMETRY = "ORT_DISABLE_TELEMETRY"
+
+
+def _turn_telemetry_off() -> None:
+    """From its import on, onnxruntime's wheel keeps a device's id and queued events (paths, names, error texts) in the
+    user's cache, for a collector of its maker. A user who has set the variable, to whatever, has decided."""
+    if _TELEMETRY in os.environ:
+        return
+    os.environ[_TELEMETRY] = "1"
+    # The variable is too late for one that the user has imported: it has made its files, but writes no more events.
+    if (imported := sys.modules.get("onnxruntime")) is not None:
+        imported.disable_telemetry_events()
+
+
+_turn_telemetry_off()
 
 _HOW_TO_RUN = """## Run it
 

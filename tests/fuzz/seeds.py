@@ -1,0 +1,263 @@
+"""Writes the seeds in ``tests/fuzz/corpus`` and ``tests/fuzz/base``: small valid inputs that reach far into a reader.
+
+    python -m tests.fuzz.seeds
+
+They are kept in the repository, so this is for when a format changes. The exported programs are those of a model of two
+layers; what is not needed of them is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+import lfm2_export
+from lfm2_export.artifact import Artifact
+from lfm2_export.manifest import FileEntry, Manifest, Program
+from tests import artifacts
+from tests.checkpoints import tiny_config, write_random_checkpoint
+from tests.fuzz import bundle
+from tests.fuzz.bundle import Part
+from tests.fuzz.targets import FOLDER
+from tests.fuzz.targets.manifest import FILES
+
+_SMALL = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64}
+_TWO_LAYERS = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "vocab_size": 64}
+_FEW_EXPERTS = {"moe_intermediate_size": 32, "num_experts": 2, "num_experts_per_tok": 1}
+_ASSETS = Path(lfm2_export.__file__).parent / "assets"
+
+
+def write_all() -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        _write_checkpoints(Path(scratch))
+        _write_exported(Path(scratch))
+    _write_pte()
+    _write_manifests()
+    _write_tokenizers()
+    _write_settings()
+
+
+def _put(target: str, name: str, content: bytes | str) -> None:
+    path = FOLDER / "corpus" / target / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def _bundle(files: dict[str, bytes | str]) -> bytes:
+    return bundle.join(
+        Part(title.encode(), content.encode() if isinstance(content, str) else content)
+        for title, content in files.items()
+    )
+
+
+def _config(model_type: str, **overrides: Any) -> dict[str, Any]:
+    few = _FEW_EXPERTS if model_type == "lfm2_moe" else {}
+    return tiny_config(model_type, **{**_SMALL, **_TWO_LAYERS, **few, "max_position_embeddings": 64, **overrides})
+
+
+def _header(shard: Path) -> bytes:
+    data = shard.read_bytes()
+    return data[8 : 8 + int.from_bytes(data[:8], "little")].rstrip()
+
+
+def _write_checkpoints(scratch: Path) -> None:
+    variants: dict[str, dict[str, Any]] = {
+        "dense": {"model_type": "lfm2"},
+        "dense_sharded": {"model_type": "lfm2", "shards": 2},
+        "moe": {"model_type": "lfm2_moe"},
+        "moe_fused": {"model_type": "lfm2_moe", "fused": True},
+    }
+    for name, options in variants.items():
+        raw = _config(options.pop("model_type"))
+        folder = write_random_checkpoint(scratch / name, raw, seed=0, **options)
+        shards = {path.name: _header(path) for path in sorted(folder.glob("*.safetensors"))}
+        indexes = {path.name: path.read_bytes() for path in folder.glob("*.index.json")}
+        companions = {
+            "generation_config.json": json.dumps({"eos_token_id": [2, 3], "temperature": 0.3, "do_sample": True}),
+            "chat_template.jinja": "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}",
+            "LICENSE": "free",
+        }
+        files = {"config.json": json.dumps(raw), **indexes, **shards}
+        _put("checkpoint", name, _bundle(files if name == "dense" else {**files, **companions}))
+    older = {**_config("lfm2", layer_types=None), "full_attn_idxs": [1], "rope_parameters": {"rope_type": "default"}}
+    files = {"config.json": json.dumps(older), "model.safetensors": _header(scratch / "dense" / "model.safetensors")}
+    _put("checkpoint", "older_names", _bundle(files))
+    pickled = {"config.json": json.dumps(_config("lfm2")), "pytorch_model.bin": "x", "LICENSE -> /etc/passwd": ""}
+    _put("checkpoint", "pickled", _bundle(pickled))
+    _write_shards()
+
+
+def _write_shards() -> None:
+    entries = {
+        "__metadata__": {"format": "pt"},
+        "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+        "b": {"dtype": "BF16", "shape": [4], "data_offsets": [24, 32]},
+        "c": {"dtype": "F16", "shape": [0, 7], "data_offsets": [32, 32]},
+        "d": {"dtype": "F16", "shape": [], "data_offsets": [32, 34]},
+    }
+    header = json.dumps(entries).encode()
+    whole = len(header).to_bytes(8, "little") + header + bytes(range(34))
+    _put("safetensors", "four_dtypes", whole)
+    _put("safetensors", "truncated", whole[:-5])
+    _put("safetensors", "git_lfs", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    _put("safetensors", "empty", (2).to_bytes(8, "little") + b"{}")
+
+
+def _write_exported(scratch: Path) -> None:
+    checkpoint = scratch / "moe"
+    made = scratch / "artifact"
+    lfm2_export.export(checkpoint, scheme="q4", output=made)
+    lfm2_export.export(checkpoint, backend="executorch", scheme="8da4w", output=made)
+    (FOLDER / "base").mkdir(exist_ok=True)
+    shutil.copyfile(checkpoint / "config.json", FOLDER / "base" / "config.json")
+    shutil.copyfile(made / "onnx" / "model_q4.onnx_data", FOLDER / "base" / "model_q4.onnx_data")
+    _put("onnx_graph", "model_q4.onnx", (made / "onnx" / "model_q4.onnx").read_bytes())
+    shutil.copyfile(made / "executorch" / "model_8da4w.pte", FOLDER / "base" / "model_8da4w.pte")
+    manifest = Artifact.open(made).manifest
+    programs = tuple(map(_only_model, manifest.programs))
+    _put("weights", "exported.json", replace(manifest, programs=programs, files={}).to_json())
+
+
+def _only_model(program: Program) -> Program:
+    """Without the graphs for other purposes, which are not among the seeds."""
+    graph = program.graphs["model"]
+    files = {name: entry for name, entry in program.files.items() if name.startswith(graph)}
+    return replace(program, graphs={"model": graph}, files=files)
+
+
+def _write_pte() -> None:
+    """An embedding and a linear layer: a constant, a kernel and a delegate with its data, in the fewest tables."""
+    import torch
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(4, 8), torch.nn.Linear(8, 4, bias=False)).eval()
+    exported = torch.export.export(model, (torch.zeros(1, 1, dtype=torch.long),))
+    edge = to_edge_transform_and_lower(
+        exported, partitioner=[XnnpackPartitioner()], constant_methods={"get_vocab_size": 4}
+    )
+    _put("pte", "linear.pte", bytes(edge.to_executorch().buffer))
+
+
+def _write_manifests() -> None:
+    entries = {name: FileEntry(bytes=len(data), sha256=sha256(data).hexdigest()) for name, data in FILES.items()}
+    owned = {name: entry for name, entry in entries.items() if name.startswith("onnx/")}
+    program = replace(artifacts.program(), files=owned, parity={"kl": 1e-4, "top1": 0.99})
+    manifest = Manifest(
+        checkpoint=artifacts.record(), programs=(program,), files={"config.json": entries["config.json"]}
+    )
+    text = manifest.to_json()
+    _put("manifest", "one_program.json", text)
+    _put("manifest", "no_program.json", Manifest(checkpoint=artifacts.record()).to_json())
+    files: dict[str, bytes | str] = {f"artifact/{name}": data for name, data in FILES.items()}
+    files |= {"artifact/lfm2_export.json": text}
+    _put("artifact", "whole", _bundle({**files, "artifact/generation_config.json": '{"eos_token_id": 2}'}))
+    journal = json.dumps({"last": "lfm2_export.json", "delete": ["config.json"], "files": ["README.md"]})
+    for name, partial in {"beside": ".artifact.lfm2-export.partial", "inside": "artifact/.lfm2-export.partial"}.items():
+        unfinished = {f"{partial}/commit.json": journal, f"{partial}/files/README.md": "new"}
+        _put("artifact", f"unfinished_{name}", _bundle({**files, **unfinished}))
+    linked = {**files, "artifact/config.json -> ../outside": "", "outside": FILES["config.json"]}
+    _put("artifact", "linked", _bundle(linked))
+
+
+def _write_tokenizers() -> None:
+    byte_level = Tokenizer(models.BPE(_byte_vocabulary(), [("h", "e"), ("l", "l"), ("he", "ll")]))
+    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level.decoder = decoders.ByteLevel()
+    byte_level.add_special_tokens(
+        [AddedToken(text, special=True) for text in ("<|im_start|>", "<|im_end|>", "<|pad|>")]
+    )
+    byte_level.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", byte_level.token_to_id("<|im_start|>"))]
+    )
+    _put("tokenizer", "byte_level_bpe.json", byte_level.to_str())
+    letters = {text: index for index, text in enumerate(["[UNK]", "a", "##b", "hello", "##lo", ",", "!"])}
+    word_piece = Tokenizer(models.WordPiece(letters, unk_token="[UNK]"))
+    word_piece.normalizer = normalizers.BertNormalizer()
+    word_piece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    word_piece.decoder = decoders.WordPiece()
+    word_piece.enable_truncation(8)
+    word_piece.enable_padding(length=9, pad_token="[UNK]")
+    _put("tokenizer", "word_piece.json", word_piece.to_str())
+    unigram = Tokenizer(
+        models.Unigram([("<unk>", 0.0), ("▁", -1.0), ("a", -2.0), ("▁hello", -3.5)], 0, byte_fallback=True)
+    )
+    unigram.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(" ", "▁")])
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    unigram.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    _put("tokenizer", "unigram.json", unigram.to_str())
+    word_level = Tokenizer(models.WordLevel({"[UNK]": 0, "hello": 1}, unk_token="[UNK]"))
+    word_level.pre_tokenizer = pre_tokenizers.Split(pattern=" ", behavior="isolated")
+    _put("tokenizer", "word_level.json", word_level.to_str())
+
+
+def _byte_vocabulary() -> dict[str, int]:
+    texts = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "he", "ll", "hell"]
+    return {text: index for index, text in enumerate(texts)}
+
+
+def _write_settings() -> None:
+    template = (_ASSETS / "tiny-moe" / "chat_template.jinja").read_text(encoding="utf-8")
+    _put("chat_template", "bundled.jinja", template)
+    _put("chat_template", "macros.jinja", _MACROS)
+    token = {"content": "<|im_end|>", "lstrip": False, "rstrip": True, "normalized": False, "special": True}
+    declared = {
+        "added_tokens_decoder": {"300": token, "301": {**token, "content": "<extra>", "special": False}},
+        "bos_token": "<|im_start|>",
+        "eos_token": {"__type": "AddedToken", **token},
+        "pad_token": None,
+        "image_token": "<image>",
+        "extra_special_tokens": {"tool_token": "<tool>"},
+        "chat_template": [
+            {"name": "default", "template": "{{ messages[0].content }}"},
+            {"name": "tool_use", "template": "x"},
+        ],
+        "model_max_length": 1000000000000000019884624838656,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    _put("tokenizer_config", "named_templates", _bundle({"tokenizer_config.json": json.dumps(declared, indent=1)}))
+    older = {"bos_token": "<|im_start|>", "eos_token": token, "additional_special_tokens": ["<a>", token]}
+    files = {
+        "tokenizer_config.json": "{}",
+        "special_tokens_map.json": json.dumps(older),
+        "chat_template.jinja": template,
+    }
+    _put("tokenizer_config", "older_map", _bundle(files))
+    bundled = (_ASSETS / "tiny-moe" / "tokenizer_config.json").read_bytes()
+    _put("tokenizer_config", "bundled", _bundle({"tokenizer_config.json": bundled}))
+    sampled = {
+        "do_sample": True,
+        "temperature": 0.3,
+        "top_k": 40,
+        "top_p": 0.9,
+        "min_p": 0.15,
+        "repetition_penalty": 1.05,
+    }
+    _put("generation_config", "sampled.json", json.dumps({**sampled, "max_new_tokens": 64, "eos_token_id": [2, 7]}))
+    _put("generation_config", "bundled.json", (_ASSETS / "tiny-moe" / "generation_config.json").read_bytes())
+
+
+_MACROS = """{%- macro call(name, arguments) -%}{{ name ~ '(' ~ arguments | tojson ~ ')' }}{%- endmacro -%}
+{%- set ns = namespace(system='', count=0) -%}
+{%- for message in messages if message.role != 'tool' -%}
+{%- set ns.count = ns.count + loop.index0 -%}
+{%- if message.tool_calls is defined -%}{%- for t in message.tool_calls -%}{{ call(**t.function) }}{%- endfor -%}
+{%- elif message.content is string -%}
+{% generation %}{{ message.content.split('</think>')[-1] | trim }}{% endgeneration %}
+{%- else -%}{%- for part in message.content -%}{{ part['text'] | upper }}{%- endfor -%}{%- endif -%}
+{%- if loop.last and add_generation_prompt -%}{{ '%03d' % ns.count }}{{ strftime_now('%Y') | length }}{%- endif -%}
+{%- if ns.count > 99 -%}{{ raise_exception('too many') }}{%- endif -%}
+{%- endfor -%}{{ tools | tojson(indent=2) }}
+"""
+
+
+if __name__ == "__main__":
+    write_all()
