@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lfm2_export import interrupts, memory, streams
+from lfm2_export import interrupts, memory, packages, streams
 from lfm2_export.errors import Lfm2ExportError, ResourceError
 
 if TYPE_CHECKING:
@@ -23,11 +23,6 @@ BUG = 70
 # numpy's linear algebra ends the process where it cannot map this much for itself and each of its threads: with two
 # cores 150 MB were too little and 200 enough.
 _LEAST_MEMORY, _LEAST_MEMORY_PER_CORE = 96 << 20, 32 << 20
-# Packages of the extras; a command that lacks one says which extra to install.
-_EXTRAS = {
-    "export": ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "huggingface_hub"),
-    "executorch": ("executorch", "torchao"),
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -117,10 +112,9 @@ def _failed(error: Exception, options: argparse.Namespace | None) -> int:
         streams.error_line(f"{verb}: the machine ran out of memory; close other programs or use a larger one")
         return ResourceError.exit_code
     package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
-    for extra, packages in _EXTRAS.items():
-        if package in packages:
-            streams.error_line(f"{verb} needs {package}, which is not installed; pip install 'lfm2-export[{extra}]'")
-            return Lfm2ExportError.exit_code
+    if extra := packages.extra_of(package):
+        streams.error_line(f"{verb} needs {package}, which is not installed; pip install 'lfm2-export[{extra}]'")
+        return Lfm2ExportError.exit_code
     return _bug(error, verb, verbose)
 
 

@@ -7,10 +7,8 @@ memory, the output folder. An export that was killed is continued by the next on
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,26 +23,13 @@ from lfm2_export.errors import ExportError
 from lfm2_export.leftovers import swept
 from lfm2_export.manifest import CheckpointRecord, Program
 from lfm2_export.messages import shown
+from lfm2_export.packages import recorded_versions
 from lfm2_export.progress import Progress
 from lfm2_export.quant.algorithms import DEFAULT_ALGORITHM
 from lfm2_export.quant.schemes import Scheme, get_scheme
 from lfm2_export.resources import check_disk, check_memory, disk_needed
 
 logger = logging.getLogger(__name__)
-
-# Everything whose version may change what an export contains.
-_PACKAGES = (
-    "lfm2-export",
-    "torch",
-    "transformers",
-    "onnx",
-    "onnx-ir",
-    "onnxscript",
-    "onnxruntime",
-    "numpy",
-    "executorch",
-    "torchao",
-)
 
 
 def export(
@@ -187,7 +172,7 @@ def _key(checkpoint: Checkpoint, backend: str, schemes: Sequence[Scheme], option
             "backend": backend,
             "schemes": list(map(repr, schemes)),
             "options": options,
-            "versions": versions(),
+            "versions": recorded_versions(),
         }
     )
 
@@ -210,16 +195,5 @@ def _program(backend: str, scheme: Scheme, made: ExportedProgram) -> Program:
         options=made.options,
         operators=made.operators,
         tensors=made.tensors,
-        versions=versions(),
+        versions=recorded_versions(),
     )
-
-
-def versions() -> dict[str, str]:
-    """Python's version and that of every package that takes part and is installed."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            logger.debug("%s is not installed", package)
-    return found

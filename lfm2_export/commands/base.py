@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import platform
 from typing import Protocol
 
 from lfm2_export import __version__
 from lfm2_export.backends.base import Kernels, KvCache
-
-_RUNTIMES = ("onnxruntime", "onnxruntime-genai", "executorch", "torch", "transformers", "onnx", "onnxscript", "numpy")
+from lfm2_export.packages import listed_versions
 
 
 class Command(Protocol):
@@ -74,9 +72,5 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def version_text() -> str:
     """Our version and that of every runtime found, a line each."""
     lines = [f"lfm2-export {__version__}", f"python {platform.python_version()}"]
-    for package in _RUNTIMES:
-        try:
-            lines.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            lines.append(f"{package} not installed")
+    lines += [f"{name} {version or 'not installed'}" for name, version in listed_versions().items()]
     return "\n".join(lines)

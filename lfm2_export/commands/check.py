@@ -57,11 +57,11 @@ class ParityCommand:
 
 def _keep(options: argparse.Namespace, report: ParityReport, source: dict[str, Any]) -> None:
     """Writes the page that was asked for, and the figures into the artifact where that is possible."""
-    from lfm2_export.parity import record_parity
+    from lfm2_export.parity import page, record_parity
 
     try:
         if options.report:
-            report.write_html(options.report)
+            page.write(report, options.report)
     finally:
         try:
             record_parity(options.artifact, options.checkpoint, report, **source)

@@ -1,4 +1,4 @@
-"""The result of ``measure_parity``: verdicts for programs, as JSON, as rows of a table, as lines, as a page.
+"""The result of ``measure_parity``: verdicts for programs, as JSON, as rows of a table, as lines.
 
 In: hops. Out: what the CLI prints and the manifest records.
 """
@@ -7,13 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
-from lfm2_export.errors import Lfm2ExportError, ResourceError
 from lfm2_export.manifest import Program
 from lfm2_export.parity.figures import FULL_PRECISION, KL, Hop, finite
-from lfm2_export.resources import is_disk_full
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,23 +113,3 @@ class ParityReport:
             }
             for measured in self.programs
         }
-
-    def to_html(self) -> str:
-        """One page that needs nothing else."""
-        from lfm2_export.parity.page import render
-
-        return render(self)
-
-    def write_html(self, path: str | Path) -> None:
-        """Writes the page.
-
-        Raises:
-            ResourceError: the disk is full.
-            Lfm2ExportError: the file cannot be written.
-        """
-        try:
-            # Names may hold bytes that are no text; they are shown as escapes.
-            Path(path).write_bytes(self.to_html().encode("utf-8", "backslashreplace"))
-        except OSError as error:
-            kind = ResourceError if is_disk_full(error) else Lfm2ExportError
-            raise kind(f"{path}: the report cannot be written ({error.strerror}); give another file") from error
