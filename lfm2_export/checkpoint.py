@@ -31,9 +31,6 @@ from lfm2_export.weight_files import open_weights
 
 logger = logging.getLogger(__name__)
 
-# Of a list in a message: "262144 missing: " and " and 262143 more; ".
-_COUNTS = 36
-
 # name -> (shape as stored, shape that the config asks for)
 WrongShapes = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
@@ -44,13 +41,15 @@ COMPANIONS = (
     "chat_template.jinja",
     "generation_config.json",
 )
-# The names go into the model card.
-_LICENCE = re.compile(r"LICENSE[\w.-]{0,40}", re.ASCII)
+# The names go into the artifact and its model card.
+_LICENCE = re.compile(r"LICENSE[^`/\\:]{0,57}")
 _MOST_LICENCES = 16
 # The published ones have 1 kB; 10,000 layers spelled out need 200.
 _CONFIG_LIMIT = 1 << 20
 # Bytes of a head that is compared with the embedding it repeats: 128,000 tokens of 8,192 float32 values.
 _HEAD_LIMIT = 4 << 30
+# Characters around the names of a list in a message: "100000 missing: " and " and 99999 more; ".
+_COUNTS = 36
 _BF16_INFINITY = 0x7F80  # every bit pattern above it is a NaN
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # Facts about the file, not about the model: they differ between two downloads of the same weights.
@@ -145,15 +144,16 @@ class Checkpoint:
     def files(self) -> list[Path]:
         """Tokenizer, chat template, generation config and licence files, those that exist."""
         found = [self.path / name for name in COMPANIONS]
-        return [path for path in found if paths.exists(path, CheckpointError)] + self.licences()
+        return [path for path in found if paths.exists(path, CheckpointError)] + self._licences
 
-    def licences(self) -> list[Path]:
-        """Licence files: LICENSE, LICENSE.md and the like, the first few."""
-        found = paths.names(self.path, CheckpointError, _LICENCE.fullmatch)
-        if len(found) > _MOST_LICENCES:
-            logger.warning("%s: has %d licence files; the first %d are taken", self.path, len(found), _MOST_LICENCES)
-        chosen = [self.path / name for name in found[:_MOST_LICENCES]]
-        return [path for path in chosen if _is_no_folder(path)]
+    @cached_property
+    def _licences(self) -> list[Path]:
+        """LICENSE, LICENSE.md and the like, so many as a person would put there."""
+        found = paths.names(self.path, CheckpointError, lambda name: name.startswith("LICENSE"))
+        chosen = [name for name in found if _LICENCE.fullmatch(name) and name.isprintable()][:_MOST_LICENCES]
+        if left := set(found) - set(chosen):
+            logger.warning("%s: is without these licence files from here on: %s", paths.shown(self.path), listed(left))
+        return [path for name in chosen if _is_no_folder(path := self.path / name)]
 
     @cached_property
     def config_sha256(self) -> str:

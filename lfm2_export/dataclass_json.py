@@ -24,13 +24,16 @@ _DEEPEST = 16
 
 
 def encode(value: Any) -> Any:
-    """Dataclasses, mappings and sequences as JSON values; a figure that is not finite becomes null."""
+    """Dataclasses, mappings and sequences as JSON values; a figure that is not finite becomes null, half a character (a
+    file's name may have one) an escape."""
     if isinstance(value, CacheSpec):
         return value.to_json()
     if is_dataclass(value):
         return {f.name: encode(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, str):
+        return as_unicode(value)
     if isinstance(value, Mapping):
-        return {str(key): encode(item) for key, item in value.items()}
+        return {as_unicode(str(key)): encode(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [encode(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

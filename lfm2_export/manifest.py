@@ -34,6 +34,8 @@ MANIFEST_LIMIT = 32 << 20
 
 _LARGEST = 2**31 - 1
 _MOST_AXES = 8
+_SHOWN_HOPS = ("lowering", "quantization")
+_SHOWN_FIGURES = ("max_abs_error", "kl", "top1_agreement", "perplexity")
 _NAME = re.compile(r"[\w][\w.+-]{0,63}", re.ASCII)
 
 
@@ -225,11 +227,14 @@ def _check_shape(program: Program, tensor: TensorSpec | StoredTensor) -> None:
 
 
 def _check_figures(program: Program) -> None:
-    """The model card shows those of two hops."""
-    for hop in ("lowering", "quantization"):
+    """Those that the model card shows."""
+    for hop in _SHOWN_HOPS:
         figures = (program.parity or {}).get(hop, {})
-        if not _is_mapping_of(figures, int | float | None):
-            raise ArtifactError(f"{program} has parity.{hop}={shown(figures)}, which is not a number for each figure")
+        if not isinstance(figures, Mapping):
+            raise ArtifactError(f"{program} has parity.{hop}={shown(figures)}, which is not an object")
+        for name in _SHOWN_FIGURES:
+            if not isinstance(figure := figures.get(name), int | float | None):
+                raise ArtifactError(f"{program} has parity.{hop}.{name}={shown(figure)}, which is not a number")
 
 
 def _is_mapping_of(value: object, kind: Any) -> bool:

@@ -69,7 +69,8 @@ def _bundled(name: str, revision: str | None) -> Source:
     path = ASSETS / name
     if not path.is_dir():
         raise CheckpointError(f"{name}: the bundled checkpoint is missing from {ASSETS}; install lfm2-export again")
-    return Source(path=path)
+    # Some installers make every file a link to their store: there the package's own folder is.
+    return Source(path=Path(os.path.realpath(path / "config.json")).parent)
 
 
 def _refuse_revision(name: str, revision: str | None, kind: str) -> None:

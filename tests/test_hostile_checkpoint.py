@@ -418,12 +418,25 @@ def test_a_folder_of_a_million_names_is_not_listed(single: Path, monkeypatch: py
 def test_of_many_licences_the_first_few_are_taken(single: Path, caplog: pytest.LogCaptureFixture) -> None:
     for number in range(100):
         (single / f"LICENSE-{number:02}.txt").touch()
-    for name in ("LICENSE\nmine", "LICENSE`code`", "LICENSE" + "x" * 200, "LICENSES/MIT.txt"):
-        (single / name).parent.mkdir(exist_ok=True)
+    for name in ("LICENSE\nmine", "LICENSE`code`", "LICENSE:x", "LICENSE" + "x" * 200, os.fsdecode(b"LICENSE\xff")):
         (single / name).touch()
-    names = [path.name for path in open_checkpoint(single).licences()]
-    assert names == ["LICENSE", *(f"LICENSE-{number:02}.txt" for number in range(15))]
-    assert "has 102 licence files; the first 16 are taken" in caplog.text
+    checkpoint = open_checkpoint(single)
+    for _ in range(2):
+        names = [path.name for path in checkpoint.files() if path.name not in COMPANIONS[:-1]]
+        assert names == ["LICENSE", *(f"LICENSE-{number:02}.txt" for number in range(15))]
+    (warning,) = (record.getMessage() for record in caplog.records)
+    assert "checkpoint: is without these licence files from here on: LICENSE" in warning
+    assert warning.endswith(" and 82 more")
+
+
+def test_the_licences_of_people_are_taken(single: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (single / "LICENSES").mkdir()
+    (single / "LICENSES" / "MIT.txt").touch()
+    names = ["LICENSE", "LICENSE (1).txt", "LICENSE-MODEL", "LICENSE.md", "LICENSE_für_alle.txt"]
+    for name in names:
+        (single / name).touch()
+    assert [path.name for path in open_checkpoint(single).files()][-5:] == names
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("name", [b"caf\xe9", b"\xff\xfe", b"[bold]", b"[", b"a\nb", b"\x1b[2J"])
@@ -489,7 +502,7 @@ def test_the_largest_published_checkpoint_is_far_below_every_limit(tmp_path: Pat
     assert len(header) * 12 < MAX_HEADER_BYTES
 
 
-# Memory, in a process of its own whose address space ends a gigabyte above where it starts
+# Memory, in a process of its own whose address space ends 700 MB above where it starts
 
 HEAVY = """
 import json, resource, sys, time
@@ -500,7 +513,7 @@ from lfm2_export.errors import Lfm2ExportError
 from lfm2_export.families import get_family
 get_family("lfm2_moe")
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30),) * 2)
+resource.setrlimit(resource.RLIMIT_AS, (used + (700 << 20),) * 2)
 for kind, folder in json.loads(sys.argv[1]):
     started = time.process_time()
     try:
@@ -553,7 +566,7 @@ def write_heavy(root: Path, originals: Path) -> dict[str, tuple[str, Path, str]]
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="measures by /proc")
-def test_none_takes_a_gigabyte_or_five_seconds(originals: Path, tmp_path: Path) -> None:
+def test_none_takes_700_megabytes_or_five_seconds(originals: Path, tmp_path: Path) -> None:
     cases = write_heavy(tmp_path, originals)
     request = json.dumps([(kind, str(folder)) for kind, folder, _ in cases.values()])
     run = subprocess.run([sys.executable, "-c", HEAVY, request], capture_output=True, text=True, timeout=120)

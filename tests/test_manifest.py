@@ -36,6 +36,19 @@ def test_json_comes_back_as_it_was() -> None:
     print(f"{len(before.to_json())} bytes of JSON")
 
 
+def test_recorded_figures_come_back_with_what_stands_beside_them() -> None:
+    figures = {"kl": 0.1, "perplexity": None, "weight_error": {"int4": 0.07}, "text": "2 windows", "passed": True}
+    whole = replace(manifest().programs[0], parity={"lowering": figures, "quantization": figures})
+    assert Manifest.from_json(replace(manifest(), programs=(whole,)).to_json()).programs[0].parity == whole.parity
+
+
+def test_text_that_no_file_can_hold_is_written_as_an_escape() -> None:
+    """A pattern of ``--exclude`` as a terminal gives bytes that are not UTF-8."""
+    whole = replace(manifest().programs[0], options={"exclude": ["caf\udce9"]})
+    text = replace(manifest(), programs=(whole,)).to_json()
+    assert Manifest.from_json(text.encode("utf-8")).programs[0].options == {"exclude": ["caf\\udce9"]}
+
+
 def test_figures_that_are_not_finite_become_null() -> None:
     whole = replace(manifest().programs[0], parity={"perplexity": float("inf"), "kl": float("nan")})
     text = replace(manifest(), programs=(whole,)).to_json()

@@ -141,6 +141,16 @@ def test_a_bundled_name_wins_over_a_folder_of_that_name(
     assert "tiny-dense: the bundled checkpoint is missing from" in refusal("tiny-dense")
 
 
+def test_a_bundled_checkpoint_of_which_an_installer_made_links_opens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tiny-moe").mkdir()
+    for path in (source.ASSETS / "tiny-moe").iterdir():
+        (tmp_path / "tiny-moe" / path.name).symlink_to(path)
+    monkeypatch.setattr(source, "ASSETS", tmp_path)
+    assert "LICENSE" in {path.name for path in open_checkpoint("tiny-moe").files()}
+
+
 @pytest.mark.parametrize("name", ["/no/such/folder", "./models/x", "../x/y", "nothing", "a/b/c", "", "org/na me"])
 def test_names_that_can_be_no_hub_id_are_refused_without_network(name: str) -> None:
     message = refusal(name)
