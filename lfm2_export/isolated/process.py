@@ -40,7 +40,7 @@ _SET = {_MARK: "1", "RUST_BACKTRACE": "0", "TOKENIZERS_PARALLELISM": "false"}
 _CODE = "import sys, importlib; sys.path += sys.argv[2:]; importlib.import_module(sys.argv[1]).main()"
 
 # Time on the clock for each second of processor time, and at least: a busy machine must not fail what is in order.
-_PATIENCE, _LEAST_SECONDS = 4.0, 5.0
+_PATIENCE, _LEAST_SECONDS = 3.0, 5.0
 _STARTUP_SECONDS = 60.0
 # For a child that has closed its pipes to be gone, so that its exit code says why.
 _DYING_SECONDS = 2.0
