@@ -146,7 +146,9 @@ def _seconds(work) -> float:
     return time.perf_counter() - started
 
 
-@pytest.mark.parametrize("name", ["a prefix that ends in a character", "a regex without end", "a text that grows"])
+@pytest.mark.parametrize(
+    "name", ["a prefix that ends in a character", "a regex without end", "a decoder that strips twice"]
+)
 def test_export_refuses_it_before_any_weight_is_read(tmp_path, name):
     checkpoint = write_random_checkpoint(tmp_path / "checkpoint", tiny_config("lfm2"), seed=3)
     folder_with(checkpoint, BROKEN[name])

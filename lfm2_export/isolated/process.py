@@ -239,7 +239,7 @@ def _no_process(reason: str) -> ResourceError:
 
 
 def _cause(code: int | None, late: bool, limits: Limits) -> str:
-    if late or code == -getattr(signal, "SIGPROF", 0):
+    if late or (os.name == "posix" and code == -signal.SIGPROF):
         return f"takes more than {limits.seconds:g} s"
     if code is not None and code < 0:
         return f"ended its process (signal {-code}: it crashed or needs more than {limits.memory >> 20} MB of memory)"
