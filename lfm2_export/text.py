@@ -66,13 +66,15 @@ class Tokenizer:
             ArtifactError: tokenizer.json is missing, or a file is damaged.
             ResourceError: this system starts no process to try it in.
         """
-        files = tokenizer_files.read(Path(folder))
+        folder = Path(folder)
+        files = tokenizer_files.read(folder)
         fault, remedy = f"{paths.shown(files.path)}: not a readable tokenizer", "restore it or export again"
-        if reason := tokenizer_probe.fault(files.data, files.declared, files.special, tokenizer_limits):
+        if reason := tokenizer_probe.fault(files.data, files.additions, tokenizer_limits):
             raise ArtifactError(f"{fault} ({reason}); {remedy}")
         with translated(ArtifactError, fault, remedy):
-            backend = build(files.data, files.declared, files.special)
-        return cls(backend, files.named, files.template, str(folder), template_limits)
+            backend = build(files.data, files.additions)
+        template = tokenizer_files.read_template(folder, files.config)
+        return cls(backend, files.named, template, str(folder), template_limits)
 
     @property
     def special_tokens(self) -> Mapping[str, str]:

@@ -6,9 +6,9 @@ errors, and the panics of its Rust code, as one of ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypedDict
 
 import tokenizers
 
@@ -16,19 +16,28 @@ from lfm2_export.errors import Lfm2ExportError
 from lfm2_export.messages import shown
 
 # Arguments of tokenizers.AddedToken: "content" and flags.
-Token = Mapping[str, Any]
+Token = dict[str, Any]
 
 
-def build(data: bytes, declared: Iterable[Token], special: Iterable[Token]) -> tokenizers.Tokenizer:
-    """Opens tokenizer.json and makes further tokens known to it, as transformers does.
+class Additions(TypedDict):
+    """What tokenizer_config.json adds to tokenizer.json, as plain data.
+
+    declared: tokens in the order of their ids, which replace those of tokenizer.json; None where it declares none.
+    special: further ones, taken where the text is not yet known. named: the text of bos_token, eos_token, ..., which
+    makes a token special. split: whether special tokens in a text are taken for text.
+    """
+
+    declared: list[Token] | None
+    special: list[Token]
+    named: list[str]
+    split: bool
+
+
+def build(data: bytes, additions: Additions) -> tokenizers.Tokenizer:
+    """Opens tokenizer.json and makes the additions known to it by the rules of transformers 5.23's TokenizersBackend.
 
     Truncation and padding, which the file may ask for, are off. All tokens are added at once: the library sorts
-    everything it knows after each call.
-
-    Args:
-        data: the file.
-        declared: tokens that are added where the file does not have them.
-        special: tokens that become special.
+    everything that it knows after each call.
 
     Raises:
         Exception, and PanicException (a BaseException): whatever the library makes of a damaged file.
@@ -36,9 +45,20 @@ def build(data: bytes, declared: Iterable[Token], special: Iterable[Token]) -> t
     backend = tokenizers.Tokenizer.from_buffer(data)
     backend.no_truncation()
     backend.no_padding()
-    known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    backend.add_tokens([tokenizers.AddedToken(**token) for token in declared if token["content"] not in known])
-    backend.add_special_tokens([tokenizers.AddedToken(**token) for token in special])
+    backend.encode_special_tokens = additions["split"]
+    there = backend.get_added_tokens_decoder()
+    declared = additions["declared"]
+    tokens = (
+        [there[ident] for ident in sorted(there)]
+        if declared is None
+        else [tokenizers.AddedToken(**token) for token in declared]
+    )
+    known = {token.content for token in (*there.values(), *tokens)}
+    tokens += [tokenizers.AddedToken(**token) for token in additions["special"] if token["content"] not in known]
+    named = set(additions["named"])
+    for token in tokens:
+        token.special = token.special or token.content in named
+    backend.add_tokens(tokens)
     return backend
 
 

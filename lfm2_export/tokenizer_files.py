@@ -15,7 +15,7 @@ from lfm2_export import paths
 from lfm2_export.errors import ArtifactError
 from lfm2_export.files import TEXT_LIMIT, read_bytes, read_json_object, read_text
 from lfm2_export.messages import one_line, shown
-from lfm2_export.tokenizer_backend import Token
+from lfm2_export.tokenizer_backend import Additions, Token
 
 # The largest of the family, with 128,000 tokens, has 10 to 17 MB.
 TOKENIZER_LIMIT = 32 << 20
@@ -29,19 +29,18 @@ _REMEDY = "restore it or export again"
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerFiles:
-    """``declared`` and ``special`` are tokens for ``tokenizer_backend.build``; ``named`` has the text of bos_token,
-    eos_token, ... by name."""
+    """``data`` and ``additions`` are for ``tokenizer_backend.build``; ``named`` has the text of bos_token and others by
+    name; ``config`` is tokenizer_config.json, of which ``read_template`` may need a part."""
 
     path: Path
     data: bytes
-    declared: tuple[Token, ...]
-    special: tuple[Token, ...]
+    additions: Additions
     named: Mapping[str, str]
-    template: str | None
+    config: Mapping[str, Any]
 
 
 def read(folder: Path) -> TokenizerFiles:
-    """Reads the files of a checkpoint or an artifact.
+    """Reads the files of a checkpoint or an artifact, but for the template.
 
     Raises:
         ArtifactError: tokenizer.json is missing; a file is damaged, too large, no regular file or a link that leaves
@@ -54,15 +53,18 @@ def read(folder: Path) -> TokenizerFiles:
     if "added_tokens_decoder" not in config:
         config = {**config, **_object(folder, "special_tokens_map.json")}
     place = folder / "tokenizer_config.json"
-    declared = tuple(_declared(config, place))
     named = _named(config)
     return TokenizerFiles(
         path=path,
         data=read_bytes(path, folder, ArtifactError, limit=TOKENIZER_LIMIT),
-        declared=declared,
-        special=tuple(_special(config, declared, named, place)),
-        named=named,
-        template=_template(folder, config, place),
+        additions={
+            "declared": list(_declared(config, place)) if "added_tokens_decoder" in config else None,
+            "special": list(_special(config, named, place)),
+            "named": [text for name in named if (text := _content(named[name]))],
+            "split": config.get("split_special_tokens") is True,
+        },
+        named={name: _content(token) or "" for name, token in named.items()},
+        config=config,
     )
 
 
@@ -73,7 +75,7 @@ def _object(folder: Path, name: str) -> dict[str, Any]:
 
 def _declared(config: Mapping[str, Any], place: Path) -> Iterator[Token]:
     """The tokens of added_tokens_decoder in the order of their ids."""
-    declared = config.get("added_tokens_decoder", {})
+    declared = config["added_tokens_decoder"]
     if not isinstance(declared, dict):
         raise _damaged(place, f"added_tokens_decoder={shown(declared)} is no object of tokens by id")
     for _, entry in sorted(declared.items(), key=lambda item: _number(item[0], place)):
@@ -87,7 +89,7 @@ def _number(key: str, place: Path) -> int:
         raise _damaged(place, f"added_tokens_decoder has {shown(key)} for an id") from error
 
 
-def _token(entry: Any, place: Path) -> dict[str, Any]:
+def _token(entry: Any, place: Path) -> Token:
     """A token's text and flags; other keys mean nothing."""
     if not isinstance(entry, dict) or "content" not in entry:
         raise _damaged(place, f"the token {shown(entry)} has no content")
@@ -121,29 +123,30 @@ def _content(token: object) -> str | None:
     return token if isinstance(token, str) else None
 
 
-def _named(config: Mapping[str, Any]) -> dict[str, str]:
+def _named(config: Mapping[str, Any]) -> dict[str, Any]:
     """Special tokens by name: the usual ones, a model's own (``image_token``), and those of extra_special_tokens."""
     extra = config.get("extra_special_tokens")
     own = {k: v for k, v in config.items() if k.endswith("_token") and k not in _NAMED and isinstance(v, str)}
     usual = {name: config.get(name) for name in _NAMED}
     found = {**usual, **own, **(extra if isinstance(extra, Mapping) else {})}
-    return {name: text for name, token in found.items() if (text := _content(token)) is not None}
+    return {name: token for name, token in found.items() if _content(token) is not None}
 
 
-def _special(
-    config: Mapping[str, Any], declared: tuple[Token, ...], named: Mapping[str, str], place: Path
-) -> Iterator[Token]:
-    """The named tokens and the extra ones, with the flags that they are declared with."""
+def _special(config: Mapping[str, Any], named: Mapping[str, Any], place: Path) -> Iterator[Token]:
+    """The named tokens and the extra ones."""
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    listed = [_content(token) for token in extra] if isinstance(extra, list) else []
-    flags = {token["content"]: token for token in declared}
-    for text in dict.fromkeys([*named.values(), *(text for text in listed if text)]):
-        yield {"normalized": False, **flags.get(text, {}), "content": _text(text, place), "special": True}
+    listed = [token for token in extra if _content(token)] if isinstance(extra, list) else []
+    for token in (*named.values(), *listed):
+        yield _token(token, place) if isinstance(token, dict) else {"content": _text(token, place), "special": True}
 
 
-def _template(folder: Path, config: Mapping[str, Any], place: Path) -> str | None:
-    """The template's own file wins over tokenizer_config.json, where it may be one of several by name."""
-    path = folder / "chat_template.jinja"
+def read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """The chat template: its own file wins over tokenizer_config.json, where it may be one of several by name.
+
+    Raises:
+        ArtifactError: the file is damaged, too large, no regular file or a link that leaves the folder.
+    """
+    path, place = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if paths.exists(path, ArtifactError):
         return read_text(path, folder, ArtifactError)
     template = config.get("chat_template")

@@ -15,12 +15,15 @@ import pytest
 
 import lfm2_export
 from lfm2_export import chat_template
+from lfm2_export.chat import Chat
 from lfm2_export.chat_template import RenderLimits
 from lfm2_export.cli import main
 from lfm2_export.errors import GenerationError
+from lfm2_export.generation_config import GenerationConfig
 from lfm2_export.messages import MESSAGE_LIMIT
 from lfm2_export.text import Tokenizer
 from tests.crafted import with_file
+from tests.hash_runner import HashRunner
 from tests.template_bombs import BOMBS
 
 BUNDLED = [Path(lfm2_export.__file__).parent / "assets" / name for name in ("tiny-moe", "tiny-dense")]
@@ -177,6 +180,20 @@ def test_conversations_that_no_template_is_given(messages, message):
     with pytest.raises(GenerationError, match=message) as info:
         TOKENIZER.render_chat(messages)
     assert len(str(info.value)) <= MESSAGE_LIMIT
+
+
+def test_a_conversation_is_kept_when_its_template_fails(tmp_path):
+    """At the second turn: the first one, the reply and the runner's state are as they were."""
+    template = "{% if messages | length > 1 %}{{ 'x' * 10**10 }}{% endif %}{{ messages[0].content }}"
+    runner = HashRunner(vocab_size=TOKENIZER.vocab_size)
+    chat = Chat(runner, with_template(tmp_path, template), GenerationConfig(max_new_tokens=4))
+    reply = "".join(chat.send("Hello"))
+    messages, rows = chat.messages, [list(row) for row in runner.rows]
+    with pytest.raises(GenerationError, match="needs more than 512 MB of memory"):
+        chat.send("again")
+    assert chat.messages == messages
+    assert runner.rows == rows
+    assert "".join(chat.regenerate()) == reply
 
 
 @pytest.mark.parametrize("name", ["loops: nested ranges", "text: times", "depth: parentheses"])

@@ -40,7 +40,7 @@ _SET = {_MARK: "1", "RUST_BACKTRACE": "0", "TOKENIZERS_PARALLELISM": "false"}
 _CODE = "import sys, importlib; sys.path += sys.argv[2:]; importlib.import_module(sys.argv[1]).main()"
 
 # Time on the clock for each second of processor time, and at least: a busy machine must not fail what is in order.
-_PATIENCE, _LEAST_SECONDS = 4.0, 5.0
+_PATIENCE, _LEAST_SECONDS = 3.0, 5.0
 _STARTUP_SECONDS = 60.0
 # For a child that has closed its pipes to be gone, so that its exit code says why.
 _DYING_SECONDS = 2.0
@@ -239,7 +239,7 @@ def _no_process(reason: str) -> ResourceError:
 
 
 def _cause(code: int | None, late: bool, limits: Limits) -> str:
-    if late or code == -getattr(signal, "SIGPROF", 0):
+    if late or (os.name == "posix" and code == -signal.SIGPROF):
         return f"takes more than {limits.seconds:g} s"
     if code is not None and code < 0:
         return f"ended its process (signal {-code}: it crashed or needs more than {limits.memory >> 20} MB of memory)"

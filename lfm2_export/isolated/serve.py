@@ -6,10 +6,12 @@ In: requests on standard input. Out: answers on standard output and nothing else
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import signal
 from collections.abc import Callable
-from typing import IO
+from functools import lru_cache
+from typing import IO, TextIO
 
 from lfm2_export.isolated.wire import ANSWER, GREETING, OUT_OF_MEMORY, REFUSAL, REPLY, REQUEST, Refusal, read, write
 
@@ -17,6 +19,9 @@ try:
     import resource
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
+
+# The parent's patience, and more.
+_ORPHANED = 10.0
 
 
 def serve(answer: Callable[[bytes], bytes]) -> None:
@@ -72,8 +77,12 @@ def _prepare() -> None:
 
 
 def _limit(seconds: float, memory: int) -> None:
-    """The system ends this process after ``seconds`` of processor time; memory beyond the limit is not to be had."""
+    """The system ends this process after ``seconds`` of processor time; memory beyond the limit is not to be had.
+
+    On Windows a thread does, after that time on the clock and some more, in case that the parent has gone.
+    """
     if resource is None:
+        faulthandler.dump_traceback_later(_ORPHANED * max(seconds, 1), exit=True, file=_nowhere())
         return
     signal.setitimer(signal.ITIMER_PROF, seconds)
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -83,8 +92,15 @@ def _limit(seconds: float, memory: int) -> None:
 
 
 def _stop_the_clock() -> None:
-    if resource is not None:
+    if resource is None:
+        faulthandler.cancel_dump_traceback_later()
+    else:
         signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+@lru_cache
+def _nowhere() -> TextIO:
+    return open(os.devnull, "w", encoding="utf-8")
 
 
 def _address_space() -> int:

@@ -7,8 +7,10 @@ makes a billion times as long end this process, which is the answer as well.
 
 from __future__ import annotations
 
+import itertools
 import json
 import marshal
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -20,6 +22,9 @@ from lfm2_export.tokenizer_backend import build, is_panic, reason
 
 _RUN = 1000
 _WRITTEN = 100_000
+# Of a pattern, what could stand in a text.
+_WORD, _WORDS = re.compile(r"[^\W_]+|."), 1000
+_SENTENCE = "The quick brown fox jumps over the lazy dog, 3 times. "
 # One of each kind of character that tokenizers tell apart.
 _KINDS = "aA1 \n\t._-é中😀\u0301\u200d\x00\ufffd"
 _RANGES = ((0x20, 0x3000, 1), (0x3000, 0xD800, 32), (0xE000, 0x11000, 32), (0x1F000, 0x1FB00, 4))
@@ -29,14 +34,14 @@ _MOST = 128
 
 
 def main() -> None:
-    """Each request: (tokenizer.json, tokens to add, tokens that are special) as marshal writes them."""
+    """Each request: (tokenizer.json, Additions) as marshal writes them."""
     serve(_answer)
 
 
 def _answer(request: bytes) -> bytes:
-    data, declared, special = marshal.loads(request)
+    data, additions = marshal.loads(request)
     try:
-        tokenizer = build(data, declared, special)
+        tokenizer = build(data, additions)
         for text in _texts(tokenizer):
             _encode(tokenizer, text)
         _decode(tokenizer)
@@ -63,8 +68,8 @@ def _encode(tokenizer: tokenizers.Tokenizer, text: str) -> None:
 def _decode(tokenizer: tokenizers.Tokenizer) -> None:
     ids = sorted(tokenizer.get_vocab(with_added_tokens=True).values())
     added = sorted(tokenizer.get_added_tokens_decoder())
-    for skip_special_tokens in (True, False):
-        tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+    tokenizer.decode(ids, skip_special_tokens=False)
+    tokenizer.decode([*ids[:_ALONE], *added], skip_special_tokens=True)
     for token in {*ids[:_ALONE], *ids[-_ALONE:], *added[:_ALONE], 2**32 - 1}:
         tokenizer.decode([token], skip_special_tokens=False)
 
@@ -74,8 +79,9 @@ def _texts(tokenizer: tokenizers.Tokenizer) -> Iterator[str]:
     yield from ("", *_KINDS, f"Hello, {_KINDS} world!\n")
     yield "".join(chr(code) for first, end, step in _RANGES for code in range(first, end, step))
     written = list(_strings(tokenizer))
-    yield from (_run(character) for character in dict.fromkeys(_KINDS + "".join(written)[:_WRITTEN]))
-    yield from (_run(text[:_RUN]) for text in dict.fromkeys(written) if len(text) > 1)
+    words = itertools.islice(_WORD.finditer(" ".join(written)[:_WRITTEN]), _WORDS)
+    pieces = dict.fromkeys([*_KINDS, _SENTENCE, *(word[0] for word in words), *(text[:_RUN] for text in written)])
+    yield from (_run(piece) for piece in pieces if piece)
     added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
     yield "".join(added)[:_WRITTEN]
     yield " ".join(added)[:_WRITTEN]
