@@ -5,14 +5,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format golden sanitize fuzz bench bench-8b clean
+.PHONY: help demo test lint format golden sanitize sanitized fuzz fuzz-operators bench bench-8b clean
 
 help:
 	@echo "make demo      export the bundled checkpoint as fp32 and q4, prove it, generate text from both"
 	@echo "make test      run the tests"
 	@echo "make lint      ruff format and check, mypy"
-	@echo "make sanitize  run the C++ kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make sanitize  run the C++ kernels' and operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make fuzz      fuzz the readers of files for MINUTES=5 (of one: TARGET=checkpoint); Linux on x86-64"
+	@echo "make fuzz-operators  call the operators wrongly for MINUTES=5, half of them under the sanitizers"
 	@echo "make golden    write golden_outputs/ anew (after the bundled checkpoints changed)"
 	@echo "make bench     time llama.cpp, ONNX and .pte side by side at 350M and 1.2B (minutes; 8 GB of disk; a quiet machine)"
 	@echo "make bench-8b  the same for the 8B (half an hour; 45 GB of disk, 12 GB of memory)"
@@ -45,16 +46,23 @@ format: $(STAMP)
 golden: $(STAMP)
 	$(BIN)/python examples/write_golden_outputs.py
 
-# The operator's tests, once more where a stray read or an overflow ends the process.
-sanitize: $(STAMP)
+# The operators' tests, ONNX Runtime's and ExecuTorch's, once more where a stray read or an overflow ends the process.
+sanitized: $(STAMP)
 	$(BIN)/cmake -S tests/kernels -B build/sanitized -DLFM2_SANITIZE=address,undefined \
 	  -DCMAKE_PREFIX_PATH="$$($(BIN)/python -c 'from lfm2_export.kernels import build; print(build.executorch_folder() / "share/cmake")')"
 	$(BIN)/cmake --build build/sanitized --parallel
+
+sanitize: sanitized
 	$(BIN)/ctest --test-dir build/sanitized --output-on-failure
 
-# New inputs that reached new code stay in build/fuzz, from where the next run goes on.
 MINUTES ?= 5
 
+# Half of the time in C++ under the sanitizers, half in onnxruntime, from another seed each day.
+fuzz-operators: sanitized
+	build/sanitized/operators_fuzz --seconds $$(($(MINUTES) * 30)) --seed $$(date +%Y%m%d)
+	$(BIN)/python -m tests.kernels.operator_fuzz --seconds $$(($(MINUTES) * 30)) --seed $$(date +%Y%m%d)
+
+# New inputs that reached new code stay in build/fuzz, from where the next run goes on.
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.fuzz.campaign --minutes $(MINUTES) $(addprefix --target ,$(TARGET))
 

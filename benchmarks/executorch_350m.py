@@ -118,11 +118,12 @@ def measure(artifact: Path, threads: int) -> dict[str, float]:
 
 def linear_shapes() -> list[tuple[int, int]]:
     """Every linear layer's [out, in] but the head's."""
-    from lfm2_export.models import get_family
+    from lfm2_export.families import get_family
+    from lfm2_export.families.tensors import TensorClass
 
     family = get_family(REAL_SHAPES[SHAPE]["model_type"])
-    shapes = family.tensor_shapes(family.parse_config(REAL_SHAPES[SHAPE]))
-    return [(s[0], s[1]) for name, s in shapes.items() if len(s) == 2 and "embed" not in name]
+    tensors = family.tensors(family.parse_config(REAL_SHAPES[SHAPE])).values()
+    return [(t.shape[0], t.shape[1]) for t in tensors if t.kind is TensorClass.LINEAR]
 
 
 def in_turn(work: dict[str, Callable[[], None]]) -> dict[str, float]:

@@ -22,7 +22,8 @@ from lfm2_export.artifact import Artifact
 from lfm2_export.backends.executorch import plan as executorch_plan
 from lfm2_export.backends.onnx import plan as onnx_plan
 from lfm2_export.config import ModelConfig
-from lfm2_export.models import get_family
+from lfm2_export.families import get_family
+from lfm2_export.families.tensors import EMBEDDING, ModelTensor, Part, TensorClass
 from lfm2_export.quant.schemes import get_scheme
 from lfm2_export.resources import check_disk
 
@@ -111,9 +112,8 @@ def onnx_program(folder: Path, raw_config: Mapping[str, Any], group_size: int) -
     config = _parsed(raw_config)
     nbytes = 0.0
     for weight in onnx_plan.make_plan(config, get_scheme(ONNX_SCHEME).with_group_size(group_size)).values():
-        is_read_twice = weight.name == onnx_plan.EMBEDDING  # of a table, a step reads a row; the tied head reads all
-        if not is_read_twice:
-            nbytes += weight.nbytes() * (_active(config) if ".experts." in weight.name else 1)
+        if weight.part is not Part.EMBEDDING:  # of a table, a step reads a row; the tied head reads all
+            nbytes += weight.nbytes() * (_active(config) if weight.part is Part.EXPERTS else 1)
     bits = 8 * nbytes / active_weights(raw_config)
     return _artifact(ONNX, f"{ONNX_SCHEME} group {group_size}", path, bits)
 
@@ -126,8 +126,8 @@ def pte_program(folder: Path, raw_config: Mapping[str, Any]) -> Program:
         _export(folder, raw_config, path, *options, *(("--moe-op", "lfm2") if config.moe_layers else ()))
     plan = executorch_plan.make_plan(config, get_scheme(PTE_SCHEME))
     bits = 0.0
-    for name, count in _used(config):
-        form = plan.head.format if name == executorch_plan.EMBEDDING else plan.format(name)
+    for tensor, count in _used(config):
+        form = plan.head.format if tensor.kind is TensorClass.EMBEDDING else plan.format(tensor.name)
         bits += count * form.bits_per_weight
     return _artifact(EXECUTORCH, PTE_SCHEME, path, bits / active_weights(raw_config))
 
@@ -137,10 +137,10 @@ def active_weights(raw_config: Mapping[str, Any]) -> float:
     return sum(count for _, count in _used(_parsed(raw_config)))
 
 
-def _used(config: ModelConfig) -> Iterator[tuple[str, float]]:
-    for name, shape in get_family(config.model_type).tensor_shapes(config).items():
-        if name != executorch_plan.EMBEDDING or config.tie_word_embeddings:
-            yield name, math.prod(shape) * (_active(config) if ".experts." in name else 1)
+def _used(config: ModelConfig) -> Iterator[tuple[ModelTensor, float]]:
+    for tensor in get_family(config.model_type).tensors(config).values():
+        if tensor.name != EMBEDDING or config.tie_word_embeddings:
+            yield tensor, math.prod(tensor.shape) * (_active(config) if tensor.kind is TensorClass.EXPERTS else 1)
 
 
 def _active(config: ModelConfig) -> float:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 from lfm2_export.config import ModelConfig
-from lfm2_export.models import get_family
+from lfm2_export.families import get_family
+from lfm2_export.families.tensors import ModelTensor, Part, TensorClass
 
 _ARCHITECTURES = {"lfm2": gguf.MODEL_ARCH.LFM2, "lfm2_moe": gguf.MODEL_ARCH.LFM2MOE}
 _STEP_DEVIATION = {Type.Q4_0: 4.6, Type.Q8_0: 74.0, Type.Q6_K: 18.5 * 12.0}  # of a uniform code, times its scale's mean
@@ -53,30 +54,35 @@ def tensors(raw_config: Mapping[str, Any]) -> list[GgufTensor]:
     config = get_family(raw_config["model_type"]).parse_config(raw_config)
     names = gguf.get_tensor_name_map(_ARCHITECTURES[config.model_type], config.num_hidden_layers)
     found = []
-    for name, shape, active in _published(config):
-        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert stored is not None, name
-        squeezed = tuple(size for size in shape if size != 1) if "conv.conv" in name else shape
-        found.append(GgufTensor(name=stored, shape=squeezed, type=_type(name, squeezed), active=active))
+    for tensor in get_family(config.model_type).tensors(config).values():
+        if tensor.expert in (None, 0):  # a layer's experts are stacked
+            stored = names.get_name(_converted_name(tensor), try_suffixes=(".weight", ".bias"))
+            assert stored is not None, tensor.name
+            found.append(_stacked(tensor, stored, config))
     return found
 
 
-def _published(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], float]]:
-    """Names as conversion/lfm2.py makes them, a layer's experts stacked; shapes; the share that one token uses."""
-    for name, shape in get_family(config.model_type).tensor_shapes(config).items():
-        if ".experts." not in name:
-            yield f"{name}.bias" if name.endswith("expert_bias") else name, shape, 1.0
-        elif ".experts.0." in name:
-            stacked = name.replace(".experts.0.", ".experts.").removeprefix("model.")
-            yield stacked, (config.num_experts, *shape), config.num_experts_per_tok / config.num_experts
+def _converted_name(tensor: ModelTensor) -> str:
+    """As conversion/lfm2.py makes it."""
+    if tensor.kind is TensorClass.EXPERTS:
+        return f"layers.{tensor.layer}.feed_forward.experts.{tensor.matrix}.weight"
+    return f"{tensor.name}.bias" if tensor.kind is TensorClass.EXPERT_BIAS else tensor.name
 
 
-def _type(name: str, shape: tuple[int, ...]) -> Type:
-    if len(shape) == 1 or "conv.conv" in name or name.endswith("feed_forward.gate.weight"):
-        return Type.F32
-    if name.startswith(("model.embed_tokens", "lm_head")):
-        return Type.Q8_0 if shape[-1] % 256 else Type.Q6_K
-    return Type.Q4_0
+def _stacked(tensor: ModelTensor, name: str, config: ModelConfig) -> GgufTensor:
+    """``tensor``, or all experts' of its layer."""
+    shape, active = tensor.shape, 1.0
+    if tensor.kind is TensorClass.EXPERTS:
+        shape, active = (config.num_experts, *shape), config.num_experts_per_tok / config.num_experts
+    elif tensor.part is Part.CONVOLUTIONS:
+        shape = tuple(size for size in shape if size != 1)  # a depthwise kernel's middle axis
+    return GgufTensor(name=name, shape=shape, type=_type(tensor), active=active)
+
+
+def _type(tensor: ModelTensor) -> Type:
+    if tensor.kind in (TensorClass.EMBEDDING, TensorClass.HEAD):
+        return Type.Q8_0 if tensor.shape[-1] % 256 else Type.Q6_K
+    return Type.Q4_0 if tensor.kind in (TensorClass.LINEAR, TensorClass.EXPERTS) else Type.F32
 
 
 def write_random_gguf(path: Path, raw_config: Mapping[str, Any], *, seed: int) -> Path:

@@ -22,11 +22,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from lfm2_export.errors import Lfm2ExportError
-from lfm2_export.models import get_family
+from lfm2_export.families import get_family
+from lfm2_export.families.tensors import ModelTensor, Part, TensorClass, Tensors
 from lfm2_export.resources import check_disk
 from lfm2_export.source import ASSETS
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 _ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4}
 # Larger tensors repeat a pool of this many normal values from a random start on: drawing 10 GB of them takes minutes.
@@ -121,9 +120,9 @@ def write_random_checkpoint(
     (folder / "config.json").write_text(json.dumps(dict(raw_config), indent=2))
     family = get_family(raw_config["model_type"])
     config = family.parse_config(raw_config)
-    published = family.tensor_shapes(config)
+    published = family.tensors(config)
     stored = {name: [name] for name in published}
-    shapes = dict(published)
+    shapes = {name: tensor.shape for name, tensor in published.items()}
     if fused:
         for name, tensor in family.fused_tensors(config).items():
             stored = {n: parts for n, parts in stored.items() if n not in tensor.parts}
@@ -143,8 +142,8 @@ def _parts_in_order(parts: Mapping[str, Any]) -> list[str]:
 def _write_shards(
     folder: Path,
     stored: Mapping[str, list[str]],
-    shapes: Shapes,
-    published: Shapes,
+    shapes: Mapping[str, tuple[int, ...]],
+    published: Tensors,
     dtype: str,
     shards: int,
     seed: int,
@@ -160,7 +159,7 @@ def _write_shards(
         with open(folder / file, "wb") as out:
             write_header(out, {name: (dtype, shapes[name]) for name in chosen})
             for part in (part for name in chosen for part in stored[name]):
-                _write_tensor(out, part, published[part], dtype, seed, pool)
+                _write_tensor(out, published[part], dtype, seed, pool)
     if shards > 1:
         index_json = {"metadata": {}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index_json))
@@ -179,10 +178,10 @@ def write_header(out: BinaryIO, tensors: Mapping[str, tuple[str, tuple[int, ...]
     out.write(len(header).to_bytes(8, "little") + header)
 
 
-def _write_tensor(out: BinaryIO, name: str, shape: tuple[int, ...], dtype: str, seed: int, pool: _Pool) -> None:
-    mean, scale = _distribution(name, shape)
-    count = math.prod(shape)
-    rng = np.random.default_rng([seed, *name.encode()])
+def _write_tensor(out: BinaryIO, tensor: ModelTensor, dtype: str, seed: int, pool: _Pool) -> None:
+    mean, scale = _distribution(tensor)
+    count = math.prod(tensor.shape)
+    rng = np.random.default_rng([seed, *tensor.name.encode()])
     if count <= _POOL:
         values = rng.standard_normal(count, dtype=np.float32)
         out.write(to_stored(values * np.float32(scale) + np.float32(mean), dtype))
@@ -210,16 +209,16 @@ class _Pool:
         return self._stored[key]
 
 
-def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+def _distribution(tensor: ModelTensor) -> tuple[float, float]:
     """Mean and standard deviation of a tensor's values."""
-    if "norm" in name.split(".")[-2]:
+    if tensor.part is Part.NORMS:
         return 1.0, 0.1
-    if name.endswith("expert_bias"):
+    if tensor.kind is TensorClass.EXPERT_BIAS:
         return 0.0, 0.05
-    if name.endswith(".bias"):
+    if len(tensor.shape) == 1:
         return 0.0, 0.1
-    wide = name.endswith(("feed_forward.gate.weight", "embed_tokens.weight", "lm_head.weight"))
-    return 0.0, (2.0 if wide else 1.0) / math.sqrt(shape[-1])
+    wide = tensor.kind in (TensorClass.ROUTER, TensorClass.EMBEDDING, TensorClass.HEAD)
+    return 0.0, (2.0 if wide else 1.0) / math.sqrt(tensor.shape[-1])
 
 
 def to_stored(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -233,8 +232,8 @@ def to_stored(values: np.ndarray, dtype: str) -> np.ndarray:
 def stored_bytes(raw_config: Mapping[str, Any], dtype: str = "BF16") -> int:
     """Bytes of all weights of a checkpoint with this config."""
     family = get_family(raw_config["model_type"])
-    shapes = family.tensor_shapes(family.parse_config(raw_config))
-    return sum(math.prod(shape) for shape in shapes.values()) * _ITEMSIZE[dtype]
+    tensors = family.tensors(family.parse_config(raw_config))
+    return sum(math.prod(tensor.shape) for tensor in tensors.values()) * _ITEMSIZE[dtype]
 
 
 def main() -> int:

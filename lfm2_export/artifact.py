@@ -23,8 +23,9 @@ from lfm2_export.folders import Folder, UnexpectedKindError, is_plain_name
 from lfm2_export.hashing import sha256_files
 from lfm2_export.journal import Index
 from lfm2_export.ledger import discard_unlisted
-from lfm2_export.manifest import MANIFEST, MANIFEST_LIMIT, CheckpointRecord, FileEntry, Manifest, Program, preference
+from lfm2_export.manifest import MANIFEST, MANIFEST_LIMIT, CheckpointRecord, FileEntry, Manifest, Program
 from lfm2_export.messages import one_line
+from lfm2_export.preference import preference
 from lfm2_export.staging import Staging, alone, contents, unfinished
 
 logger = logging.getLogger(__name__)

@@ -21,10 +21,10 @@ import numpy as np
 from lfm2_export import files, paths
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import CheckpointError
+from lfm2_export.families import find_family
+from lfm2_export.families.tensors import EMBEDDING, HEAD, FusedTensor, ModelTensor, Part
 from lfm2_export.hashing import sha256_files
 from lfm2_export.messages import MESSAGE_LIMIT, listed
-from lfm2_export.models import FAMILIES, Family, get_family
-from lfm2_export.models._names import FusedTensor
 from lfm2_export.safetensors_file import TensorInfo, read_float32, read_row_blocks, read_stored
 from lfm2_export.source import Source, resolve
 from lfm2_export.weight_files import open_weights
@@ -51,7 +51,6 @@ _MOST_LICENCES = 16
 _CONFIG_LIMIT = 1 << 20
 # Bytes of a head that is compared with the embedding it repeats: 128,000 tokens of 8,192 float32 values.
 _HEAD_LIMIT = 4 << 30
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _BF16_INFINITY = 0x7F80  # every bit pattern above it is a NaN
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # Facts about the file, not about the model: they differ between two downloads of the same weights.
@@ -71,7 +70,8 @@ def open_checkpoint(name: str | Path, *, revision: str | None = None, offline: b
 
 
 class Checkpoint:
-    """One checkpoint. ``tensors`` is keyed by published names; reads are safe from several threads.
+    """One checkpoint. ``tensors`` (where each lies) and ``model_tensors`` (what each is) are keyed by published names;
+    reads are safe from several threads.
 
     ``revision`` is the commit of a Hub snapshot; ``raw_config`` is config.json as it stands, ``config`` its meaning.
     """
@@ -81,12 +81,14 @@ class Checkpoint:
         self.path = source.path
         self.revision = source.revision
         self.raw_config = _read_config(self.path)
-        self.family = _family(self.path, self.raw_config)
+        self.family = find_family(self.raw_config, paths.shown(self.path / "config.json"))
         self.config: ModelConfig = self.family.parse_config(self.raw_config)
         self._shards = {shard.path: shard for shard in open_weights(self.path)}
         stored = {name: info for shard in self._shards.values() for name, info in shard.tensors.items()}
         self._drop_tied_head(stored)
-        self.tensors: Mapping[str, TensorInfo] = match_tensors(self.path, self.family, self.config, stored)
+        self.model_tensors: Mapping[str, ModelTensor] = self.family.tensors(self.config)
+        fused = self.family.fused_tensors(self.config)
+        self.tensors: Mapping[str, TensorInfo] = match_tensors(self.path, self.model_tensors, fused, stored)
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         """A tensor, or a range of its first axis, as float32.
@@ -124,16 +126,17 @@ class Checkpoint:
 
     def parts(self) -> dict[str, tuple[int, int]]:
         """Parameters and stored bytes per part of the model, in a fixed order; parts that it lacks are left out."""
-        parts = dict.fromkeys(_PARTS, (0, 0))
+        parts = dict.fromkeys(Part, (0, 0))
         for name, info in self.tensors.items():
-            count, nbytes = parts[_part_of(name)]
-            parts[_part_of(name)] = (count + info.count, nbytes + info.nbytes)
-        return {part: sums for part, sums in parts.items() if sums != (0, 0)}
+            part = self.model_tensors[name].part
+            count, nbytes = parts[part]
+            parts[part] = (count + info.count, nbytes + info.nbytes)
+        return {str(part): sums for part, sums in parts.items() if sums != (0, 0)}
 
     @property
     def active_parameter_count(self) -> int:
         """Parameters that one token meets: of a layer's experts, only those that it is routed to."""
-        experts = self.parts().get("experts", (0, 0))[0]
+        experts = self.parts().get(Part.EXPERTS, (0, 0))[0]
         if not experts:
             return self.parameter_count
         used = experts * self.config.num_experts_per_tok // self.config.num_experts
@@ -181,18 +184,18 @@ class Checkpoint:
 
     def _drop_tied_head(self, stored: dict[str, TensorInfo]) -> None:
         """Some tools store a tied head a second time. A copy is left out; a head of its own contradicts the config."""
-        if not self.config.tie_word_embeddings or _HEAD not in stored or _EMBEDDING not in stored:
+        if not self.config.tie_word_embeddings or HEAD not in stored or EMBEDDING not in stored:
             return
-        head, embedding = stored[_HEAD], stored[_EMBEDDING]
+        head, embedding = stored[HEAD], stored[EMBEDDING]
         if embedding.shape != (self.config.vocab_size, self.config.hidden_size) or embedding.nbytes > _HEAD_LIMIT:
             return  # then the head is left over, and what is wrong is said with it
         if not self._same_values(head, embedding):
             raise CheckpointError(
-                f"{paths.shown(head.file)}: {_HEAD} differs from {_EMBEDDING}, but config.json says "
+                f"{paths.shown(head.file)}: {HEAD} differs from {EMBEDDING}, but config.json says "
                 "tie_word_embeddings=true; set it to false to use the stored head, or remove the head"
             )
-        logger.info("%s: %s repeats the tied %s and is left out", head.file, _HEAD, _EMBEDDING)
-        del stored[_HEAD]
+        logger.info("%s: %s repeats the tied %s and is left out", head.file, HEAD, EMBEDDING)
+        del stored[HEAD]
 
     def _same_values(self, left: TensorInfo, right: TensorInfo) -> bool:
         if left.shape != right.shape:
@@ -252,31 +255,25 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return files.read_json_object(path, folder, CheckpointError, limit=_CONFIG_LIMIT)
 
 
-def _family(path: Path, raw_config: Mapping[str, Any]) -> Family:
-    if "model_type" not in raw_config:
-        raise CheckpointError(
-            f"{paths.shown(path / 'config.json')}: model_type is missing; expected one of {', '.join(FAMILIES)}"
-        )
-    return get_family(raw_config["model_type"])
-
-
 def match_tensors(
-    path: Path, family: Family, config: ModelConfig, stored: Mapping[str, TensorInfo]
+    path: Path,
+    model_tensors: Mapping[str, ModelTensor],
+    fused_tensors: Mapping[str, FusedTensor],
+    stored: Mapping[str, TensorInfo],
 ) -> dict[str, TensorInfo]:
     """The family's tensors found among the stored ones; fused tensors are taken apart by offset.
 
     Raises:
         CheckpointError: lists every tensor that is missing, left over, or of another shape than the config says.
     """
-    expected = family.tensor_shapes(config)
-    found, wrong = _take_fused_apart(family.fused_tensors(config), stored)
-    for name, shape in expected.items():
-        if name in found and found[name].shape != shape:
-            wrong[name] = (found[name].shape, shape)
-    missing = [name for name in expected if name not in found]
-    left_over = [name for name in found if name not in expected]
+    found, wrong = _take_fused_apart(fused_tensors, stored)
+    for name, tensor in model_tensors.items():
+        if name in found and found[name].shape != tensor.shape:
+            wrong[name] = (found[name].shape, tensor.shape)
+    missing = [name for name in model_tensors if name not in found]
+    left_over = [name for name in found if name not in model_tensors]
     _raise_mismatch(path, missing, left_over, wrong)
-    return {name: found[name] for name in expected}
+    return {name: found[name] for name in model_tensors}
 
 
 def _take_fused_apart(
@@ -310,20 +307,3 @@ def _raise_mismatch(path: Path, missing: Collection[str], left_over: Collection[
     problems = [f"{len(names)} {kind}: {listed(names, room=room, longest=160)}" for kind, names in lists.items()]
     details = [f"{kind}: {name}" for kind, names in lists.items() for name in names]
     raise CheckpointError(f"{start}{'; '.join(problems)}{remedy}", details=details)
-
-
-_PARTS = ("embedding", "head", "convolutions", "attention", "dense MLPs", "experts", "routers", "norms")
-
-
-def _part_of(name: str) -> str:
-    """The part of the model that a published tensor belongs to."""
-    if "norm" in name.split(".")[-2]:
-        return "norms"
-    if ".experts." in name:
-        return "experts"
-    if name.endswith(("feed_forward.gate.weight", "expert_bias")):
-        return "routers"
-    for key, part in {".conv.": "convolutions", ".self_attn.": "attention", ".feed_forward.": "dense MLPs"}.items():
-        if key in name:
-            return part
-    return "head" if name == _HEAD else "embedding"

@@ -1,93 +1,146 @@
 """The command line: one subcommand per verb; each parses, calls the library, prints.
 
-Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 a check fell short, 2 the input or the
-request was wrong (one line, no traceback), 3 the machine could not do it.
+Results go to stdout, progress and errors to stderr. A command that fails leaves one line there, no traceback, and an
+exit code (``commands/parser.py`` lists them). Nothing heavy is imported before streams and signals are in order, so
+that a Ctrl-C while Python loads torch ends a command like any other.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING
 
-from lfm2_export import console
-from lfm2_export.commands import COMMANDS, version_text
+from lfm2_export import interrupts, memory, packages, streams
 from lfm2_export.errors import Lfm2ExportError, ResourceError
 
-# Packages of the extras; a command that lacks one says which extra to install.
-_EXTRAS = {
-    "export": ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "huggingface_hub"),
-    "executorch": ("executorch", "torchao"),
-}
+if TYPE_CHECKING:
+    import argparse
 
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, like every other error of this program."""
-
-    def error(self, message: str) -> NoReturn:
-        console.error(f"{message}; see `{self.prog} --help`")
-        raise SystemExit(2)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="lfm2-export",
-        description="Export LiquidAI's LFM2 and LFM2-MoE checkpoints to quantized programs, prove and run them.",
-    )
-    parser.add_argument("--version", action="store_true", help="our version and that of every runtime found")
-    verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", parser_class=_Parser)
-    for command in COMMANDS:
-        added = verbs.add_parser(command.name, help=command.help, description=command.help)
-        command.add_arguments(added)
-        added.set_defaults(run=command.run)
-    return parser
+# Of a bug: neither a check that fell short, nor the user's mistake, nor the machine's (sysexits.h: EX_SOFTWARE).
+BUG = 70
+# numpy's linear algebra ends the process where it cannot map this much for itself and each of its threads: with two
+# cores 150 MB were too little and 200 enough.
+_LEAST_MEMORY, _LEAST_MEMORY_PER_CORE = 96 << 20, 32 << 20
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code."""
-    # A terminated export must clean up like a failed one.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    """Runs one command; returns its exit code.
+
+    Without ``arguments`` they are those of this process, whose streams and signals then belong to the command until it
+    ends; otherwise both are given back.
+    """
+    own = arguments is None
+    with streams.prepared(own=own):
+        try:
+            with interrupts.raising(for_good=own):
+                code = _flushed(_run(arguments))
+                if own:
+                    interrupts.leave_with(code)
+        except (KeyboardInterrupt, interrupts.Terminated) as error:
+            code = interrupts.exit_code(error)
+            streams.error_line(f"stopped by {interrupts.cause(error)}")
+            if own:
+                interrupts.leave_with(code)
+        return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    options = None
+    try:
+        options = _parsed(arguments)
+        interrupts.check()
+        return _called(options)
+    except interrupts.Terminated:
+        raise
+    except SystemExit as asked:  # of argparse
+        return asked.code if isinstance(asked.code, int) else 0
+    except Exception as error:
+        interrupts.check()  # what was half imported fails later, in other words
+        return _failed(error, options)
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Imports what the verbs need at once, so this is what takes a third of a second."""
+    _check_memory()
     # torch's threads beside a runtime's own: those that wait must not take the cores from those that work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from lfm2_export.commands.parser import build_parser
+
     parser = build_parser()
     options = parser.parse_args(arguments)
+    options.print_help = parser.print_help
+    return options
+
+
+def _check_memory() -> None:
+    left, needed = memory.address_space_left(), _LEAST_MEMORY + _LEAST_MEMORY_PER_CORE * (os.cpu_count() or 1)
+    if left is not None and left < needed:
+        raise ResourceError(
+            f"this program needs {needed >> 20} MB of memory to begin with, {left >> 20} MB are left under the limit "
+            "of this process; raise it (ulimit -v)"
+        )
+
+
+def _called(options: argparse.Namespace) -> int:
+    from lfm2_export import console
+    from lfm2_export.commands import version_text
+
     if options.version:
-        print(version_text())
+        streams.deliver(f"{version_text()}\n")
         return 0
     if options.verb is None:
-        parser.print_help(sys.stderr)
+        options.print_help(sys.stderr)
         return 2
-    return _guarded(options)
-
-
-def _guarded(options: argparse.Namespace) -> int:
-    try:
+    with console.logging_to_stderr(verbose=options.verbose):
         return options.run(options)
-    except Lfm2ExportError as error:
-        console.error(str(error))
-        return error.exit_code
-    except ModuleNotFoundError as error:
-        return _missing_extra(options.verb, error)
-    except MemoryError:
-        console.error(f"{options.verb}: the machine ran out of memory; close other programs or use a larger one")
-        return ResourceError.exit_code
-    except BrokenPipeError:  # the reader of our output has gone, as `head` does
-        sys.stderr.close()
+
+
+def _failed(error: Exception, options: argparse.Namespace | None) -> int:
+    """Says what went wrong; returns the exit code."""
+    verb = (options and options.verb) or "lfm2-export"
+    verbose = bool(options and options.verbose)
+    if isinstance(error, streams.ReaderGone):
         return 0
-    except KeyboardInterrupt:
-        return 130
+    if isinstance(error, Lfm2ExportError):
+        streams.error_line(str(error))
+        if verbose:
+            streams.details(error.details)
+        return error.exit_code
+    if memory.ran_out(error):
+        streams.error_line(f"{verb}: the machine ran out of memory; close other programs or use a larger one")
+        return ResourceError.exit_code
+    package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if extra := packages.extra_of(package):
+        streams.error_line(f"{verb} needs {package}, which is not installed; pip install 'lfm2-export[{extra}]'")
+        return Lfm2ExportError.exit_code
+    return _bug(error, verb, verbose)
 
 
-def _missing_extra(verb: str, error: ModuleNotFoundError) -> int:
-    package = (error.name or "").partition(".")[0]
-    for extra, packages in _EXTRAS.items():
-        if package in packages:
-            console.error(f"{verb} needs {package}, which is not installed; pip install 'lfm2-export[{extra}]'")
-            return 2
-    raise error
+def _bug(error: Exception, verb: str, verbose: bool) -> int:
+    streams.error_line(
+        f"{verb}: internal error ({type(error).__name__}: {error}); this is a bug: report it with what --verbose prints"
+    )
+    if verbose:
+        import traceback
+
+        streams.details("".join(traceback.format_exception(error)).splitlines())
+    return BUG
+
+
+def _flushed(code: int) -> int:
+    """What argparse or a library has printed may only now turn out not to fit on the disk."""
+    try:
+        streams.deliver("")
+    except streams.ReaderGone:
+        return code
+    except ResourceError as error:
+        streams.error_line(str(error))
+        return code or error.exit_code
+    finally:
+        streams.tell("")
+    return code
 
 
 if __name__ == "__main__":

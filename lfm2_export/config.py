@@ -246,3 +246,33 @@ def common_fields(fields: Fields, *, hidden_size: int) -> dict[str, Any]:
         "output_hidden_states": fields.boolean("output_hidden_states", False),
         "output_attentions": fields.boolean("output_attentions", False),
     }
+
+
+def refuse_unsupported(fields: Fields, common: Mapping[str, object]) -> None:
+    """Refuses keys that ask for something else than what is built, among them some that published configs repeat.
+
+    Raises:
+        ConfigError: names the key, its value and the only value that is supported.
+    """
+    width = common["hidden_size"]
+    supported = {
+        "block_dim": width,
+        "conv_dim": width,
+        "conv_dim_out": width,
+        "num_heads": common["num_attention_heads"],
+        "block_norm_eps": common["norm_eps"],
+        "block_use_swiglu": True,
+        "use_pos_enc": True,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "sliding_window": None,
+        "is_encoder_decoder": False,
+        "return_dict": True,
+        "tie_last_hidden_states": True,
+        "per_layer_config": None,
+        "quantization_config": None,
+    }
+    for key, only in supported.items():
+        value = fields.raw.get(key)
+        if value is not None and value != only:
+            raise fields.fail(key, value, f"{only!r}, or no such key")

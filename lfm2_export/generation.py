@@ -12,9 +12,11 @@ from typing import Literal
 
 import numpy as np
 
-from lfm2_export.backends.base import Runner, TokenRows, check_fits, check_rows
+from lfm2_export.backends.arguments import check_fits, check_rows
+from lfm2_export.backends.base import Runner, TokenRows
 from lfm2_export.errors import GenerationError
 from lfm2_export.generation_config import GenerationConfig
+from lfm2_export.messages import shown
 from lfm2_export.sampling import Sampler
 
 FinishReason = Literal["stop", "length", "context"]
@@ -64,9 +66,10 @@ def complete(
     runner: Runner, prompts: TokenRows, config: GenerationConfig, *, chunk_size: int | None = None
 ) -> list[Completion]:
     """``generate`` until every row has ended; one Completion per prompt, in order."""
+    events = generate(runner, prompts, config, chunk_size=chunk_size)
     tokens: list[list[int]] = [[] for _ in prompts]
     reasons: dict[int, FinishReason] = {}
-    for event in generate(runner, prompts, config, chunk_size=chunk_size):
+    for event in events:
         tokens[event.row].append(event.token)
         if event.finish_reason:
             reasons[event.row] = event.finish_reason
@@ -114,7 +117,7 @@ def continue_from(
 def _finish_reason(
     token: int, step: int, held: int, context_length: int, config: GenerationConfig
 ) -> FinishReason | None:
-    if token in config.stop_token_ids:
+    if token in config.stop_tokens:
         return "stop"
     if step == config.max_new_tokens:
         return "length"
@@ -148,11 +151,13 @@ def _run_groups(
 
 
 def _check_prompts(runner: Runner, prompts: TokenRows, config: GenerationConfig) -> list[np.ndarray]:
-    if len(prompts) == 0:
+    rows = check_rows(prompts, None, runner.vocab_size)
+    if not rows:
         raise GenerationError("no prompt to continue; pass at least one list of token ids")
-    rows = check_rows(prompts, len(prompts), runner.vocab_size)
     check_fits(np.zeros(len(rows), dtype=np.int64), [len(row) for row in rows], runner.context_length)
     for token in config.stop_token_ids:
         if token >= runner.vocab_size:
-            raise GenerationError(f"stop token {token} is not in the vocabulary of {runner.vocab_size}; remove it")
+            raise GenerationError(
+                f"stop token {shown(token)} is not in the vocabulary of {runner.vocab_size}; remove it"
+            )
     return rows

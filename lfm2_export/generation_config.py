@@ -7,16 +7,20 @@ the one difference is ``max_new_tokens`` (transformers stops at 20 tokens unless
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from lfm2_export import paths
 from lfm2_export.errors import GenerationError
+from lfm2_export.files import TEXT_LIMIT, read_json_object
+from lfm2_export.messages import listed, shown
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +37,8 @@ class GenerationConfig:
 
     With ``do_sample`` False or ``temperature`` 0 the likeliest token is taken (greedy); only ``repetition_penalty``
     then changes the scores. ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and ``repetition_penalty`` 1 switch the respective
-    step off. With ``seed`` None every run differs.
+    step off; ``top_p`` 0 leaves one token, as in transformers. With ``seed`` None every run differs. Numbers may be as
+    small and as large as float64 has them: sampling counts in float64 where float32 has no room.
 
     Raises:
         GenerationError: a value is out of range.
@@ -52,21 +57,32 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.do_sample, bool):
             raise _error("do_sample", self.do_sample, "true or false")
-        _check_number("temperature", self.temperature, lambda v: v >= 0, "0 (greedy) or a positive number")
-        _check_number("top_p", self.top_p, lambda v: 0 < v <= 1, "a number above 0 and up to 1 (off)")
-        _check_number("min_p", self.min_p, lambda v: 0 <= v <= 1, "a number from 0 (off) to 1")
-        _check_number("repetition_penalty", self.repetition_penalty, lambda v: v > 0, "a number above 0 (1: off)")
+        numbers = {
+            "temperature": _number(
+                "temperature", self.temperature, lambda v: v >= 0, "0 (greedy) or a positive number"
+            ),
+            "top_p": _number("top_p", self.top_p, lambda v: 0 <= v <= 1, "a number from 0 (one token) to 1 (off)"),
+            "min_p": _number("min_p", self.min_p, lambda v: 0 <= v <= 1, "a number from 0 (off) to 1"),
+            "repetition_penalty": _number(
+                "repetition_penalty", self.repetition_penalty, lambda v: v > 0, "a number above 0 (1: off)"
+            ),
+        }
         top_k = _integer("top_k", self.top_k, 0, "0 (off) or a positive integer")
         max_new_tokens = _integer("max_new_tokens", self.max_new_tokens, 1, "a positive integer")
         stops = tuple(_integer("stop_token_ids", token, 0, "token ids") for token in self.stop_token_ids)
         seed = None if self.seed is None else _integer("seed", self.seed, 0, "an integer from 0 up")
         integers = {"top_k": top_k, "max_new_tokens": max_new_tokens, "stop_token_ids": stops, "seed": seed}
-        for name, value in integers.items():  # numpy's integers become Python's
+        for name, value in (numbers | integers).items():  # numpy's numbers become Python's
             object.__setattr__(self, name, value)
 
     @property
     def greedy(self) -> bool:
         return not self.do_sample or self.temperature == 0
+
+    @cached_property
+    def stop_tokens(self) -> frozenset[int]:
+        """``stop_token_ids`` to look one up in: a file may name any number of them."""
+        return frozenset(self.stop_token_ids)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], *, place: str = "generation_config.json") -> GenerationConfig:
@@ -75,7 +91,7 @@ class GenerationConfig:
         What it does not state, or states as null, has the default. Keys that we do not know are left out, and logged.
         """
         if unknown := sorted(k for k in raw if k not in _FROM_FILE and k not in _NOT_OURS and raw[k] is not None):
-            logger.info("%s: not used here: %s", place, ", ".join(unknown))
+            logger.info("%s: not used here: %s", place, listed(unknown))
         known = {key: raw[key] for key in _FROM_FILE if raw.get(key) is not None}
         stops = raw.get("eos_token_id")
         stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
@@ -86,19 +102,16 @@ class GenerationConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> GenerationConfig:
-        """Reads ``generation_config.json``, or the defaults where there is no such file."""
+        """Reads ``generation_config.json``, or the defaults where there is no such file.
+
+        Raises:
+            GenerationError: it is no JSON object in a regular file of at most 1 MiB, or a value is out of range.
+        """
         path = Path(path)
-        if not path.exists():
+        if not paths.exists(path, GenerationError):
             return cls()
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise GenerationError(f"{path}: cannot be read ({error.strerror}); check the file") from error
-        except (ValueError, RecursionError) as error:
-            raise GenerationError(f"{path}: not valid JSON ({error}); restore the file or export again") from error
-        if not isinstance(raw, dict):
-            raise GenerationError(f"{path}: a JSON object expected, found {type(raw).__name__}")
-        return cls.from_dict(raw, place=str(path))
+        raw = read_json_object(path, path.parent, GenerationError, limit=TEXT_LIMIT)
+        return cls.from_dict(raw, place=paths.shown(path))
 
     def override(
         self,
@@ -134,13 +147,20 @@ class GenerationConfig:
 
 
 def _error(name: str, value: object, expected: str) -> GenerationError:
-    return GenerationError(f"{name}={value!r} is not usable; expected {expected}")
+    return GenerationError(f"{name}={shown(value)} is not usable; expected {expected}")
 
 
-def _check_number(name: str, value: object, in_range: Callable[[float], bool], expected: str) -> None:
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and in_range(value):
-        return
-    raise _error(name, value, expected)
+def _number(name: str, value: Any, in_range: Callable[[float], bool], expected: str) -> float:
+    """A finite number as a float; the settings of a file may have any number of digits."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise _error(name, value, expected)
+    try:
+        number = float(value)
+    except OverflowError as error:
+        raise _error(name, value, expected) from error
+    if not math.isfinite(number) or not in_range(number):
+        raise _error(name, value, expected)
+    return number
 
 
 def _integer(name: str, value: Any, low: int, expected: str) -> int:

@@ -26,10 +26,6 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 MANIFEST = "lfm2_export.json"
 
-# Which program is taken where the caller does not say: smallest that keeps quality first; q4f16 is for WebGPU.
-BACKEND_ORDER = ("onnx", "executorch")
-SCHEME_ORDER = ("q4", "8da4w", "q8", "fp16", "fp32", "q4f16")
-
 # The graph of a program that any runtime opens; other roles of ``Program.graphs`` are variants of it.
 MODEL = "model"
 
@@ -178,20 +174,6 @@ class Manifest:
         except ArtifactError as error:
             raise ArtifactError(f"{place}: {error}; export again, or install the version that wrote it") from error
         return manifest
-
-
-def preference(program: Program) -> tuple[int, int, str, str]:
-    """Sorts programs, the one to take where the caller does not say first."""
-    return (
-        _rank(BACKEND_ORDER, program.backend),
-        _rank(SCHEME_ORDER, program.scheme),
-        program.backend,
-        program.scheme,
-    )
-
-
-def _rank(order: tuple[str, ...], name: str) -> int:
-    return order.index(name) if name in order else len(order)
 
 
 def _check(manifest: Manifest) -> None:

@@ -8,49 +8,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lfm2_export.backends import get_backend
 from lfm2_export.checkpoint import Checkpoint
 from lfm2_export.manifest import CheckpointRecord, Program
 from lfm2_export.resources import human_bytes
 
-_RUN = {
-    "onnx": """## Run it
-
-```
-pip install lfm2-export
-lfm2-export run . --prompt "What is C. elegans?"
-```
-
-Graphs named `*_lfm2*.onnx` are for lfm2-export's own operators, which it builds where it finds a compiler; they are
-faster and read the same data files. All others need ONNX Runtime alone.
-
-onnxruntime-genai opens the folder as it is (`og.Model(".")`). So does Transformers.js:
-
-```js
-import { pipeline } from "@huggingface/transformers";
-const generator = await pipeline("text-generation", "<this folder or repository>", { dtype: "DTYPE" });
-```
-""",
-    "executorch": """## Run it
-
-```
-pip install "lfm2-export[executorch]"
-lfm2-export run . --backend executorch --prompt "What is C. elegans?"
-```
-""",
-}
-
 
 def render(record: CheckpointRecord, programs: Sequence[Program], checkpoint: Checkpoint) -> str:
     """The whole card."""
-    backends = dict.fromkeys(program.backend for program in programs)
+    by_backend: dict[str, list[Program]] = {}
+    for program in programs:
+        by_backend.setdefault(program.backend, []).append(program)
     sections = [_front_matter(record, checkpoint), _title(record, checkpoint), _programs(programs)]
-    sections += [_RUN[backend].replace("DTYPE", _js_dtype(programs)) for backend in backends]
+    sections += [get_backend(backend).how_to_run(own) for backend, own in by_backend.items()]
     figures = _figures(programs)
     return "\n".join([*sections, *([figures] if figures else []), _licence(checkpoint)])
-
-
-def _js_dtype(programs: Sequence[Program]) -> str:
-    return next((program.scheme for program in programs if program.backend == "onnx"), "q4")
 
 
 def _front_matter(record: CheckpointRecord, checkpoint: Checkpoint) -> str:

@@ -7,42 +7,29 @@ memory, the output folder. An export that was killed is continued by the next on
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lfm2_export import companions, model_card
+from lfm2_export import companions, interrupts, model_card
 from lfm2_export.artifact import Artifact, ArtifactWriter
-from lfm2_export.backends import Backend, get_backend
+from lfm2_export.backends import BACKENDS, Backend, get_backend, option_flag
 from lfm2_export.backends.program import Estimate, ExportedProgram, ExportRequest
 from lfm2_export.background import Background
 from lfm2_export.checkpoint import Checkpoint, open_checkpoint
 from lfm2_export.errors import ExportError
+from lfm2_export.leftovers import swept
 from lfm2_export.manifest import CheckpointRecord, Program
+from lfm2_export.messages import shown
+from lfm2_export.packages import recorded_versions
 from lfm2_export.progress import Progress
 from lfm2_export.quant.algorithms import DEFAULT_ALGORITHM
 from lfm2_export.quant.schemes import Scheme, get_scheme
 from lfm2_export.resources import check_disk, check_memory, disk_needed
 
 logger = logging.getLogger(__name__)
-
-# Everything whose version may change what an export contains.
-_PACKAGES = (
-    "lfm2-export",
-    "torch",
-    "transformers",
-    "onnx",
-    "onnx-ir",
-    "onnxscript",
-    "onnxruntime",
-    "numpy",
-    "executorch",
-    "torchao",
-)
 
 
 def export(
@@ -54,12 +41,10 @@ def export(
     group_size: int | None = None,
     exclude: Sequence[str] = (),
     algorithm: str = DEFAULT_ALGORITHM,
-    max_context: int | None = None,
-    moe_op: str | None = None,
-    embedding_bits: int | None = None,
     revision: str | None = None,
     offline: bool = False,
     progress: Progress | None = None,
+    **options: int | str | None,
 ) -> Artifact:
     """Exports a checkpoint under one or more schemes into a folder.
 
@@ -70,40 +55,40 @@ def export(
         group_size: weights that share a scale, in the schemes that have groups; default: the scheme's.
         exclude: patterns of tensor names (as in ``fnmatch``) to leave unquantized in those schemes.
         algorithm: how integer weights are fitted: "refit" (least squared error) or "round" (plain rounding, faster).
-        max_context: positions that programs with buffers of fixed size hold (executorch).
-        moe_op: how a .pte runs quantized experts: "stock" (default: ExecuTorch's operator), "lfm2" (ours) or "both".
-        embedding_bits: how wide a .pte's quantized token table is: 8 (default) or 4.
+        options: the backend's own settings (``Backend.OPTIONS``), each of which is checked; None leaves one to the
+            backend. executorch has ``max_context``, positions that the buffers hold (4096); ``moe_op``, how quantized
+            experts run: "stock" (default: ExecuTorch's operator), "lfm2" (ours) or "both"; ``embedding_bits``, how
+            wide the quantized token table is: 8 (default) or 4.
 
     Raises:
         Lfm2ExportError: the matching kind; what was there is unchanged. Nothing else is left behind, unless memory or
             disk ran out (ResourceError): then what is done waits beside ``output`` for the same call.
     """
+    if not str(output).strip():
+        raise ExportError(f"output={str(output)!r} names no folder; give a name, or . for this one")
     lowering = get_backend(backend)
+    options = _checked_options(backend, options)
     schemes = _customized(_schemes(lowering, backend, scheme), group_size, exclude)
     opened = open_checkpoint(checkpoint, revision=revision, offline=offline)
     companions.check(opened)
     progress = progress or Progress()
-    options: dict[str, Any] = {
-        "algorithm": algorithm,
-        "max_context": max_context,
-        "moe_op": moe_op,
-        "embedding_bits": embedding_bits,
-    }
-    key = _key(opened, backend, schemes, options)
+    key = _key(opened, backend, schemes, {"algorithm": algorithm, **options})
     record = Background(lambda: writer.confirm(CheckpointRecord.of(opened)))
     # A backend's files lie in the folder of its name.
     writer = ArtifactWriter(output, record.result, into=[backend], key=key)
-    with writer:
+    with interrupts.lasting(), swept(), writer:
         if (finished := writer.finished()) is not None:
             return finished
         requests = [
             ExportRequest(
                 checkpoint=opened,
                 scheme=one,
+                file_name=lowering.SCHEMES[one.name],
                 folder=writer.root,
+                algorithm=algorithm,
                 progress=progress.advance,
+                options=options,
                 ledgers=writer.ledgers,
-                **options,
             )
             for one in schemes
         ]
@@ -115,13 +100,33 @@ def export(
         # Hashing reads every shard: it runs beside the export, once nothing cheap can refuse the work any more.
         record.start()
         for request in requests:
+            logger.info("lowering %s to %s %s", opened.name, backend, request.scheme.name)
             progress.start(f"{backend} {request.scheme.name}", opened.total_bytes)
             made = lowering.export_program(request)
+            interrupts.check()
             writer.add_program(_program(backend, request.scheme, made), made.files)
         companions.carry_over(opened, writer)
         lowering.runtime_files(opened, writer)
         writer.write_text("README.md", model_card.render(record.result(), writer.programs, opened))
+        interrupts.check()
         return writer.commit()
+
+
+def _checked_options(backend: str, options: dict[str, int | str | None]) -> dict[str, int | str | None]:
+    """Those that were given, all of them the backend's."""
+    given: dict[str, int | str | None] = {name: value for name, value in options.items() if value is not None}
+    for name, value in given.items():
+        if name in get_backend(backend).OPTIONS:
+            continue
+        owners = [other for other, one in BACKENDS.items() if name in one.OPTIONS]
+        if not owners:
+            known = sorted(get_backend(backend).OPTIONS) or ["none"]
+            raise ExportError(f"export: {shown(name)} is no setting of backend {backend}; it has: {', '.join(known)}")
+        raise ExportError(
+            f"{option_flag(name)} {shown(value)}: is for backend {' or '.join(owners)}, not for {backend}; pass "
+            f"--backend {owners[0]} or leave it out"
+        )
+    return given
 
 
 def _schemes(lowering: Backend, backend: str, scheme: str | Sequence[str]) -> list[Scheme]:
@@ -167,7 +172,7 @@ def _key(checkpoint: Checkpoint, backend: str, schemes: Sequence[Scheme], option
             "backend": backend,
             "schemes": list(map(repr, schemes)),
             "options": options,
-            "versions": versions(),
+            "versions": recorded_versions(),
         }
     )
 
@@ -190,16 +195,5 @@ def _program(backend: str, scheme: Scheme, made: ExportedProgram) -> Program:
         options=made.options,
         operators=made.operators,
         tensors=made.tensors,
-        versions=versions(),
+        versions=recorded_versions(),
     )
-
-
-def versions() -> dict[str, str]:
-    """Python's version and that of every package that takes part and is installed."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            logger.debug("%s is not installed", package)
-    return found

@@ -6,6 +6,7 @@ there is (or the figure cannot be trusted), the work is allowed to try.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lfm2_export.errors import ResourceError
+from lfm2_export.memory import address_space_left
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +27,9 @@ _DISK_SHARE = 0.01
 _EXPORT_BASE = 512 << 20
 # A tensor on its way: fp32 values, a working copy, codes, scales and rounding's own temporaries.
 _EXPORT_BYTES_PER_VALUE = 16
+_MORE_MEMORY = "close other programs, raise the container's limit, or use a larger machine"
+# No machine has it: it was computed from a number that somebody made up, and may be beyond a float.
+_BEYOND = 10**18
 
 
 def disk_needed(program_bytes: Iterable[int]) -> int:
@@ -64,7 +69,12 @@ def check_disk(folder: str | Path, needed: int, *, purpose: str = "the artifact"
         )
 
 
-def check_memory(needed: int, *, purpose: str = "the export") -> None:
+def is_disk_full(error: OSError) -> bool:
+    """Whether there is no room, by the disk's size, a quota or a limit on a file's size."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def check_memory(needed: int, *, purpose: str = "the export", remedy: str = _MORE_MEMORY) -> None:
     """Refuses work that the memory has no room for.
 
     Raises:
@@ -73,8 +83,7 @@ def check_memory(needed: int, *, purpose: str = "the export") -> None:
     available = available_memory()
     if available is not None and available < needed:
         raise ResourceError(
-            f"{purpose} needs {human_bytes(needed)} of memory, {human_bytes(available)} are available; "
-            "close other programs, raise the container's limit, or use a larger machine"
+            f"{purpose} needs {human_bytes(needed)} of memory, {human_bytes(available)} are available; {remedy}"
         )
 
 
@@ -91,13 +100,16 @@ def free_disk(folder: Path) -> int | None:
 
 
 def available_memory() -> int | None:
-    """Bytes that this process may still use without swapping others out: the machine's, or its control group's."""
-    known = [value for value in (_system_memory(), *_cgroup_memory()) if value is not None]
+    """Bytes that this process may still use without swapping others out: the machine's, its control group's, or what
+    its own limit leaves."""
+    known = [value for value in (_system_memory(), *_cgroup_memory(), address_space_left()) if value is not None]
     return min(known, default=None)
 
 
 def human_bytes(count: int) -> str:
     """A size as a person reads it: 1.5 GB."""
+    if count >= _BEYOND:
+        return "more than 1,000,000 TB"
     size = float(count)
     for unit in ("bytes", "kB", "MB", "GB"):
         if size < 1000:

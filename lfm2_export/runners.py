@@ -6,11 +6,14 @@ one.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from lfm2_export.artifact import Artifact
 from lfm2_export.backends import get_backend
 from lfm2_export.backends.base import Runner, RunnerOptions, parse_kernels, parse_kv_cache
+from lfm2_export.errors import ArtifactError
+from lfm2_export.messages import shown
 
 
 def load_runner(
@@ -32,6 +35,8 @@ def load_runner(
         RunnerError: the runtime cannot load the program, or ``kernels`` or ``kv_cache`` cannot be had.
     """
     options = RunnerOptions(threads=threads, kernels=parse_kernels(kernels), kv_cache=parse_kv_cache(kv_cache))
+    if not isinstance(path, str | os.PathLike | Artifact):
+        raise ArtifactError(f"{shown(path)}: is not the name of a folder; give the one that `lfm2-export export` wrote")
     artifact = path if isinstance(path, Artifact) else Artifact.open(path, verify=False)
     program = artifact.program(backend, scheme)
     artifact.verify(program)

@@ -5,6 +5,9 @@ transformers' LogitsProcessorList (RepetitionPenalty, Temperature, TopK, TopP, M
 distribution. The random numbers differ: numpy's generator, seeded per row, so that a row of a batch draws what it
 would draw alone.
 
+Scores are float32 as in transformers, and float64 where float32 has no room for a setting: no number that a setting
+may have makes a score infinite, and the smallest temperature is the likeliest token.
+
 Shape suffixes: V vocabulary, K tokens that are left to choose from.
 """
 
@@ -16,6 +19,10 @@ import numpy as np
 
 from lfm2_export.errors import GenerationError
 from lfm2_export.generation_config import GenerationConfig
+
+_FLOAT32, _FLOAT64 = np.finfo(np.float32), np.finfo(np.float64)
+# Probabilities that fall to zero and scores that fall to minus infinity are in order: such a token is not drawn.
+_falling = np.errstate(over="ignore", under="ignore")
 
 
 class Sampler:
@@ -40,40 +47,68 @@ class Sampler:
         Raises:
             GenerationError: the logits are not numbers.
         """
-        scores_V = penalize(logits_V, self._seen_V, self._config.repetition_penalty)
-        best = int(np.argmax(scores_V))
-        if not np.isfinite(scores_V[best]):
+        best = int(np.argmax(logits_V))  # NaN where there is one
+        if not np.isfinite(logits_V[best]):
             raise GenerationError(
-                f"the program gave {scores_V[best]} as its largest logit; its weights or its state overflow "
+                f"the program gave {logits_V[best]} as its largest logit; its weights or its state overflow "
                 "(fp16 programs: try another scheme)"
             )
-        token = best if self._config.greedy else draw(*candidates(scores_V, self._config), self._random)
+        scores_V = penalize(logits_V, self._seen_V, self._config.repetition_penalty)
+        if not self._config.greedy:
+            token = draw(*candidates(scores_V, self._config), self._random)
+        else:
+            token = best if scores_V is logits_V else int(np.argmax(scores_V))
         self._seen_V[token] = True
         return token
 
 
+@_falling
 def penalize(logits_V: np.ndarray, seen_V: np.ndarray, penalty: float) -> np.ndarray:
-    """Divides the positive and multiplies the negative logits of ``seen_V`` by ``penalty`` (CTRL, arXiv:1909.05858)."""
+    """Divides the positive and multiplies the negative logits of ``seen_V`` by ``penalty`` (CTRL, arXiv:1909.05858);
+    float64 where float32 cannot hold the result."""
     if penalty == 1:
         return logits_V
-    scores_V, seen, factor = logits_V.copy(), np.flatnonzero(seen_V), np.float32(penalty)
+    seen = np.flatnonzero(seen_V)
+    scores = logits_V[seen]
+    if _has_room(logits_V, penalty) and np.abs(scores).max(initial=0) <= _FLOAT32.max * min(penalty, 1 / penalty):
+        scores_V, factor = logits_V.copy(), np.float32(penalty)
+        scores_V[seen] = np.where(scores < 0, scores * factor, scores / factor)
+        return scores_V
+    scores_V = logits_V.astype(np.float64)
     scores = scores_V[seen]
-    scores_V[seen] = np.where(scores < 0, scores * factor, scores / factor)
+    changed = np.where(scores < 0, scores * penalty, scores / penalty)
+    # A logit of minus infinity is a token that the program excludes; no other becomes one.
+    scores_V[seen] = np.where(np.isfinite(scores), np.clip(changed, _FLOAT64.min, _FLOAT64.max), scores)
     return scores_V
 
 
+@_falling
 def candidates(scores_V: np.ndarray, config: GenerationConfig) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens that may be drawn, int64 [K] in rising order, and their scores, float32 [K].
+    """The tokens that may be drawn, int64 [K] in rising order, and their scores, float32 or float64 [K].
 
     Each step looks only at what the one before has left: with top_k on (the default) that is a handful of tokens.
     """
-    scores_V = scores_V / np.float32(config.temperature)
+    scores_V = temper(scores_V, config.temperature)
     tokens = np.flatnonzero(keep_top_k(scores_V, config.top_k) & (scores_V > -np.inf))
     scores = scores_V[tokens]
     for keep, setting in ((keep_top_p, config.top_p), (keep_min_p, config.min_p)):
         kept = keep(scores, setting)
         tokens, scores = tokens[kept], scores[kept]
     return tokens, scores
+
+
+@_falling
+def temper(scores_V: np.ndarray, temperature: float) -> np.ndarray:
+    """The scores divided by ``temperature``; where float32 has no room for that, their distances to the best one."""
+    best = float(scores_V.max())
+    if _has_room(scores_V, temperature) and abs(best) <= _FLOAT32.max * min(temperature, 1):
+        return scores_V / np.float32(temperature)
+    return (scores_V.astype(np.float64) - best) / temperature
+
+
+def _has_room(scores: np.ndarray, setting: float) -> bool:
+    """Whether these are float32 and a setting keeps its digits in it."""
+    return scores.dtype == np.float32 and bool(_FLOAT32.tiny <= setting <= _FLOAT32.max)
 
 
 def keep_top_k(scores: np.ndarray, k: int) -> np.ndarray:
@@ -90,6 +125,7 @@ def keep_top_p(scores: np.ndarray, p: float) -> np.ndarray:
     probabilities, rest = softmax(scores), 1 - p
     # Tokens below rest / n are never kept, since all of them together cannot exceed the rest: no need to sort them.
     rare = probabilities < rest / len(scores)
+    rare[np.argmax(scores)] = False  # whatever rounding makes of n equal ones
     others = np.flatnonzero(~rare)
     ascending = others[np.argsort(scores[others], kind="stable")]
     # Summed in float64 and rounded once, as torch's cumsum does on the CPU.
@@ -113,6 +149,7 @@ def draw(tokens: np.ndarray, scores: np.ndarray, random: np.random.Generator) ->
     return int(tokens[min(chosen, len(tokens) - 1)])
 
 
+@_falling
 def softmax(scores: np.ndarray) -> np.ndarray:
     shifted = np.exp(scores - scores.max())
     return shifted / shifted.sum()

@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lfm2_export.backends import BACKENDS, get_backend
-from lfm2_export.models import FAMILIES
-from lfm2_export.quant.schemes import get_scheme
+from lfm2_export.backends import BACKENDS
+from lfm2_export.families import FAMILIES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,17 +21,6 @@ class Supported:
     scheme: str
     file: str
     runtimes: str
-
-
-_RUNTIMES = {
-    ("onnx", "fp32"): "lfm2-export, onnxruntime, onnxruntime-genai, Transformers.js (Node)",
-    ("onnx", "fp16"): "lfm2-export, onnxruntime, Transformers.js (Node)",
-    ("onnx", "q8"): "lfm2-export, onnxruntime, onnxruntime-genai, Transformers.js (Node)",
-    ("onnx", "q4"): "lfm2-export, onnxruntime, onnxruntime-genai, Transformers.js (Node)",
-    ("onnx", "q4f16"): "lfm2-export, onnxruntime, Transformers.js (Node; the WebGPU test found no adapter yet)",
-    ("executorch", "fp32"): "lfm2-export, ExecuTorch's TextLLMRunner",
-    ("executorch", "8da4w"): "lfm2-export, ExecuTorch's TextLLMRunner",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +73,12 @@ DELEGATES = (
 def supported() -> Iterator[Supported]:
     """Every combination that can be exported."""
     for family in FAMILIES:
-        for backend in BACKENDS:
-            for scheme in get_backend(backend).SCHEMES:
+        for name, backend in BACKENDS.items():
+            for scheme, file in backend.SCHEMES.items():
                 yield Supported(
                     family=family,
-                    backend=backend,
+                    backend=name,
                     scheme=scheme,
-                    file=get_scheme(scheme).programs[backend],
-                    runtimes=_RUNTIMES[backend, scheme],
+                    file=file,
+                    runtimes=backend.TESTED_WITH.get(scheme, "lfm2-export"),
                 )

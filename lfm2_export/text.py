@@ -6,19 +6,19 @@ In: tokenizer.json, tokenizer_config.json, chat_template.jinja as published. Out
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from lfm2_export import chat_template
-from lfm2_export.chat_template import Message
+from lfm2_export import chat_template, paths, tokenizer_files, tokenizer_probe
+from lfm2_export.chat_template import Message, RenderLimits
 from lfm2_export.errors import ArtifactError, GenerationError
+from lfm2_export.isolated.process import Limits
 from lfm2_export.messages import shown
+from lfm2_export.tokenizer_backend import build, translated
 
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _REPLACEMENT = "\ufffd"
 # Tokens that a stream decodes again at each step before it looks for a place to cut, and those it then keeps.
 _LONG, _TAIL = 16, 4
@@ -37,32 +37,42 @@ class Tokenizer:
         special_tokens: Mapping[str, str],
         template: str | None,
         place: str,
+        template_limits: RenderLimits = chat_template.DEFAULT_LIMITS,
     ):
         self._backend = backend
         self._special_tokens = dict(special_tokens)
         self._template = template
         self._place = place
+        self._template_limits = template_limits
 
     @classmethod
-    def from_dir(cls, folder: str | Path) -> Tokenizer:
+    def from_dir(
+        cls,
+        folder: str | Path,
+        *,
+        template_limits: RenderLimits = chat_template.DEFAULT_LIMITS,
+        tokenizer_limits: Limits = tokenizer_probe.DEFAULT_LIMITS,
+    ) -> Tokenizer:
         """Reads the files of a checkpoint or an artifact.
+
+        A tokenizer that this user has not opened before is tried in another process first (``tokenizer_probe``).
+
+        Args:
+            folder: where tokenizer.json is.
+            template_limits: what rendering a conversation may take.
+            tokenizer_limits: what trying the tokenizer may take.
 
         Raises:
             ArtifactError: tokenizer.json is missing, or a file is damaged.
+            ResourceError: this system starts no process to try it in.
         """
-        folder = Path(folder)
-        backend = _read_backend(folder / "tokenizer.json")
-        config = _read_json(folder / "tokenizer_config.json")
-        if "added_tokens_decoder" not in config:
-            config = {**config, **_read_json(folder / "special_tokens_map.json")}
-        named = _named_tokens(config)
-        try:
-            _add_missing(backend, config, named)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(
-                f"{folder / 'tokenizer_config.json'}: its tokens are damaged ({error!r}); restore it or export again"
-            ) from error
-        return cls(backend, named, _read_template(folder, config), str(folder))
+        files = tokenizer_files.read(Path(folder))
+        fault, remedy = f"{paths.shown(files.path)}: not a readable tokenizer", "restore it or export again"
+        if reason := tokenizer_probe.fault(files.data, files.declared, files.special, tokenizer_limits):
+            raise ArtifactError(f"{fault} ({reason}); {remedy}")
+        with translated(ArtifactError, fault, remedy):
+            backend = build(files.data, files.declared, files.special)
+        return cls(backend, files.named, files.template, str(folder), template_limits)
 
     @property
     def special_tokens(self) -> Mapping[str, str]:
@@ -85,22 +95,26 @@ class Tokenizer:
         """Token ids of ``text``; special tokens that are written out in it are recognized.
 
         Raises:
-            GenerationError: it has characters that are no Unicode text.
+            GenerationError: it has characters that are no Unicode text, or that this tokenizer has no token for.
         """
         check_text(text, "text")
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        with translated(GenerationError, "text: this tokenizer cannot encode it", "change the text or the tokenizer"):
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of ``ids``; bytes that are not UTF-8 become U+FFFD.
 
         Raises:
-            GenerationError: an id is negative, beyond 32 bits, or no integer.
+            GenerationError: an id is negative, beyond 32 bits, or no integer; or the tokenizer's decoder fails.
         """
         tokens = list(ids)
-        try:
-            return self._backend.decode(tokens, skip_special_tokens=skip_special_tokens)
-        except (OverflowError, TypeError) as error:
-            raise GenerationError(f"decode: {shown(tokens)} are not all token ids; pass integers from 0 up") from error
+        with translated(GenerationError, "decode: this tokenizer cannot decode these ids", "use another tokenizer"):
+            try:
+                return self._backend.decode(tokens, skip_special_tokens=skip_special_tokens)
+            except (OverflowError, TypeError) as error:
+                raise GenerationError(
+                    f"decode: {shown(tokens)} are not all token ids; pass integers from 0 up"
+                ) from error
 
     def render_chat(
         self,
@@ -121,6 +135,7 @@ class Tokenizer:
             documents=documents,
             add_generation_prompt=add_generation_prompt,
             variables={**self._special_tokens, **(variables or {})},
+            limits=self._template_limits,
         )
 
     def encode_chat(
@@ -210,82 +225,3 @@ class StreamDecoder:
         before = self._tokenizer.decode(self._context, skip_special_tokens=self._skip)
         both = self._tokenizer.decode(self._context + tokens, skip_special_tokens=self._skip)
         return both[len(before) :]
-
-
-def _read_backend(path: Path) -> tokenizers.Tokenizer:
-    if not path.is_file():
-        raise ArtifactError(f"{path}: no such file; restore it from the checkpoint or export again")
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise ArtifactError(f"{path}: not a readable tokenizer ({error}); restore it or export again") from error
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(_read_utf8(path))
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: not valid JSON ({error}); restore it or export again") from error
-    if not isinstance(value, dict):
-        raise ArtifactError(f"{path}: a JSON object expected, found {type(value).__name__}")
-    return value
-
-
-def _read_utf8(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ArtifactError(f"{path}: byte {error.start} is not UTF-8; restore it or export again") from error
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read ({error.strerror}); check the file") from error
-
-
-def _content(token: object) -> str | None:
-    """A token's text; files hold it as a string or as an object."""
-    if isinstance(token, Mapping):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
-
-
-def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Special tokens by name: the usual ones, a model's own (``image_token``), and those of extra_special_tokens."""
-    extra = config.get("extra_special_tokens")
-    own = {k: v for k, v in config.items() if k.endswith("_token") and k not in _NAMED and isinstance(v, str)}
-    usual = {name: config.get(name) for name in _NAMED}
-    found = {**usual, **own, **(extra if isinstance(extra, Mapping) else {})}
-    return {name: text for name, token in found.items() if (text := _content(token)) is not None}
-
-
-def _add_missing(backend: tokenizers.Tokenizer, config: Mapping[str, Any], named: Mapping[str, str]) -> None:
-    """Makes the tokens that tokenizer_config.json declares known to ``backend`` as special, as transformers does."""
-    declared = config.get("added_tokens_decoder", {})
-    entries = [entry for _, entry in sorted(declared.items(), key=lambda item: int(item[0]))]
-    known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    for entry in entries:
-        if entry["content"] not in known:
-            options = {flag: entry[flag] for flag in flags if flag in entry}
-            backend.add_tokens([tokenizers.AddedToken(entry["content"], **options)])
-    by_text = {entry["content"]: {f: entry[f] for f in flags if f in entry} for entry in entries}
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    listed = [_content(token) for token in extra] if isinstance(extra, list) else []
-    for text in [*named.values(), *(text for text in listed if text)]:
-        options = {"normalized": False, **by_text.get(text, {}), "special": True}
-        backend.add_special_tokens([tokenizers.AddedToken(text, **options)])
-
-
-def _read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The template's own file wins over tokenizer_config.json, where it may be one of several by name."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return _read_utf8(path)
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None

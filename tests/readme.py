@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.figures import Comparison, table
 from benchmarks.programs import active_weights
 from benchmarks.synthetic import REAL_SHAPES
-from lfm2_export.cli import build_parser
+from lfm2_export.commands.parser import build_parser
 from lfm2_export.support import DELEGATES, supported
 
 README = Path(__file__).parent.parent / "README.md"
@@ -23,13 +23,18 @@ RESULTS = README.parent / "benchmarks" / "results"
 
 def commands() -> str:
     """Every verb with what it takes, as in a manual's synopsis."""
-    verbs = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
-    lines = [line for name, parser in verbs.choices.items() for line in _synopsis(name, parser)]
-    return "\n".join(["```", *lines, "```"])
+    whole = build_parser()
+    verbs = next(a for a in whole._actions if isinstance(a, argparse._SubParsersAction))
+    everywhere = [option for action in whole._actions for option in action.option_strings]
+    lines = [line for name, parser in verbs.choices.items() for line in _synopsis(name, parser, everywhere)]
+    shown = " ".join(_word(a) for a in whole._actions if a.option_strings and "--help" not in a.option_strings)
+    return "\n".join(["```", f"lfm2-export {shown} COMMAND ...", *lines, "```"])
 
 
-def _synopsis(name: str, parser: argparse.ArgumentParser) -> list[str]:
-    words = [f"lfm2-export\0{name}", *(_word(a) for a in parser._actions if "--help" not in a.option_strings)]
+def _synopsis(name: str, parser: argparse.ArgumentParser, everywhere: list[str]) -> list[str]:
+    """Without the options that every verb takes."""
+    own = [action for action in parser._actions if not set(action.option_strings) & set(everywhere)]
+    words = [f"lfm2-export\0{name}", *map(_word, own)]
     lines = textwrap.wrap(" ".join(words), 112, subsequent_indent="    ", break_on_hyphens=False)
     return [line.replace("\0", " ") for line in lines]
 

@@ -38,7 +38,7 @@ def test_the_fake_runner_follows_the_protocol():
         {"temperature": float("inf")},
         {"temperature": "hot"},
         {"temperature": True},
-        {"top_p": 0},
+        {"top_p": -0.01},
         {"top_p": 1.01},
         {"top_p": None},
         {"top_k": -1},
@@ -119,10 +119,10 @@ def test_a_bad_value_in_the_file_names_the_file(tmp_path):
     with pytest.raises(GenerationError, match=r"generation_config.json: top_p=7 is not usable"):
         GenerationConfig.from_file(path)
     path.write_text("[]")
-    with pytest.raises(GenerationError, match=r"a JSON object expected, found list"):
+    with pytest.raises(GenerationError, match=r"holds \[\], not a JSON object"):
         GenerationConfig.from_file(path)
     path.write_text("{")
-    with pytest.raises(GenerationError, match=r"not valid JSON"):
+    with pytest.raises(GenerationError, match=r"is not JSON"):
         GenerationConfig.from_file(path)
     assert GenerationConfig.from_file(tmp_path / "none.json") == GenerationConfig()
 
@@ -152,8 +152,14 @@ SETTINGS = [
     {"top_k": 5},
     {"top_k": 1},
     {"top_k": 10_000},
+    {"top_k": 10**30},
+    {"temperature": 1e-30},
+    {"temperature": 1e30},
+    {"repetition_penalty": 1e30},
+    {"repetition_penalty": 1e-30, "temperature": 2.0},
     {"top_p": 0.9},
     {"top_p": 0.01},
+    {"top_p": 0.0},
     {"min_p": 0.15},
     {"min_p": 1.0},
     {"top_k": 50, "top_p": 0.8, "min_p": 0.05, "temperature": 1.7, "repetition_penalty": 0.8},
@@ -212,7 +218,7 @@ def test_distribution_equals_transformers(options):
     history=st.lists(st.integers(0, 11), min_size=1, max_size=5),
     temperature=st.floats(0.05, 3),
     top_k=st.integers(0, 15),
-    top_p=st.sampled_from([0.001, 0.37, 0.83, 1.0]),
+    top_p=st.sampled_from([0.0, 0.001, 0.37, 0.83, 1.0]),
     min_p=st.sampled_from([0.0, 0.013, 0.71, 1.0]),
     penalty=st.sampled_from([0.5, 1.0, 1.7]),
 )

@@ -21,7 +21,7 @@ from lfm2_export import cli, paths
 from lfm2_export.checkpoint import open_checkpoint
 from lfm2_export.config import MOST_TENSORS
 from lfm2_export.errors import CheckpointError, Lfm2ExportError
-from lfm2_export.models import get_family
+from lfm2_export.families import get_family
 from lfm2_export.safetensors_file import MAX_HEADER_BYTES
 from tests import hostile
 from tests.checkpoints import tiny_config, write_random_checkpoint
@@ -475,7 +475,8 @@ def test_the_largest_published_checkpoint_is_far_below_every_limit(tmp_path: Pat
     layers = ["full_attention" if layer % 4 == 2 else "conv" for layer in range(40)]
     raw_config = REAL_SHAPES["8b-a1b"] | {"num_hidden_layers": 40, "num_experts": 64, "layer_types": layers}
     family, found, end = get_family("lfm2_moe"), {}, 0
-    for name, shape in family.tensor_shapes(family.parse_config(raw_config)).items():
+    for name, tensor in family.tensors(family.parse_config(raw_config)).items():
+        shape = tensor.shape
         begin, end = end, end + 2 * shape[0] * (shape[1] if len(shape) > 1 else 1) * (shape[2] if len(shape) > 2 else 1)
         found[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
     (tmp_path / CONFIG).write_text(json.dumps(raw_config))
@@ -496,7 +497,7 @@ from pathlib import Path
 from lfm2_export.checkpoint import open_checkpoint
 from lfm2_export.artifact import Artifact
 from lfm2_export.errors import Lfm2ExportError
-from lfm2_export.models import get_family
+from lfm2_export.families import get_family
 get_family("lfm2_moe")
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30),) * 2)

@@ -23,7 +23,7 @@ from lfm2_export.checkpoint import open_checkpoint
 from lfm2_export.cli import main
 from lfm2_export.errors import ArtifactError, Lfm2ExportError
 from lfm2_export.manifest import CheckpointRecord
-from lfm2_export.parity import ParityReport, control, hops, measure_parity, record_parity
+from lfm2_export.parity import ParityReport, control, hops, measure_parity, page, record_parity
 from lfm2_export.parity.sample import HELD_OUT, read_sample
 from lfm2_export.source import BUNDLED
 from tests.checkpoints import tiny_config, write_random_checkpoint
@@ -388,20 +388,20 @@ class _Page(HTMLParser):
 def test_the_page_needs_nothing_else_and_shows_everything(exported: Callable[[str], Exported], tmp_path: Path) -> None:
     found = exported("moe")
     report = measure_parity(found.artifact, found.checkpoint, scheme="q4", max_tokens=FEW, threads=1)
-    report.write_html(tmp_path / "report.html")
+    page.write(report, tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    page = _Page()
-    page.feed(text)
-    assert page.open == []
-    assert page.links == []
+    parsed = _Page()
+    parsed.feed(text)
+    assert parsed.open == []
+    assert parsed.links == []
     assert not re.search(r"https?://|@import|url\(|<script", text)
     for row in report.rows(details=True):
-        assert row[2] in page.cells
+        assert row[2] in parsed.cells
     assert "<polyline" in text
     worst = max(report.programs[0].program.tensors, key=lambda tensor: tensor.error or 0.0)
-    assert worst.name in page.cells
+    assert worst.name in parsed.cells
     with pytest.raises(Lfm2ExportError, match="the report cannot be written"):
-        report.write_html(tmp_path / "none" / "report.html")
+        page.write(report, tmp_path / "none" / "report.html")
     json.dumps(report.to_json(), allow_nan=False)
 
 

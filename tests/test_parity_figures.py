@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from lfm2_export.parity import ParityReport, divergence
+from lfm2_export.parity import ParityReport, divergence, page
 from lfm2_export.parity.figures import KL, MAX_ABS, Control, Figure, Hop, scaled
 from lfm2_export.parity.page import curve_svg
 from lfm2_export.parity.sample import HELD_OUT
@@ -116,6 +116,6 @@ def test_file_names_are_escaped_on_the_page() -> None:
     report = ParityReport(
         artifact="<script>", checkpoint="x", text="<u>", model=hop, programs=(), versions={"<p>": "1"}
     )
-    text = report.to_html()
+    text = page.render(report)
     assert not re.search(r"<script>|<b>|<i>|<u>", text)
     assert "a &amp; b" in text

@@ -273,7 +273,7 @@ def test_progress_counts_what_is_skipped(checkpoint, out, written) -> None:
 
 
 def versions_of(**changed: str) -> Callable[[], dict[str, str]]:
-    real = pipeline.versions()
+    real = pipeline.recorded_versions()
     return lambda: {**real, **changed}
 
 
@@ -300,7 +300,7 @@ def test_another_command_starts_anew(checkpoint, out, whole, written, options) -
 def test_other_versions_or_pieces_start_anew(checkpoint, out, whole, written, monkeypatch, tmp_path) -> None:
     shutil.copytree(out.parent, tmp_path / "other")
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "versions", versions_of(numpy="0.0"))
+        patched.setattr(pipeline, "recorded_versions", versions_of(numpy="0.0"))
         lfm2_export.export(checkpoint, output=out)
     assert len(written) == whole[1]
     written.clear()

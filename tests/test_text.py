@@ -226,14 +226,14 @@ def test_missing_and_damaged_files_are_named(tmp_path):
         Tokenizer.from_dir(tmp_path)
     folder = copy_tokenizer(tmp_path)
     (folder / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ArtifactError, match=r"tokenizer_config.json: not valid JSON"):
+    with pytest.raises(ArtifactError, match=r"tokenizer_config.json: is not JSON \(Expecting property name"):
         Tokenizer.from_dir(folder)
     copy_tokenizer(tmp_path, added_tokens_decoder={"7": {"special": True}})
-    with pytest.raises(ArtifactError, match=r"tokenizer_config.json: its tokens are damaged \(KeyError\('content'\)\)"):
+    with pytest.raises(ArtifactError, match=r"its tokens are damaged \(the token {'special': True} has no content\)"):
         Tokenizer.from_dir(folder)
     copy_tokenizer(tmp_path)
     (folder / "chat_template.jinja").write_bytes(b"abc\xff")
-    with pytest.raises(ArtifactError, match=r"chat_template.jinja: byte 3 is not UTF-8; restore it"):
+    with pytest.raises(ArtifactError, match=r"chat_template.jinja: byte 3 is not UTF-8; bring back"):
         Tokenizer.from_dir(folder)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ArtifactError, match=r"tokenizer.json: not a readable tokenizer"):

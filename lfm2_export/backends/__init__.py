@@ -1,17 +1,18 @@
 """One folder per backend: how a model is lowered to it, and the runner that executes the result.
 
-A backend's module offers what ``Backend`` lists; it is imported when it is asked for, so that a runtime is loaded only
-where it is used.
+A backend (here: a module) offers what ``Backend`` lists; it is imported when it is asked for, and imports its runtime
+only where that is used.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from lfm2_export.errors import ExportError
+from lfm2_export.messages import shown
+from lfm2_export.registry import Registry
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,7 +28,15 @@ if TYPE_CHECKING:
     from lfm2_export.manifest import Program
     from lfm2_export.models.loading import WeightSource
 
-BACKENDS = ("onnx", "executorch")
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOption:
+    """A setting of ``export`` that belongs to one backend: a keyword of the Python function, ``--name`` on the command
+    line. ``parse`` makes the value of a word and raises ValueError; ``metavar`` and ``help`` are for the help text."""
+
+    parse: Callable[[str], int | str]
+    metavar: str
+    help: str
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,10 +48,17 @@ class FullPrecision:
 
 
 class Backend(Protocol):
-    """What a backend's module offers. ``KL_TOLERANCE``: how far (mean KL divergence) int8 activations may take a
-    quantized program from the eager model with the same weights."""
+    """What a backend offers.
 
-    SCHEMES: tuple[str, ...]
+    ``SCHEMES``: those that it lowers, with the name of the program's file. ``OPTIONS``: settings of its own for
+    ``export``, by their keyword. ``TESTED_WITH``: the runtimes that tests open a scheme's program with.
+    ``KL_TOLERANCE``: how far (mean KL divergence) int8 activations may take a quantized program from the eager model
+    with the same weights.
+    """
+
+    SCHEMES: Mapping[str, str]
+    OPTIONS: Mapping[str, ExportOption]
+    TESTED_WITH: Mapping[str, str]
     KL_TOLERANCE: float
 
     def estimate(self, request: ExportRequest) -> Estimate:
@@ -50,6 +66,9 @@ class Backend(Protocol):
 
     def export_program(self, request: ExportRequest) -> ExportedProgram:
         """Writes the program's files below ``request.folder``."""
+
+    def how_to_run(self, programs: Sequence[Program]) -> str:
+        """Markdown for the model card: how these programs, all of this backend, are run."""
 
     def runtime_files(self, checkpoint: Checkpoint, writer: ArtifactWriter) -> None:
         """Writes the files by which other runtimes find the backend's programs in the artifact."""
@@ -74,6 +93,19 @@ class Backend(Protocol):
         """Logits of every position with kernels that leave activations alone; None where there is no such choice."""
 
 
+def option_flag(name: str) -> str:
+    """An option's name on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+BACKENDS: Registry[Backend] = Registry(
+    {
+        "onnx": "lfm2_export.backends.onnx",
+        "executorch": "lfm2_export.backends.executorch",
+    }
+)
+
+
 def get_backend(name: str) -> Backend:
     """A backend's module.
 
@@ -81,5 +113,5 @@ def get_backend(name: str) -> Backend:
         ExportError: there is no such backend; the message lists those that there are.
     """
     if name not in BACKENDS:
-        raise ExportError(f"backend {name!r} is unknown; known backends: {', '.join(BACKENDS)}")
-    return importlib.import_module(f"lfm2_export.backends.{name}")
+        raise ExportError(f"backend {shown(name)} is unknown; known backends: {', '.join(BACKENDS)}")
+    return BACKENDS[name]

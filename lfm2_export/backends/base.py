@@ -8,7 +8,6 @@ Shape suffixes: B rows of a batch, T new tokens, V vocabulary.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -16,9 +15,14 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from lfm2_export.cache import CacheSpec
-from lfm2_export.errors import ContextLimitError, RunnerError
-from lfm2_export.resources import usable_cores
+from lfm2_export.backends.arguments import as_array
+from lfm2_export.backends.arguments import check_batch_size as check_batch_size
+from lfm2_export.backends.arguments import check_fits as check_fits
+from lfm2_export.backends.arguments import check_indices as check_indices
+from lfm2_export.backends.arguments import check_rows as check_rows
+from lfm2_export.cache import PAST, CacheSpec, StateTensor
+from lfm2_export.errors import RunnerError
+from lfm2_export.messages import shown
 
 
 class Kernels(StrEnum):
@@ -105,12 +109,17 @@ class Mark:
     lengths: np.ndarray
     conv: Mapping[str, np.ndarray] = field(repr=False)
 
+    def __post_init__(self) -> None:
+        for array in (self.lengths, *self.conv.values()):
+            array.setflags(write=False)
+
 
 @runtime_checkable
 class Runner(Protocol):
     """Runs one exported program and keeps its state between calls. Not safe for use by two threads at once.
 
-    Every method checks its arguments first: a RunnerError or ContextLimitError leaves the state as it was.
+    Every method checks its arguments first, with ``backends/arguments.py``. Whatever it raises leaves the state as it
+    was: RunnerError, ContextLimitError, or ResourceError where the memory is too small for what was asked.
     """
 
     @property
@@ -177,88 +186,41 @@ class Runner(Protocol):
         """New row i becomes a copy of old row ``indices[i]``: beam search, repeated or dropped rows."""
 
 
-def check_rows(input_ids: TokenRows, batch_size: int, vocab_size: int) -> list[np.ndarray]:
-    """The rows as int64 arrays.
+def check_snapshot(
+    snapshot: Snapshot, *, program_id: str, cache: CacheSpec, context_length: int, max_batch_size: int | None
+) -> np.ndarray:
+    """The lengths of a snapshot's rows, int64 [B], once all of it is what this program's runners make.
 
     Raises:
-        RunnerError: another number of rows than the state has, an empty row, or an id that is not in the vocabulary.
+        RunnerError: it is no snapshot, of another program, or was changed.
+        ContextLimitError: it was made by a runner with a longer context.
     """
-    if len(input_ids) != batch_size:
-        rows = len(input_ids)
-        raise RunnerError(f"{rows} rows of tokens for a state of {batch_size}; pass one per row or reset({rows}) first")
-    return [_check_row(row, index, vocab_size) for index, row in enumerate(input_ids)]
-
-
-def _check_row(row: Sequence[int] | np.ndarray, index: int, vocab_size: int) -> np.ndarray:
-    tokens = np.asarray(row)
-    if tokens.size == 0:
+    if not isinstance(snapshot, Snapshot):
+        raise RunnerError(f"restore: {shown(snapshot, 40)} is not a snapshot; pass what snapshot() returned")
+    if not isinstance(snapshot.program_id, str) or snapshot.program_id != program_id:
         raise RunnerError(
-            f"row {index} is empty; a prompt needs at least one token (the tokenizer's bos, for instance)"
+            f"snapshot of program {shown(snapshot.program_id)[1:-1]}, but this runner has {program_id}; "
+            "a state only fits the program that made it"
         )
-    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+    lengths = as_array(snapshot.lengths, "snapshot: lengths")
+    if lengths.ndim != 1 or lengths.size == 0 or lengths.dtype.kind not in "iu" or lengths.min() < 0:
+        raise RunnerError(f"snapshot: lengths are {shown(snapshot.lengths, 40)}; pass what snapshot() returned")
+    check_batch_size(len(lengths), max_batch_size)
+    check_fits(np.zeros(len(lengths), dtype=np.int64), lengths.tolist(), context_length)
+    for tensor in cache.tensors:
+        _check_state_tensor(snapshot, tensor, len(lengths), int(lengths.max()))
+    return lengths.astype(np.int64)
+
+
+def _check_state_tensor(snapshot: Snapshot, tensor: StateTensor, batch_size: int, length: int) -> None:
+    tensors = snapshot.tensors if isinstance(snapshot.tensors, Mapping) else {}
+    held, wanted = tensors.get(tensor.past_name), tensor.concrete_shape(batch_size, length)
+    if not isinstance(held, np.ndarray):
+        raise RunnerError(f"snapshot: has no array {tensor.past_name}; pass what snapshot() returned")
+    sizes = zip(tensor.shape, held.shape, wanted, strict=False)
+    fits = all(found >= needed if axis == PAST else found == needed for axis, found, needed in sizes)
+    if held.ndim != len(wanted) or not fits or held.dtype != tensor.dtype:
         raise RunnerError(
-            f"row {index}: expected a list of token ids, found {tokens.dtype} values of shape {list(tokens.shape)}"
+            f"snapshot: {tensor.past_name} is {held.dtype} {list(held.shape)}, {tensor.dtype} {list(wanted)} expected; "
+            "pass what snapshot() returned"
         )
-    outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
-    if outside.size:
-        raise RunnerError(
-            f"row {index}: token id {outside[0]} is not in the vocabulary of {vocab_size}; "
-            "use the tokenizer that came with this artifact"
-        )
-    return tokens.astype(np.int64)
-
-
-def check_fits(lengths: np.ndarray, new_tokens: Sequence[int], context_length: int) -> None:
-    """Raises ContextLimitError where a row would hold more than ``context_length`` tokens."""
-    for row, (held, new) in enumerate(zip(lengths.tolist(), new_tokens, strict=True)):
-        if held + new > context_length:
-            after = f" after {held} held" if held else ""
-            raise ContextLimitError(
-                f"row {row}: {new} tokens{after} do not fit the context limit of {context_length}; "
-                "shorten the prompt or start a new conversation"
-            )
-
-
-def check_batch_size(batch_size: int, max_batch_size: int | None) -> None:
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer):
-        raise RunnerError(f"batch_size={batch_size!r}: rows are counted by an integer from 1 up")
-    if batch_size < 1:
-        raise RunnerError(f"batch_size={batch_size}: a state needs at least one row")
-    if max_batch_size is not None and batch_size > max_batch_size:
-        raise RunnerError(f"batch_size={batch_size}: this program takes at most {max_batch_size} rows at once")
-
-
-def check_indices(indices: Sequence[int] | np.ndarray, batch_size: int) -> np.ndarray:
-    """Row numbers as int64 [new B]; a RunnerError where one does not exist."""
-    rows = np.asarray(indices)
-    if rows.ndim != 1 or rows.size == 0 or rows.dtype.kind not in "iu":
-        raise RunnerError(f"reorder needs a list of row numbers, found {indices!r}")
-    if rows.min() < 0 or rows.max() >= batch_size:
-        raise RunnerError(f"reorder: rows {rows.tolist()} of a state that has {batch_size}")
-    return rows.astype(np.int64)
-
-
-def check_chunk_size(chunk_size: int | None, default: int) -> int:
-    """The tokens that a prefill takes at a time; a RunnerError where they are none."""
-    if chunk_size is None:
-        return default
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-        raise RunnerError(f"chunk_size={chunk_size!r}: a prefill takes at least one token at a time")
-    return chunk_size
-
-
-def check_threads(threads: int | None) -> int:
-    """How many threads a runner takes: as many as there are usable cores, where it is not said.
-
-    Raises:
-        RunnerError: not positive, or more than the machine has cores.
-    """
-    if threads is None:
-        return usable_cores()
-    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-        raise RunnerError(f"threads={threads!r}: a runner needs at least one thread")
-    if threads > (cores := os.cpu_count() or threads):
-        raise RunnerError(
-            f"threads={threads}: this machine has {cores} cores, and more threads only wait for each other"
-        )
-    return threads

@@ -18,19 +18,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lfm2_export.backends.base import (
-    Mark,
-    Snapshot,
-    TokenRows,
+from lfm2_export.backends.arguments import (
     check_batch_size,
     check_chunk_size,
+    check_context_length,
+    check_equal_rows,
     check_fits,
     check_indices,
+    check_logits_fit,
     check_rows,
+    check_state_fits,
+    check_tokens,
+    short_of_memory,
 )
+from lfm2_export.backends.base import Mark, Snapshot, TokenRows, check_snapshot
 from lfm2_export.cache import CacheSpec, StateTensor
 from lfm2_export.errors import RunnerError
-from lfm2_export.models._common import Cache, DecoderForCausalLM, empty_cache
+from lfm2_export.models.decoder import Cache, DecoderForCausalLM, empty_cache
 
 DEFAULT_CHUNK_SIZE = 512
 _NUMPY_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "float32"}
@@ -57,7 +61,9 @@ class EagerRunner:
         self._model = model.eval()
         self._dtype = model.lm_head.weight.dtype
         self._cache = CacheSpec.from_config(model.config, _NUMPY_DTYPES[self._dtype])
-        self._context_length = context_length or model.config.max_position_embeddings
+        self._context_length = check_context_length(
+            model.config.max_position_embeddings if context_length is None else context_length
+        )
         self._program_id = program_id or _fingerprint(model)
         self._rows = [self._empty_row()]
         self._marks: weakref.WeakKeyDictionary[Mark, list[_Row]] = weakref.WeakKeyDictionary()
@@ -94,9 +100,11 @@ class EagerRunner:
     def program_id(self) -> str:
         return self._program_id
 
+    @short_of_memory("reset")
     def reset(self, batch_size: int = 1) -> None:
-        check_batch_size(batch_size, self.max_batch_size)
-        self._replace([self._empty_row() for _ in range(batch_size)])
+        rows = check_batch_size(batch_size, self.max_batch_size)
+        check_state_fits(self._cache, rows, 0)
+        self._replace([self._empty_row() for _ in range(rows)])
 
     def prefill(self, input_ids: TokenRows, *, chunk_size: int | None = None) -> np.ndarray:
         return np.concatenate(self._append(input_ids, chunk_size, logits_to_keep=1))
@@ -105,31 +113,30 @@ class EagerRunner:
         return self._append(input_ids, chunk_size, logits_to_keep=0)
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-        tokens_B = np.asarray(tokens)
-        if tokens_B.ndim != 1:
-            raise RunnerError(f"decode takes one token per row, found shape {list(tokens_B.shape)}")
-        return np.concatenate(self._append(tokens_B[:, None], None, logits_to_keep=1))
+        return np.concatenate(self._append(check_tokens(tokens), None, logits_to_keep=1))
 
+    @short_of_memory("score")
     def score(self, input_ids: TokenRows, *, chunk_size: int | None = None) -> np.ndarray:
-        rows = check_rows(input_ids, len(input_ids), self.vocab_size)
-        if len({len(row) for row in rows}) != 1:
-            raise RunnerError("score takes rows of one length; score rows of different length one by one")
-        check_fits(np.zeros(len(rows), dtype=np.int64), [len(row) for row in rows], self._context_length)
+        rows = check_equal_rows(input_ids, self.vocab_size, self._context_length)
         size = check_chunk_size(chunk_size, DEFAULT_CHUNK_SIZE)
+        check_logits_fit(rows, self.vocab_size)
         return np.stack([self._run(self._empty_row(), row, size, logits_to_keep=0)[1] for row in rows])
 
+    @short_of_memory("snapshot")
     def snapshot(self) -> Snapshot:
         tensors = {tensor.past_name: self._gather(tensor) for tensor in self._cache.tensors}
         return Snapshot(program_id=self._program_id, lengths=self.lengths, tensors=tensors)
 
+    @short_of_memory("restore")
     def restore(self, snapshot: Snapshot) -> None:
-        if snapshot.program_id != self._program_id:
-            raise RunnerError(
-                f"snapshot of program {snapshot.program_id}, but this runner has {self._program_id}; "
-                "a state only fits the program that made it"
-            )
-        check_fits(np.zeros_like(snapshot.lengths), snapshot.lengths.tolist(), self._context_length)
-        self._replace([self._row_of(snapshot, index) for index in range(len(snapshot.lengths))])
+        lengths = check_snapshot(
+            snapshot,
+            program_id=self._program_id,
+            cache=self._cache,
+            context_length=self._context_length,
+            max_batch_size=self.max_batch_size,
+        )
+        self._replace([self._row_of(snapshot, index, length) for index, length in enumerate(lengths.tolist())])
 
     def mark(self) -> Mark:
         conv = {tensor.past_name: self._gather(tensor) for tensor in self._cache.conv}
@@ -138,7 +145,7 @@ class EagerRunner:
         return mark
 
     def is_valid(self, mark: Mark) -> bool:
-        return mark in self._marks
+        return isinstance(mark, Mark) and mark in self._marks
 
     def rewind(self, mark: Mark) -> None:
         if not self.is_valid(mark):
@@ -160,6 +167,7 @@ class EagerRunner:
         device = self._model.lm_head.weight.device
         return _Row(length=0, cache=empty_cache(self._model.config, 1, self._dtype, device))
 
+    @short_of_memory("prefill")
     def _append(
         self, input_ids: TokenRows | np.ndarray, chunk_size: int | None, *, logits_to_keep: int
     ) -> list[np.ndarray]:
@@ -167,6 +175,8 @@ class EagerRunner:
         tokens = check_rows(input_ids, self.batch_size, self.vocab_size)
         check_fits(self.lengths, [len(new) for new in tokens], self._context_length)
         size = check_chunk_size(chunk_size, DEFAULT_CHUNK_SIZE)
+        if not logits_to_keep:
+            check_logits_fit(tokens, self.vocab_size)
         pairs = zip(self._rows, tokens, strict=True)
         done = [self._run(row, new, size, logits_to_keep=logits_to_keep) for row, new in pairs]
         self._rows = [row for row, _ in done]
@@ -202,8 +212,7 @@ class EagerRunner:
             array[(index, slice(None), slice(row.length)) if tensor.grows else index] = held.cpu().numpy()
         return array
 
-    def _row_of(self, snapshot: Snapshot, index: int) -> _Row:
-        length = int(snapshot.lengths[index])
+    def _row_of(self, snapshot: Snapshot, index: int, length: int) -> _Row:
         cache = {t.past_name: self._tensor(t, snapshot.tensors, index, length) for t in self._cache.tensors}
         return _Row(length=length, cache=cache)
 

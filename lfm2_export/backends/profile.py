@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lfm2_export.backends.base import check_fits
+from lfm2_export.backends.arguments import check_fits
 from lfm2_export.errors import RunnerError
 
 # Of a prefill and the decode steps behind it; one more round comes first and is not counted.

@@ -7,7 +7,7 @@ pipeline makes the manifest's entry.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,18 @@ from lfm2_export.quant.schemes import Scheme
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRequest:
-    """One program to make. ``algorithm`` names a quantization algorithm; ``max_context`` limits buffers of fixed size;
-    ``moe_op`` says how experts run and ``embedding_bits`` how wide the token table is, None leaves both to the backend;
-    ``progress`` is told how many bytes of the checkpoint each step consumed. ``ledgers`` is the folder for the files'
+    """One program to make. ``file_name`` is the program's file; ``algorithm`` names a quantization algorithm;
+    ``options`` are those of the backend's own settings that were given (``Backend.OPTIONS``); ``progress`` is told how
+    many bytes of the checkpoint each step consumed. ``ledgers`` is the folder for the files'
     ledgers, ``*.ledger``, by which a killed export is continued; None for one that is not to be."""
 
     checkpoint: Checkpoint
     scheme: Scheme
+    file_name: str
     folder: Path
     algorithm: str
     progress: Callable[[int], None]
-    max_context: int | None = None
-    moe_op: str | None = None
-    embedding_bits: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
     ledgers: Path | None = None
 
 

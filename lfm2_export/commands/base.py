@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import platform
 from typing import Protocol
 
 from lfm2_export import __version__
 from lfm2_export.backends.base import Kernels, KvCache
-
-_RUNTIMES = ("onnxruntime", "onnxruntime-genai", "executorch", "torch", "transformers", "onnx", "onnxscript", "numpy")
+from lfm2_export.packages import listed_versions
 
 
 class Command(Protocol):
@@ -25,8 +23,20 @@ class Command(Protocol):
         """Returns the exit code."""
 
 
+def given(text: str) -> str:
+    """An argument that names something. An empty one would be taken for the folder that the command runs in, as where
+    a script's variable is not set.
+
+    Raises:
+        argparse.ArgumentTypeError: it is empty.
+    """
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} names nothing; give a name, or . for this folder")
+    return text
+
+
 def add_artifact(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("artifact", metavar="DIR", help="a folder that `lfm2-export export` wrote")
+    parser.add_argument("artifact", metavar="DIR", type=given, help="a folder that `lfm2-export export` wrote")
     add_program_choice(parser)
 
 
@@ -51,7 +61,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub checkpoint")
+    parser.add_argument("--revision", type=given, help="branch, tag or commit of a Hub checkpoint")
     parser.add_argument("--offline", action="store_true", help="take Hub checkpoints from the local cache only")
 
 
@@ -62,9 +72,5 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def version_text() -> str:
     """Our version and that of every runtime found, a line each."""
     lines = [f"lfm2-export {__version__}", f"python {platform.python_version()}"]
-    for package in _RUNTIMES:
-        try:
-            lines.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            lines.append(f"{package} not installed")
+    lines += [f"{name} {version or 'not installed'}" for name, version in listed_versions().items()]
     return "\n".join(lines)

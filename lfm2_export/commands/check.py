@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import TYPE_CHECKING
+import os
+from typing import TYPE_CHECKING, Any
 
 from lfm2_export import console
-from lfm2_export.commands.base import add_artifact, add_json, add_machine, add_source
+from lfm2_export.commands.base import add_artifact, add_json, add_machine, add_source, given
 from lfm2_export.errors import Lfm2ExportError
 from lfm2_export.resources import human_bytes
 
@@ -22,16 +22,16 @@ class ParityCommand:
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         add_artifact(parser)
-        parser.add_argument("checkpoint", metavar="CHECKPOINT", help="what the artifact was made of")
-        parser.add_argument("--text", metavar="FILE", help="text that the checkpoint was not trained on")
-        parser.add_argument("--report", metavar="FILE.html", help="also write a page with all figures")
+        parser.add_argument("checkpoint", metavar="CHECKPOINT", type=given, help="what the artifact was made of")
+        parser.add_argument("--text", metavar="FILE", type=given, help="text that the checkpoint was not trained on")
+        parser.add_argument("--report", metavar="FILE.html", type=given, help="also write a page with all figures")
         add_source(parser)
         add_json(parser)
 
     def run(self, options: argparse.Namespace) -> int:
-        from lfm2_export.parity import measure_parity, record_parity
+        from lfm2_export.parity import measure_parity
 
-        source = {"revision": options.revision, "offline": options.offline}
+        source: dict[str, Any] = {"revision": options.revision, "offline": options.offline}
         if options.report:
             check_writable(options.report)
         with console.busy("comparing with the eager model") as doing:
@@ -44,32 +44,45 @@ class ParityCommand:
                 progress=doing,
                 **source,
             )
-        if options.json:
-            console.print_json(report.to_json())
-        else:
-            print_parity(report)
-        # The figures took minutes: they are on the screen before anything about files can go wrong.
+        # The figures took minutes: that they cannot be shown is no reason not to keep them, nor the other way round.
+        try:
+            if options.json:
+                console.print_json(report.to_json())
+            else:
+                print_parity(report)
+        finally:
+            _keep(options, report, source)
+        return 0 if report.passed else 1
+
+
+def _keep(options: argparse.Namespace, report: ParityReport, source: dict[str, Any]) -> None:
+    """Writes the page that was asked for, and the figures into the artifact where that is possible."""
+    from lfm2_export.parity import page, record_parity
+
+    try:
         if options.report:
-            report.write_html(options.report)
+            page.write(report, options.report)
+    finally:
         try:
             record_parity(options.artifact, options.checkpoint, report, **source)
         except Lfm2ExportError as error:
             console.note(f"the figures were not written into the artifact: {error}")
-        return 0 if report.passed else 1
 
 
 def check_writable(path: str) -> None:
-    """Refuses a file that could not be written; leaves none behind.
+    """Refuses a file that could not be written; what is there stays as it is, and nothing is left behind.
 
     Raises:
         Lfm2ExportError: its folder is missing, or it may not be written.
     """
-    there = Path(path).exists()
+    # A link to nothing stays one.
+    place = os.path.realpath(path) if os.path.islink(path) else path
+    there = os.path.lexists(place)
     try:
-        with open(path, "ab"):
-            pass
+        # Without O_NONBLOCK a pipe that nobody reads would be waited for.
+        os.close(os.open(place, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o666))
         if not there:
-            Path(path).unlink()
+            os.unlink(place)
     except OSError as error:
         raise Lfm2ExportError(f"{path}: the report cannot be written ({error.strerror}); give another file") from error
 

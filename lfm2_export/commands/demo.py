@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lfm2_export import __version__, console
 from lfm2_export.artifact import Artifact
+from lfm2_export.commands.base import given
 from lfm2_export.commands.check import print_parity
 from lfm2_export.commands.export import print_programs
 from lfm2_export.commands.talk import encode_prompt, generation_settings, stream_text
@@ -27,8 +28,8 @@ class DemoCommand:
     help = "export a bundled checkpoint, prove it, and generate text from it"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--checkpoint", default="tiny-moe", help="tiny-moe (default) or tiny-dense")
-        parser.add_argument("--output", default="demo_output", metavar="DIR", help="default: demo_output")
+        parser.add_argument("--checkpoint", default="tiny-moe", type=given, help="tiny-moe (default) or tiny-dense")
+        parser.add_argument("--output", default="demo_output", metavar="DIR", type=given, help="default: demo_output")
         parser.add_argument("--prompt", default=PROMPT, metavar="TEXT", help=f"default: {PROMPT}")
 
     def run(self, options: argparse.Namespace) -> int:
@@ -72,7 +73,7 @@ def _generate(artifact: Artifact, scheme: str, prompt: str) -> None:
     config = generation_settings(artifact.path).override(max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
     runner = load_runner(artifact, scheme=scheme)
     events = generate(runner, [encode_prompt(tokenizer, prompt, raw=False)], config)
-    print(f"\n{scheme}> {prompt}")
+    console.stream(f"\n{scheme}> {prompt}\n")
     for piece in stream_text(tokenizer, events):
-        print(piece, end="", flush=True)
-    print()
+        console.stream(piece)
+    console.stream("\n")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 from lfm2_export import console
-from lfm2_export.commands.base import add_json, add_source
+from lfm2_export.backends import BACKENDS, option_flag
+from lfm2_export.commands.base import add_json, add_source, given
 from lfm2_export.manifest import Program
 from lfm2_export.resources import human_bytes
 
@@ -16,10 +17,13 @@ class ExportCommand:
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
-            "checkpoint", metavar="CHECKPOINT", help="a directory, a Hub id, or a bundled name (tiny-moe, tiny-dense)"
+            "checkpoint",
+            metavar="CHECKPOINT",
+            type=given,
+            help="a directory, a Hub id, or a bundled name (tiny-moe, tiny-dense)",
         )
         parser.add_argument(
-            "--output", "-o", metavar="DIR", required=True, help="a new folder, or an artifact to add to"
+            "--output", "-o", metavar="DIR", type=given, required=True, help="a new folder, or an artifact to add to"
         )
         parser.add_argument("--backend", default="onnx", help="onnx (default) or executorch")
         parser.add_argument(
@@ -43,21 +47,9 @@ class ExportCommand:
             default="refit",
             help="refit (default: least squared error) or round (plain rounding, faster)",
         )
-        parser.add_argument(
-            "--max-context", type=int, metavar="N", help="positions that a .pte program's buffers hold (default: 4096)"
-        )
-        parser.add_argument(
-            "--moe-op",
-            choices=("stock", "lfm2", "both"),
-            help="how a .pte runs quantized experts: ExecuTorch's operator (default), ours, or a file for each",
-        )
-        parser.add_argument(
-            "--embedding-bits",
-            type=int,
-            choices=(4, 8),
-            metavar="N",
-            help="bits of a .pte's quantized token table: 8 (default) or 4",
-        )
+        for backend in BACKENDS.values():
+            for name, option in backend.OPTIONS.items():
+                parser.add_argument(option_flag(name), type=option.parse, metavar=option.metavar, help=option.help)
         add_source(parser)
         add_json(parser)
 
@@ -73,12 +65,10 @@ class ExportCommand:
                 group_size=options.group_size,
                 exclude=options.exclude,
                 algorithm=options.algorithm,
-                max_context=options.max_context,
-                moe_op=options.moe_op,
-                embedding_bits=options.embedding_bits,
                 revision=options.revision,
                 offline=options.offline,
                 progress=progress,
+                **{name: getattr(options, name) for backend in BACKENDS.values() for name in backend.OPTIONS},
             )
         if options.json:
             programs = [{"backend": p.backend, "scheme": p.scheme, "bytes": _bytes(p)} for p in artifact.programs]

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lfm2_export import console
-from lfm2_export.commands.base import add_json, add_source
+from lfm2_export.commands.base import add_json, add_source, given
 from lfm2_export.resources import human_bytes
 
 
@@ -16,7 +16,7 @@ class InspectCommand:
     help = "show parameters, layers, bytes per part and state size of an artifact or a checkpoint"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("what", metavar="DIR|CHECKPOINT", help="an artifact's folder, or a checkpoint")
+        parser.add_argument("what", metavar="DIR|CHECKPOINT", type=given, help="an artifact's folder, or a checkpoint")
         add_source(parser)
         add_json(parser)
 
@@ -58,7 +58,7 @@ def _print_artifact(found: dict[str, Any]) -> None:
 
 
 def _program_row(program: dict[str, Any]) -> tuple[str, ...]:
-    total = sum(program["weights_by_dtype"].values())
+    total = sum(program["weights_by_dtype"].values()) or 1  # tensors may be empty
     weights = ", ".join(f"{dtype} {n / total:.1%}" for dtype, n in sorted(program["weights_by_dtype"].items()))
     worst = program["largest_error"]
     return (

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from lfm2_export import console
+from lfm2_export import chat_template, console, interrupts
 from lfm2_export.artifact import Artifact
 from lfm2_export.backends.base import Runner
 from lfm2_export.chat import Chat
@@ -21,8 +21,11 @@ from lfm2_export.generation import TokenEvent, generate
 from lfm2_export.generation_config import GenerationConfig
 from lfm2_export.manifest import Program
 from lfm2_export.runners import load_runner
+from lfm2_export.streams import OutputError
 from lfm2_export.text import StreamDecoder, Tokenizer, check_text
 
+# What a model's context may hold many times over; a device as standard input has no end.
+_STDIN_LIMIT = 4 << 20
 _CHAT_HELP = "/again: another reply   /reset: forget everything   /exit or Ctrl-D: leave   Ctrl-C: stop a reply"
 
 
@@ -49,6 +52,8 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
 
 def open_for_text(options: argparse.Namespace) -> Opened:
     """Loads program, tokenizer and the checkpoint's generation settings, overridden by the options."""
+    if not getattr(options, "raw", False):
+        chat_template.prepare()  # while the program is loaded
     artifact = Artifact.open(options.artifact, verify=False)
     program = artifact.program(options.backend, options.scheme)
     config = generation_settings(artifact.path).override(
@@ -93,7 +98,7 @@ class RunCommand:
 
     def run(self, options: argparse.Namespace) -> int:
         opened = open_for_text(options)
-        prompt = _stdin().read() if options.prompt == "-" else options.prompt
+        prompt = _read_prompt() if options.prompt == "-" else options.prompt
         ids = encode_prompt(opened.tokenizer, prompt, raw=options.raw, system=options.system)
         started = time.perf_counter()
         events = generate(opened.runner, [ids], opened.config)
@@ -102,10 +107,26 @@ class RunCommand:
             console.print_json(_collect(opened, ids, timed))
         else:
             for piece in stream_text(opened.tokenizer, timed):
-                print(piece, end="", flush=True)
-            print(flush=True)
+                console.stream(piece)
+            console.stream("\n")
             console.note(f"{opened.program}: {timed.summary(len(ids))}")
         return 0
+
+
+def _read_prompt() -> str:
+    text = _read(lambda: _stdin().read(_STDIN_LIMIT + 1))
+    if len(text) > _STDIN_LIMIT:
+        raise GenerationError(f"standard input: has more than {_STDIN_LIMIT:,} characters; give a shorter prompt")
+    return text
+
+
+def _read(read: Callable[[], str]) -> str:
+    try:
+        return read()
+    except OSError as error:  # a folder, or a terminal that has gone
+        raise GenerationError(
+            f"standard input: cannot be read ({error.strerror}); give --prompt a text, or a file on standard input"
+        ) from error
 
 
 def _stdin() -> TextIO:
@@ -153,6 +174,7 @@ class _Timed(Iterator[TokenEvent]):
         self.finish_reason: str | None = None
 
     def __next__(self) -> TokenEvent:
+        interrupts.check()
         event = next(self._events)
         self.tokens.append(event.token)
         self.finish_reason = event.finish_reason
@@ -203,10 +225,18 @@ class ChatCommand:
 
 
 def _read_line() -> str | None:
+    """What was typed, None at the end."""
+    stdin = _stdin()
+    if stdin.isatty():
+        console.stream("> ")
     try:
-        return input("> " if _stdin().isatty() else "")
-    except (EOFError, KeyboardInterrupt):
+        line = _read(lambda: stdin.readline(_STDIN_LIMIT + 1))
+    except KeyboardInterrupt:
+        interrupts.forget()
         return None
+    if len(line) > _STDIN_LIMIT:
+        raise GenerationError(f"standard input: a line has more than {_STDIN_LIMIT:,} characters; send shorter ones")
+    return line or None
 
 
 def _answer(chat: Chat, line: str) -> bool:
@@ -221,6 +251,8 @@ def _answer(chat: Chat, line: str) -> bool:
         elif line:
             check_text(line, "your message")
             _print_reply(chat.regenerate if line == "/again" else lambda: chat.send(line))
+    except OutputError:
+        raise
     except Lfm2ExportError as error:
         console.error(str(error))
     return True
@@ -232,8 +264,9 @@ def _print_reply(reply: Callable[[], Iterator[str]]) -> None:
     try:
         pieces = reply()
         for piece in pieces:
-            print(piece, end="", flush=True)
+            console.stream(piece)
     except KeyboardInterrupt:
+        interrupts.forget()
         if pieces is not None:
             pieces.close()  # type: ignore[attr-defined]
-    print(flush=True)
+    console.stream("\n")

@@ -170,6 +170,8 @@ def _check_shapes(
     _expect_dtype("router_logits", logits, torch.float32)
     _expect_dtype("gate_up", gate_up, torch.uint8)
     _expect_dtype("down", down, torch.uint8)
+    for name, tensor, least in (("x", x, 1), ("router_logits", logits, 1), ("down", down, 4)):
+        torch._check(tensor.dim() >= least, lambda n=name, t=tensor: f"lfm2::moe_ffn: {n} has {t.dim()} dimensions")
     width, experts, inner_blocks = x.shape[-1], logits.shape[-1], down.shape[2]
     torch._check(width % GROUP_SIZE == 0, lambda: f"lfm2::moe_ffn: width {width} is not a multiple of {GROUP_SIZE}")
     torch._check(1 <= top_k <= experts, lambda: f"lfm2::moe_ffn: top_k={top_k} of {experts} experts")

@@ -1,4 +1,4 @@
-"""The mixture-of-experts family, ``model_type: lfm2_moe`` (LFM2-8B-A1B and larger): config, tensor names, eager model.
+"""The mixture-of-experts family's eager model (``model_type: lfm2_moe``).
 
 Routing: sigmoid scores; a bias that only selects; the top k; weights from the unbiased scores, normalized by their
 sum + 1e-6 and scaled. Source: transformers' ``modeling_lfm2_moe.py``.
@@ -6,96 +6,14 @@ sum + 1e-6 and scaled. Source: transformers' ``modeling_lfm2_moe.py``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lfm2_export.config import Fields, ModelConfig, check_expert_count, check_layer_types, common_fields
-from lfm2_export.errors import ConfigError
-from lfm2_export.models._common import MLP, DecoderForCausalLM, DecoderModel, Recorder
-from lfm2_export.models._names import (
-    FusedPart,
-    FusedTensor,
-    Shapes,
-    backbone_shapes,
-    mlp_shapes,
-    refuse_unsupported,
-    swiglu_shapes,
-)
+from lfm2_export.config import ModelConfig
+from lfm2_export.models.decoder import MLP, DecoderForCausalLM, DecoderModel, Recorder
 
 ROUTING_EPS = 1e-6  # in the denominator of the routing weights; runtimes that leave it out must be corrected for it
-
-
-def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
-    """A checked ``ModelConfig`` from a checkpoint's ``config.json``.
-
-    Raises:
-        ConfigError: a value is missing, out of range, contradicted by another one, or not supported.
-    """
-    fields = Fields(raw)
-    common = common_fields(fields, hidden_size=2048)
-    layers = common["num_hidden_layers"]
-    refuse_unsupported(fields, common)
-    if raw.get("layer_types") is None:
-        raise ConfigError("config.json: layer_types is missing; lfm2_moe has no default for it, so state every layer")
-    experts = fields.integer("num_experts", 32, high=65536)
-    num_dense_layers = min(fields.integer("num_dense_layers", 2, low=0), layers)
-    check_expert_count(fields, layers=layers - num_dense_layers, experts=experts)
-    return ModelConfig(
-        model_type="lfm2_moe",
-        **common,
-        intermediate_size=fields.integer("intermediate_size", 7168),
-        layer_types=check_layer_types(fields, raw["layer_types"], layers),
-        num_dense_layers=num_dense_layers,
-        moe_intermediate_size=fields.integer("moe_intermediate_size", 1792),
-        num_experts=experts,
-        num_experts_per_tok=fields.integer("num_experts_per_tok", 4, high=experts),
-        use_expert_bias=fields.boolean("use_expert_bias", True),
-        norm_topk_prob=fields.boolean("norm_topk_prob", True),
-        routed_scaling_factor=fields.number("routed_scaling_factor", 1.0),
-        output_router_logits=fields.boolean("output_router_logits", False),
-    )
-
-
-def expert_prefix(layer: int, expert: int) -> str:
-    """How the published names of one expert's three matrices begin."""
-    return f"model.layers.{layer}.feed_forward.experts.{expert}."
-
-
-def tensor_shapes(config: ModelConfig) -> Shapes:
-    """Every tensor of a published checkpoint: name to shape; experts one by one."""
-    shapes = backbone_shapes(config)
-    for layer in range(config.num_dense_layers):
-        shapes |= mlp_shapes(config, layer)
-    for layer in config.moe_layers:
-        prefix = f"model.layers.{layer}.feed_forward."
-        shapes[f"{prefix}gate.weight"] = (config.num_experts, config.hidden_size)
-        if config.use_expert_bias:
-            shapes[f"{prefix}expert_bias"] = (config.num_experts,)
-        for expert in range(config.num_experts):
-            shapes |= swiglu_shapes(expert_prefix(layer, expert), config.hidden_size, config.moe_intermediate_size)
-    return shapes
-
-
-def fused_tensors(config: ModelConfig) -> dict[str, FusedTensor]:
-    """The experts as transformers 5 saves them: ``gate_up_proj`` [E, 2I, D] (w1 above w3), ``down_proj`` [E, D, I]."""
-    fused: dict[str, FusedTensor] = {}
-    inner, width, experts = config.moe_intermediate_size, config.hidden_size, config.num_experts
-    for layer in config.moe_layers:
-        gate_up: dict[str, FusedPart] = {}
-        down: dict[str, FusedPart] = {}
-        for expert in range(experts):
-            prefix = expert_prefix(layer, expert)
-            gate_up[f"{prefix}w1.weight"] = FusedPart(expert=expert, start=0, stop=inner)
-            gate_up[f"{prefix}w3.weight"] = FusedPart(expert=expert, start=inner, stop=2 * inner)
-            down[f"{prefix}w2.weight"] = FusedPart(expert=expert, start=0, stop=width)
-        name = f"model.layers.{layer}.feed_forward.experts."
-        fused[f"{name}gate_up_proj"] = FusedTensor(shape=(experts, 2 * inner, width), parts=gate_up)
-        fused[f"{name}down_proj"] = FusedTensor(shape=(experts, width, inner), parts=down)
-    return fused
 
 
 class Router(nn.Module):
@@ -170,6 +88,3 @@ class Lfm2MoeForCausalLM(DecoderForCausalLM):
     """The mixture-of-experts decoder with its language model head."""
 
     backbone = Lfm2MoeModel
-
-
-ForCausalLM = Lfm2MoeForCausalLM

@@ -9,20 +9,24 @@ model there is never more than a few megabytes of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lfm2_export.checkpoint import check_finite
+from lfm2_export.checkpoint import check_finite, open_checkpoint
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import CheckpointError
+from lfm2_export.families import Family
+from lfm2_export.families.tensors import FusedPart
 from lfm2_export.messages import listed, named, natural
-from lfm2_export.models import Family
-from lfm2_export.models._common import DecoderForCausalLM
-from lfm2_export.models._names import FusedPart
+from lfm2_export.models import get_net
+
+if TYPE_CHECKING:
+    from lfm2_export.models.decoder import DecoderForCausalLM
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rows are read in pieces of about this many values, so that the fp32 values in between stay small.
@@ -60,11 +64,30 @@ def load_model(source: WeightSource, *, dtype: torch.dtype = torch.float32) -> D
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype} is not supported; expected one of {', '.join(map(str, DTYPES))}")
     with torch.device("meta"), _WithoutInit():
-        model = source.family.ForCausalLM(source.config)
+        model = get_net(source.config.model_type)(source.config)
     for name, parts in _parts(source, model).items():
         _set_tensor(model, name, _read_tensor(source, parts, _tensor(model, name), dtype))
     model.tie_weights()
     return model.eval()
+
+
+def load_pretrained(
+    kind: type[DecoderForCausalLM],
+    name_or_path: str | Path,
+    *,
+    dtype: torch.dtype,
+    revision: str | None,
+    offline: bool,
+) -> DecoderForCausalLM:
+    """The model of a checkpoint, which must be a ``kind`` (``DecoderForCausalLM.from_pretrained``)."""
+    checkpoint = open_checkpoint(name_or_path, revision=revision, offline=offline)
+    net = get_net(checkpoint.config.model_type)
+    if not issubclass(net, kind):
+        raise CheckpointError(
+            f"{name_or_path}: model_type={checkpoint.config.model_type} is loaded by {net.__name__}, "
+            f"not by {kind.__name__}"
+        )
+    return load_model(checkpoint, dtype=dtype)
 
 
 class _WithoutInit(TorchFunctionMode):

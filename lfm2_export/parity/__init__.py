@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from lfm2_export import interrupts
+from lfm2_export.leftovers import swept
 from lfm2_export.parity import hops
 from lfm2_export.parity.report import ParityReport, ProgramParity
 
@@ -52,18 +54,19 @@ def measure_parity(
         ResourceError: the memory is too small for two fp32 copies of the model.
         Lfm2ExportError: the text cannot be read or is too short.
     """
-    return hops.measure(
-        Path(artifact),
-        str(checkpoint),
-        backend=backend,
-        schemes=(scheme,) if isinstance(scheme, str) else None if scheme is None else tuple(scheme),
-        text=text,
-        max_tokens=max_tokens,
-        revision=revision,
-        offline=offline,
-        threads=threads,
-        progress=progress or (lambda step: None),
-    )
+    with interrupts.lasting(), swept():
+        return hops.measure(
+            Path(artifact),
+            str(checkpoint),
+            backend=backend,
+            schemes=(scheme,) if isinstance(scheme, str) else None if scheme is None else tuple(scheme),
+            text=text,
+            max_tokens=max_tokens,
+            revision=revision,
+            offline=offline,
+            threads=threads,
+            progress=progress or (lambda step: None),
+        )
 
 
 def record_parity(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lfm2_export.models._common import DecoderForCausalLM
+from lfm2_export.models.decoder import DecoderForCausalLM
 from lfm2_export.parity.figures import Control
 
 # Against a tolerance of rounding errors a hundredth of one row shows. KL divergence is quadratic and a quantized

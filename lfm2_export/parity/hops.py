@@ -20,6 +20,7 @@ from lfm2_export.checkpoint import Checkpoint, open_checkpoint
 from lfm2_export.errors import ArtifactError
 from lfm2_export.manifest import CheckpointRecord, Program
 from lfm2_export.models.loading import load_model
+from lfm2_export.packages import recorded_versions
 from lfm2_export.parity.divergence import Divergence, compare
 from lfm2_export.parity.figures import Hop
 from lfm2_export.parity.lowering import FEW_WINDOWS, Subject, measure_lowering, score
@@ -28,7 +29,6 @@ from lfm2_export.parity.quantization import measure_quantization
 from lfm2_export.parity.report import ParityReport, ProgramParity
 from lfm2_export.parity.sample import Sample, read_sample
 from lfm2_export.parity.storage import ComparedWeights
-from lfm2_export.pipeline import versions
 from lfm2_export.resources import check_memory
 
 # torch, transformers and a runtime, beside the weights.
@@ -69,7 +69,7 @@ def measure(
         text=f"{sample.tokens} tokens of {sample.description}",
         model=model,
         programs=tuple(measured),
-        versions=versions(),
+        versions=recorded_versions(),
     )
 
 

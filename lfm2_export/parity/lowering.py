@@ -22,7 +22,7 @@ import numpy as np
 from lfm2_export.backends import Backend, FullPrecision
 from lfm2_export.backends.base import Runner, RunnerOptions
 from lfm2_export.manifest import Program
-from lfm2_export.models._common import DecoderForCausalLM
+from lfm2_export.models.decoder import DecoderForCausalLM
 from lfm2_export.parity.control import find_control, one_norm, one_row
 from lfm2_export.parity.divergence import Divergence, compare, largest, max_abs_error
 from lfm2_export.parity.figures import FULL_PRECISION, GREEDY, KL, MAX_ABS, Control, Figure, Hop, scaled

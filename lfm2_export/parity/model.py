@@ -25,7 +25,7 @@ import transformers
 from torch import Tensor
 
 from lfm2_export.checkpoint import Checkpoint
-from lfm2_export.models._common import Cache, DecoderForCausalLM
+from lfm2_export.models.decoder import Cache, DecoderForCausalLM
 from lfm2_export.parity.control import find_control, one_row
 from lfm2_export.parity.divergence import largest
 from lfm2_export.parity.figures import LARGEST_LOGIT, MAX_ABS, Figure, Hop, scaled

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
 
-from lfm2_export import __version__
+from lfm2_export.errors import Lfm2ExportError, ResourceError
+from lfm2_export.packages import OURS
 from lfm2_export.parity.figures import KL, MAX_ABS, OK, PERPLEXITY, SHORT, TOP1, Hop, shown
 from lfm2_export.parity.report import ParityReport, ProgramParity
+from lfm2_export.resources import is_disk_full
 
 _WORST_TENSORS = 12
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 160, 60, 24
@@ -40,6 +43,21 @@ code { font: .9em ui-monospace, monospace; overflow-wrap: anywhere; }
 """
 
 
+def write(report: ParityReport, path: str | Path) -> None:
+    """Writes the page.
+
+    Raises:
+        ResourceError: the disk is full.
+        Lfm2ExportError: the file cannot be written.
+    """
+    try:
+        # Names may hold bytes that are no text; they are shown as escapes.
+        Path(path).write_bytes(render(report).encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        kind = ResourceError if is_disk_full(error) else Lfm2ExportError
+        raise kind(f"{path}: the report cannot be written ({error.strerror}); give another file") from error
+
+
 def render(report: ParityReport) -> str:
     """The whole page."""
     title = f"Parity of {report.artifact} with {report.checkpoint}"
@@ -52,7 +70,7 @@ def render(report: ParityReport) -> str:
         _hop(report.model),
         *(_program(program) for program in report.programs),
         f"<h2>Versions</h2>{_table(('package', 'version'), sorted(report.versions.items()))}",
-        f"<p class=soft>Written by lfm2-export {escape(__version__)}.</p>",
+        f"<p class=soft>Written by lfm2-export {escape(report.versions.get(OURS, 'unknown'))}.</p>",
     ]
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'

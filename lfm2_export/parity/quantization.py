@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from lfm2_export.manifest import Program
-from lfm2_export.models._common import DecoderForCausalLM
+from lfm2_export.models.decoder import DecoderForCausalLM
 from lfm2_export.parity.control import find_control, one_norm, one_row
 from lfm2_export.parity.divergence import Divergence
 from lfm2_export.parity.figures import KL, PERPLEXITY, TOP1, Figure, Hop

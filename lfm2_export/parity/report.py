@@ -1,4 +1,4 @@
-"""The result of ``measure_parity``: verdicts for programs, as JSON, as rows of a table, as lines, as a page.
+"""The result of ``measure_parity``: verdicts for programs, as JSON, as rows of a table, as lines.
 
 In: hops. Out: what the CLI prints and the manifest records.
 """
@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
-from lfm2_export.errors import Lfm2ExportError
 from lfm2_export.manifest import Program
 from lfm2_export.parity.figures import FULL_PRECISION, KL, Hop, finite
 
@@ -115,22 +113,3 @@ class ParityReport:
             }
             for measured in self.programs
         }
-
-    def to_html(self) -> str:
-        """One page that needs nothing else."""
-        from lfm2_export.parity.page import render
-
-        return render(self)
-
-    def write_html(self, path: str | Path) -> None:
-        """Writes the page.
-
-        Raises:
-            Lfm2ExportError: the file cannot be written.
-        """
-        try:
-            Path(path).write_text(self.to_html(), encoding="utf-8")
-        except OSError as error:
-            raise Lfm2ExportError(
-                f"{path}: the report cannot be written ({error.strerror}); give another file"
-            ) from error

@@ -12,13 +12,17 @@ from pathlib import Path
 
 import numpy as np
 
+from lfm2_export import files, paths
 from lfm2_export.checkpoint import Checkpoint
 from lfm2_export.errors import Lfm2ExportError
+from lfm2_export.resources import human_bytes
 from lfm2_export.source import ASSETS, BUNDLED
 from lfm2_export.text import Tokenizer
 
 HELD_OUT = ASSETS / "heldout.txt"
 WINDOW = 512
+# A thousand times what the default looks at; tokenizing it takes seconds and a gigabyte.
+TEXT_LIMIT = 16 << 20
 # What the cases of hops 1 and 2 need in one window.
 LEAST_TOKENS = 96
 
@@ -78,12 +82,19 @@ def read_sample(checkpoint: Checkpoint, text: str | Path | None, *, max_tokens: 
 
 
 def _read(path: Path) -> str:
+    """The user's own file, so it may be a link to anywhere; but a device or a pipe has no end to wait for."""
+    real = paths.real(path, Lfm2ExportError)
+    found = paths.status(real, Lfm2ExportError)
+    if found is None:
+        raise Lfm2ExportError(f"{path}: no such file; pass --text with a file of text")
+    if found.st_size > TEXT_LIMIT:
+        raise Lfm2ExportError(
+            f"{path}: has {human_bytes(found.st_size)}, more than the {human_bytes(TEXT_LIMIT)} of text that are read; "
+            "cut a piece out of it"
+        )
+    data = files.read_bytes(real, real.parent, Lfm2ExportError, limit=TEXT_LIMIT)
     try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise Lfm2ExportError(f"{path}: no such file; pass --text with a file of text") from error
-    except OSError as error:
-        raise Lfm2ExportError(f"{path}: cannot be read ({error.strerror}); check the file") from error
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise Lfm2ExportError(
             f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); convert it"

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from lfm2_export.config import ModelConfig
-from lfm2_export.models import Family
+from lfm2_export.families import Family
+from lfm2_export.families.tensors import EMBEDDING, HEAD
 from lfm2_export.models.loading import WeightSource
 from lfm2_export.parity.control import Perturbation
 from lfm2_export.parity.figures import WEIGHT_ERROR, Control, Figure
@@ -21,7 +22,6 @@ from lfm2_export.parity.figures import WEIGHT_ERROR, Control, Figure
 # Root of a row's squared error over its squared weights. int4 in groups of 32 leaves 0.08 of normally distributed
 # weights and 0.15 of any at worst; a zero point or a scale that belongs elsewhere leaves several times the tolerance.
 TOLERANCES = {"int4": 0.3, "int8": 0.02, "float16": 1e-3, "float32": 0.0}
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Of the rows' usual size.
 _LEAST_ROW = 0.01
 

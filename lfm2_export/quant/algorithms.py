@@ -9,8 +9,8 @@ import numpy.typing as npt
 
 from lfm2_export.errors import QuantizationError
 from lfm2_export.quant import refit, round_to_nearest
-from lfm2_export.quant._groups import Chunk, QuantizeChunk, Workspace, quantize_in_chunks
 from lfm2_export.quant.formats import FloatArray, IntFormat, QuantizedTensor
+from lfm2_export.quant.groups import Chunk, QuantizeChunk, Workspace, quantize_in_chunks
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from lfm2_export.quant._groups import Chunk, fit_range, write_codes
 from lfm2_export.quant.formats import FloatArray
+from lfm2_export.quant.groups import Chunk, fit_range, write_codes
 
 # How much longer or shorter the grid may get, in its own steps: shorter cuts the extremes off. On Gaussian, Laplace and
 # Student-t weights in groups of 32 and 128 this is within 0.5 % of an exhaustive search over scales and zero points.

@@ -5,7 +5,7 @@ The quickest algorithm, and the yardstick for the others. Needs no data but the 
 
 from __future__ import annotations
 
-from lfm2_export.quant._groups import Chunk, fit_range, write_codes
+from lfm2_export.quant.groups import Chunk, fit_range, write_codes
 
 
 def quantize_chunk(chunk: Chunk) -> None:

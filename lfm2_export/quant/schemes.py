@@ -1,6 +1,6 @@
-"""Schemes as data: which format each kind of weight gets, what runs in which dtype, and what the program is called.
+"""Schemes as data: which format each kind of weight gets, and what runs in which dtype.
 
-In: a scheme's name, and per weight its published name and its class. Out: the weight's format and the reason for it,
+In: a scheme's name, and per weight what the family says of it. Out: the weight's format and the reason for it,
 which goes into the manifest: no layer is left unquantized silently.
 """
 
@@ -9,26 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from enum import StrEnum
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from lfm2_export.errors import QuantizationError
+from lfm2_export.families.tensors import EMBEDDING, HEAD, ModelTensor, TensorClass
 from lfm2_export.quant.formats import FloatFormat, IntFormat, WeightFormat
-
-
-class TensorClass(StrEnum):
-    """What a weight is to a scheme. ``SMALL``: norms, conv kernels and biases."""
-
-    LINEAR = "linear"
-    EXPERTS = "experts"
-    EMBEDDING = "embedding"
-    HEAD = "head"
-    ROUTER = "router"
-    EXPERT_BIAS = "expert_bias"
-    SMALL = "small"
-
+from lfm2_export.registry import Registry
 
 NEVER_QUANTIZED: Mapping[TensorClass, str] = MappingProxyType(
     {
@@ -37,19 +25,6 @@ NEVER_QUANTIZED: Mapping[TensorClass, str] = MappingProxyType(
         TensorClass.SMALL: "norms, conv kernels and biases are small",
     }
 )
-
-
-def tensor_class(name: str, shape: tuple[int, ...]) -> TensorClass:
-    """What a published tensor is to a scheme."""
-    if name.startswith(("model.embed_tokens.", "lm_head.")):
-        return TensorClass.EMBEDDING if name.startswith("model.") else TensorClass.HEAD
-    if ".experts." in name:
-        return TensorClass.EXPERTS
-    if name.endswith("feed_forward.gate.weight"):
-        return TensorClass.ROUTER
-    if name.endswith("expert_bias"):
-        return TensorClass.EXPERT_BIAS
-    return TensorClass.LINEAR if len(shape) == 2 else TensorClass.SMALL
 
 
 _FORMAT_FIELDS = ("linear", "experts", "embedding", "head", "sensitive")
@@ -68,9 +43,9 @@ class Scheme:
 
     ``embedding`` is also the head's where the two are tied. ``sensitive``: the format of the weights that match
     ``sensitive_patterns``, whatever their class; weights that match ``exclude`` stay in the activations' dtype.
-    Patterns are published names with ``*`` and ``?`` as in a shell. ``programs``: the program's file per backend.
-    ``accuracy_level``: MatMulNBits' and QMoE's, 4 allows int8 activations inside the kernels. The state has the
-    activations' dtype; logits are always float32.
+    Patterns are published names with ``*`` and ``?`` as in a shell. ``accuracy_level``: MatMulNBits' and QMoE's, 4
+    allows int8 activations inside the kernels. The state has the activations' dtype; logits are always float32.
+    ``preference`` orders programs where the caller names none: the lowest is taken.
     """
 
     name: str
@@ -81,24 +56,9 @@ class Scheme:
     sensitive: WeightFormat
     activation_dtype: Literal["float32", "float16"]
     accuracy_level: Literal[0, 4]
-    programs: Mapping[str, str]
+    preference: int = 100
     sensitive_patterns: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-
-    @property
-    def backends(self) -> tuple[str, ...]:
-        return tuple(self.programs)
-
-    @property
-    def file_name(self) -> str:
-        """The ONNX program's file.
-
-        Raises:
-            QuantizationError: the scheme has none.
-        """
-        if "onnx" not in self.programs:
-            raise QuantizationError(f"scheme {self.name} is not for onnx; pass --backend {self.backends[0]}")
-        return self.programs["onnx"]
 
     @property
     def has_groups(self) -> bool:
@@ -121,14 +81,14 @@ class Scheme:
         """The scheme with the weights that match ``patterns`` left in the activations' dtype."""
         return replace(self, exclude=(*self.exclude, *patterns))
 
-    def format_for(self, fqn: str, kind: TensorClass) -> FormatChoice:
-        """The format of the weight ``fqn``, a published name."""
-        plain = FloatFormat(dtype=self.activation_dtype)
+    def format_for(self, tensor: ModelTensor) -> FormatChoice:
+        """The format of a weight."""
+        plain, kind = FloatFormat(dtype=self.activation_dtype), tensor.kind
         if kind in NEVER_QUANTIZED:
             return FormatChoice(plain, f"never quantized: {NEVER_QUANTIZED[kind]}")
-        if pattern := _first_match(fqn, self.exclude):
+        if pattern := _first_match(tensor.name, self.exclude):
             return FormatChoice(plain, f"excluded by --exclude {pattern}")
-        if pattern := _first_match(fqn, self.sensitive_patterns):
+        if pattern := _first_match(tensor.name, self.sensitive_patterns):
             return FormatChoice(self.sensitive, f"sensitive: {pattern}")
         return FormatChoice(getattr(self, kind.value), f"scheme {self.name}: {kind.value}")
 
@@ -156,8 +116,8 @@ def check_patterns(patterns: Iterable[str], fqns: Iterable[str]) -> None:
 
 def _hint(pattern: str, names: list[str]) -> str:
     """What may have been meant by a pattern that matches none of ``names``."""
-    if fnmatchcase("lm_head.weight", pattern):
-        return "the head is tied to the token table: exclude model.embed_tokens.weight"
+    if fnmatchcase(HEAD, pattern):
+        return f"the head is tied to the token table: exclude {EMBEDDING}"
     return f"closest to {pattern}: {', '.join(get_close_matches(pattern, names, n=3, cutoff=0.0))}"
 
 
@@ -176,7 +136,7 @@ def _first_match(fqn: str, patterns: Iterable[str]) -> str | None:
     return next((pattern for pattern in patterns if fnmatchcase(fqn, pattern)), None)
 
 
-def _float_scheme(name: str, dtype: Literal["float32", "float16"], programs: dict[str, str]) -> Scheme:
+def _float_scheme(name: str, dtype: Literal["float32", "float16"], preference: int) -> Scheme:
     plain = FloatFormat(dtype=dtype)
     return Scheme(
         name=name,
@@ -187,7 +147,7 @@ def _float_scheme(name: str, dtype: Literal["float32", "float16"], programs: dic
         sensitive=plain,
         activation_dtype=dtype,
         accuracy_level=0,
-        programs=MappingProxyType(programs),
+        preference=preference,
     )
 
 
@@ -198,7 +158,9 @@ def _float_scheme(name: str, dtype: Literal["float32", "float16"], programs: dic
 Q4_SENSITIVE = ("*.conv.out_proj.weight",)
 
 
-def _onnx_int_scheme(name: str, bits: Literal[4, 8], activations: Literal["float32", "float16"], file: str) -> Scheme:
+def _onnx_int_scheme(
+    name: str, bits: Literal[4, 8], activations: Literal["float32", "float16"], preference: int
+) -> Scheme:
     """MatMulNBits wants scales in the activations' dtype; QMoE takes float16 ones with either, which saves half a bit
     a weight where most of the weights are. Its WebGPU kernel, for which q4f16 is meant, takes no zero points."""
     int8 = IntFormat(bits=8, symmetric=True, signed_scale=True, scale_dtype=activations)
@@ -213,7 +175,7 @@ def _onnx_int_scheme(name: str, bits: Literal[4, 8], activations: Literal["float
         sensitive=int8,
         activation_dtype=activations,
         accuracy_level=4,
-        programs=MappingProxyType({"onnx": file}),
+        preference=preference,
         sensitive_patterns=Q4_SENSITIVE if bits == 4 else (),
     )
 
@@ -232,19 +194,20 @@ def _executorch_int4_scheme() -> Scheme:
         sensitive=int4,
         activation_dtype="float32",
         accuracy_level=4,
-        programs=MappingProxyType({"executorch": "model_8da4w.pte"}),
+        preference=1,
     )
 
 
-SCHEMES: Mapping[str, Scheme] = MappingProxyType(
+# Smallest that keeps quality first; q4f16 is for WebGPU, so a CPU's runner takes it last.
+SCHEMES: Registry[Scheme] = Registry(
     {
         scheme.name: scheme
         for scheme in (
-            _float_scheme("fp32", "float32", {"onnx": "model.onnx", "executorch": "model_fp32.pte"}),
-            _float_scheme("fp16", "float16", {"onnx": "model_fp16.onnx"}),
-            _onnx_int_scheme("q8", 8, "float32", "model_quantized.onnx"),
-            _onnx_int_scheme("q4", 4, "float32", "model_q4.onnx"),
-            _onnx_int_scheme("q4f16", 4, "float16", "model_q4f16.onnx"),
+            _float_scheme("fp32", "float32", preference=4),
+            _float_scheme("fp16", "float16", preference=3),
+            _onnx_int_scheme("q8", 8, "float32", preference=2),
+            _onnx_int_scheme("q4", 4, "float32", preference=0),
+            _onnx_int_scheme("q4f16", 4, "float16", preference=5),
             _executorch_int4_scheme(),
         )
     }

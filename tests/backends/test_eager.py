@@ -12,7 +12,7 @@ import torch
 from lfm2_export.backends.base import Runner, Snapshot
 from lfm2_export.backends.eager import EagerRunner
 from lfm2_export.errors import ContextLimitError, RunnerError
-from lfm2_export.models._common import DecoderForCausalLM
+from lfm2_export.models.decoder import DecoderForCausalLM
 from tests.checkpoints import tiny_config
 from tests.models.reference import TOLERANCE, our_model, perturbed
 

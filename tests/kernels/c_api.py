@@ -1,4 +1,4 @@
-"""The kernels through their C interface, without a runtime."""
+"""The kernels through their C interface (``kernels/src/c_api.h``), without a runtime."""
 
 from __future__ import annotations
 
@@ -15,8 +15,18 @@ from lfm2_export.kernels import build
 
 FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
-WRONG_SIZES = 2
-_Pointer, _Size, _Name = ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p
+UNKNOWN_KERNELS, FAULT, NO_MEMORY = 1, 2, 3
+_Size, _Name = ctypes.c_int64, ctypes.c_char_p
+
+
+class Array(ctypes.Structure):
+    """Address and number of elements; null: an optional one that is left out."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("count", _Size))
+
+    @classmethod
+    def of(cls, array: npt.NDArray[Any] | None) -> Array:
+        return cls(None, 0) if array is None else cls(array.ctypes.data, array.size)
 
 
 class RowFormat(ctypes.Structure):
@@ -24,14 +34,18 @@ class RowFormat(ctypes.Structure):
 
 
 class RowWeights(ctypes.Structure):
-    _fields_ = (("codes", _Pointer), ("scales", _Pointer), ("zero_points", _Pointer))
+    _fields_ = (("codes", Array), ("scales", Array), ("zero_points", Array))
 
 
 _Weights, _Format = ctypes.POINTER(RowWeights), ctypes.POINTER(RowFormat)
 
 
 class KernelError(Exception):
-    """What a function of the C interface returned."""
+    """What a function of the C interface returned, and what it says of it."""
+
+    def __init__(self, code: int, fault: str):
+        super().__init__(f"{code} {fault}")
+        self.code = code
 
 
 @cache
@@ -39,13 +53,13 @@ def library() -> ctypes.CDLL:
     """ExecuTorch's, for lfm2_moe_ffn."""
     path = build.library_path()
     assert path is not None
-    found = ctypes.CDLL(str(path))
+    found = _declared(path)
     found.lfm2_runnable_kernels.restype = ctypes.POINTER(ctypes.c_char_p)
     found.lfm2_moe_ffn.argtypes = [
         *(_Name, ctypes.c_int),
-        *[_Pointer] * 5,
+        *[Array] * 5,
         *[_Size] * 5,
-        *(ctypes.c_int, ctypes.c_float, _Pointer),
+        *(ctypes.c_int, ctypes.c_float, Array),
     ]
     return found
 
@@ -55,24 +69,30 @@ def onnx_library() -> ctypes.CDLL:
     """ONNX Runtime's, for what multiplies with its weights."""
     path = build.onnx_library_path()
     assert path is not None
-    found = ctypes.CDLL(str(path))
+    found = _declared(path)
     found.lfm2_runnable_row_kernels.restype = ctypes.POINTER(ctypes.c_char_p)
     found.lfm2_matmul_nbits.argtypes = [
-        *(_Name, ctypes.c_int, _Pointer),
-        *(_Pointer, _Pointer, ctypes.c_int, _Pointer, _Pointer),
-        *(_Size, _Size, _Size, ctypes.c_int, _Size, _Pointer),
+        *(_Name, ctypes.c_int, Array),
+        *(_Weights, _Format, Array),
+        *(_Size, _Size, _Size, Array),
     ]
     found.lfm2_feed_forward.argtypes = [
-        *(_Name, ctypes.c_int, _Pointer),
+        *(_Name, ctypes.c_int, Array),
         *(_Weights, _Weights, _Weights, _Format),
-        *(_Size, _Size, _Size, _Pointer),
+        *(_Size, _Size, _Size, Array),
     ]
     found.lfm2_sparse_moe_nbits.argtypes = [
-        *(_Name, ctypes.c_int, _Pointer, _Pointer, _Pointer),
+        *(_Name, ctypes.c_int, Array, Array, Array),
         *(_Weights, _Weights, _Format),
-        *[_Size] * 5,
-        *(ctypes.c_int, ctypes.c_float, _Pointer),
+        *[_Size] * 4,
+        *(ctypes.c_int, ctypes.c_float, Array),
     ]
+    return found
+
+
+def _declared(path: Any) -> ctypes.CDLL:
+    found = ctypes.CDLL(str(path))
+    found.lfm2_last_fault.restype = ctypes.c_char_p
     return found
 
 
@@ -109,10 +129,10 @@ def moe_ffn(
 ) -> FloatArray:
     """x [M, D], logits [M, E] -> [M, D]."""
     out = np.full_like(x, 7.0)
-    arrays = [x.ctypes.data, logits.ctypes.data, _address(expert_bias), gate_up.ctypes.data, down.ctypes.data]
+    arrays = [Array.of(array) for array in (x, logits, expert_bias, gate_up, down)]
     sizes = [*x.shape, down.shape[2] * 32, logits.shape[1], top_k]
-    failure = library().lfm2_moe_ffn(kernels.encode(), threads, *arrays, *sizes, normalize, scale, out.ctypes.data)
-    assert failure == 0, failure
+    function = library().lfm2_moe_ffn
+    _check(library(), function(kernels.encode(), threads, *arrays, *sizes, normalize, scale, Array.of(out)))
     return out
 
 
@@ -144,7 +164,7 @@ class RowMatrix:
         return self.scales.dtype == np.float16
 
     def _weights(self) -> RowWeights:
-        return RowWeights(self.codes.ctypes.data, self.scales.ctypes.data, _address(self.zero_points))
+        return RowWeights(Array.of(self.codes), Array.of(self.scales), Array.of(self.zero_points))
 
     def _format(self) -> RowFormat:
         return RowFormat(self.bits, self.half_scales, self.group)
@@ -155,29 +175,28 @@ def matmul_nbits(
 ) -> FloatArray:
     """x [M, K] times w [N, K], transposed -> [M, N]. ``kernels`` None: those that a program would take."""
     out = np.full((len(x), w.shape[0]), 7.0, np.float32)
-    weights = [w.codes.ctypes.data, w.scales.ctypes.data, w.half_scales, _address(w.zero_points), _address(bias)]
-    sizes = [len(x), *w.shape, w.bits, w.group]
+    weights = [w._weights(), w._format(), Array.of(bias)]
     name = None if kernels is None else kernels.encode()
-    _check(onnx_library().lfm2_matmul_nbits(name, threads, x.ctypes.data, *weights, *sizes, out.ctypes.data))
+    function = onnx_library().lfm2_matmul_nbits
+    _check(onnx_library(), function(name, threads, Array.of(x), *weights, len(x), *w.shape, Array.of(out)))
     return out
 
 
 def feed_forward(
-    kernels: str, x: FloatArray, gate: RowMatrix, up: RowMatrix, down: RowMatrix, *, threads: int = 1
+    kernels: str | None, x: FloatArray, gate: RowMatrix, up: RowMatrix, down: RowMatrix, *, threads: int = 1
 ) -> FloatArray:
     """x [M, D] -> [M, D], by matrices of one format."""
     out = np.full_like(x, 7.0)
-    weights = [ctypes.byref(w._weights()) for w in (gate, up, down)]
+    weights = [w._weights() for w in (gate, up, down)]
     sizes = [*x.shape, gate.shape[0]]
+    name = None if kernels is None else kernels.encode()
     function = onnx_library().lfm2_feed_forward
-    _check(
-        function(kernels.encode(), threads, x.ctypes.data, *weights, gate._format(), *sizes, out.ctypes.data),
-    )
+    _check(onnx_library(), function(name, threads, Array.of(x), *weights, gate._format(), *sizes, Array.of(out)))
     return out
 
 
 def sparse_moe_nbits(
-    kernels: str,
+    kernels: str | None,
     x: FloatArray,
     logits: FloatArray,
     expert_bias: FloatArray | None,
@@ -191,18 +210,15 @@ def sparse_moe_nbits(
 ) -> FloatArray:
     """x [M, D], logits [M, E], gate_up [E * 2 * I, D], down [E * D, I] -> [M, D]."""
     out = np.full_like(x, 7.0)
-    arrays = [x.ctypes.data, logits.ctypes.data, _address(expert_bias)]
-    weights = [ctypes.byref(gate_up._weights()), ctypes.byref(down._weights()), gate_up._format()]
-    sizes = [*x.shape, down.shape[1], logits.shape[1], top_k]
+    arrays = [Array.of(array) for array in (x, logits, expert_bias)]
+    weights = [gate_up._weights(), down._weights(), gate_up._format()]
+    sizes = [*x.shape, logits.shape[1], top_k]
+    name = None if kernels is None else kernels.encode()
     function = onnx_library().lfm2_sparse_moe_nbits
-    _check(function(kernels.encode(), threads, *arrays, *weights, *sizes, normalize, scale, out.ctypes.data))
+    _check(onnx_library(), function(name, threads, *arrays, *weights, *sizes, normalize, scale, Array.of(out)))
     return out
 
 
-def _address(array: npt.NDArray[Any] | None) -> int | None:
-    return None if array is None else array.ctypes.data
-
-
-def _check(failure: int) -> None:
-    if failure:
-        raise KernelError(failure)
+def _check(of: ctypes.CDLL, code: int) -> None:
+    if code:
+        raise KernelError(code, of.lfm2_last_fault().decode() if code == FAULT else "")

@@ -14,16 +14,12 @@
 #include <thread>
 #include <vector>
 
+#include "c_api.h"
 #include "expect.h"
 #include "layout.h"
 #include "moe.h"
 #include "row_matrix.h"
 #include "work.h"
-
-extern "C" int lfm2_moe_ffn(const char* kernels_name, int threads, const float* x, const float* router_logits,
-                            const float* expert_bias, const uint8_t* gate_up, const uint8_t* down, int64_t tokens,
-                            int64_t width, int64_t inner, int64_t experts, int64_t top_k, int normalize, float scale,
-                            float* out);
 
 namespace {
 
@@ -72,8 +68,8 @@ class Layer {
   std::vector<float> run_threads(const char* kernels, int threads) const {
     std::vector<float> out(x.size(), 7.0f);
     const int failure =
-        lfm2_moe_ffn(kernels, threads, x.data(), logits.data(), bias.data(), gate_up.data(), down.data(), shape.tokens,
-                     shape.width, shape.inner, shape.experts, shape.top_k, 1, 1.5f, out.data());
+        lfm2_moe_ffn(kernels, threads, array(x), array(logits), array(bias), array(gate_up), array(down), shape.tokens,
+                     shape.width, shape.inner, shape.experts, shape.top_k, 1, 1.5f, array(out));
     return failure == 0 ? out : std::vector<float>(x.size());
   }
 
@@ -89,6 +85,11 @@ class Layer {
   std::vector<uint8_t> gate_up, down;
 
  private:
+  template <typename T>
+  static Lfm2Array array(const std::vector<T>& values) {
+    return {values.data(), static_cast<int64_t>(values.size())};
+  }
+
   static void run_in_turn(const void*, int workers, void (*task)(void*, int), void* context) {
     for (int worker = 0; worker < workers; ++worker) {
       task(context, worker);

@@ -10,19 +10,20 @@ head size.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
-from lfm2_export.backends.onnx import variants
 from lfm2_export.backends.onnx.packing import pack_codes
 from lfm2_export.backends.onnx.session import session_options
+from lfm2_export.kernels import build
 
 Arrays = dict[str, npt.NDArray[Any] | None]
 DoubleArray = npt.NDArray[np.float64]
@@ -30,10 +31,21 @@ DoubleArray = npt.NDArray[np.float64]
 INT8_ZERO = 128
 
 
+def operator_library() -> Path | None:
+    """The library itself, whether or not its kernels here are faster than onnxruntime's; None without a compiler."""
+    return build.onnx_library_path()
+
+
 def open_operator(
-    op: str, inputs: Arrays, outputs: Mapping[str, int], attributes: Mapping[str, Any], *, threads: int = 1
+    op: str,
+    inputs: Arrays,
+    outputs: Mapping[str, int],
+    attributes: Mapping[str, Any],
+    *,
+    threads: int = 1,
+    constants: Collection[str] = (),
 ) -> ort.InferenceSession:
-    """A session of one node; an input that is None is left out."""
+    """A session of one node; an input that is None is left out, one of ``constants`` is an initializer."""
     given = {name: array for name, array in inputs.items() if array is not None}
     node = helper.make_node(
         op,
@@ -50,12 +62,14 @@ def open_operator(
                 name, helper.np_dtype_to_tensor_dtype(array.dtype), [f"{name}_{axis}" for axis in range(array.ndim)]
             )
             for name, array in given.items()
+            if name not in constants
         ],
         [helper.make_tensor_value_info(name, kind, None) for name, kind in outputs.items()],
+        [numpy_helper.from_array(given[name], name) for name in constants if name in given],
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("lfm2", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    options = session_options(threads, variants.own_library())
+    options = session_options(threads, operator_library())
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 

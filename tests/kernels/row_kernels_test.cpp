@@ -1,45 +1,18 @@
 // The kernels for ONNX Runtime's weights: quantizing bit for bit as the scalar ones do it, products against double
-// arithmetic on the same int8 activations. Behind every buffer lies a page that ends the process when it is touched:
-// masked loads cannot hide from that, as they do from AddressSanitizer.
-
-#include <sys/mman.h>
-#include <unistd.h>
+// arithmetic on the same int8 activations. Behind every buffer lies a page that cannot be touched (guarded_buffer.h).
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <random>
 #include <string>
-#include <type_traits>
 #include <vector>
 
+#include "c_api.h"
 #include "expect.h"
+#include "guarded_buffer.h"
 #include "row_matrix.h"
-
-extern "C" {
-struct Lfm2RowFormat {
-  int bits;
-  int half_scales;
-  int64_t group;
-};
-struct Lfm2RowWeights {
-  const uint8_t* codes;
-  const void* scales;
-  const uint8_t* zero_points;
-};
-int lfm2_matmul_nbits(const char* kernels_name, int threads, const float* x, const uint8_t* codes, const void* scales,
-                      int half_scales, const uint8_t* zero_points, const float* bias, int64_t tokens, int64_t rows,
-                      int64_t columns, int bits, int64_t group, float* out);
-int lfm2_feed_forward(const char* kernels_name, int threads, const float* x, const Lfm2RowWeights* gate,
-                      const Lfm2RowWeights* up, const Lfm2RowWeights* down, const Lfm2RowFormat* format, int64_t tokens,
-                      int64_t width, int64_t inner, float* out);
-int lfm2_sparse_moe_nbits(const char* kernels_name, int threads, const float* x, const float* router_logits,
-                          const float* expert_bias, const Lfm2RowWeights* gate_up, const Lfm2RowWeights* down,
-                          const Lfm2RowFormat* format, int64_t tokens, int64_t width, int64_t inner, int64_t experts,
-                          int64_t top_k, int normalize, float scale, float* out);
-}
 
 namespace {
 
@@ -47,45 +20,14 @@ using lfm2::kGroupInputs;
 using lfm2::RowActivations;
 using lfm2::RowKernels;
 using lfm2::RowMatrix;
+using lfm2_test::Buffer;
 
 std::mt19937 random_bits(7);
 
-// `count` elements that end where a page begins that cannot be read.
 template <typename T>
-class Buffer {
-  static_assert(std::is_trivially_copyable_v<T>);
-
- public:
-  explicit Buffer(size_t count, T value = T()) : count_(count) {
-    const size_t page = sysconf(_SC_PAGESIZE), pages = (count * sizeof(T) + page - 1) / page + 1;
-    size_ = pages * page;
-    memory_ = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    char* const end = static_cast<char*>(memory_) + size_ - page;
-    if (memory_ == MAP_FAILED || mprotect(end, page, PROT_NONE) != 0) {
-      std::abort();
-    }
-    data_ = reinterpret_cast<T*>(end - count * sizeof(T));
-    for (size_t i = 0; i < count; ++i) {
-      data_[i] = value;
-    }
-  }
-  ~Buffer() { munmap(memory_, size_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-
-  T* data() const { return data_; }
-  T* or_null() const { return count_ == 0 ? nullptr : data_; }
-  size_t size() const { return count_; }
-  T& operator[](size_t i) const { return data_[i]; }
-  T* begin() const { return data_; }
-  T* end() const { return data_ + count_; }
-
- private:
-  size_t count_;
-  size_t size_;
-  void* memory_;
-  T* data_;
-};
+Lfm2Array array(const Buffer<T>& buffer) {
+  return {buffer.data(), static_cast<int64_t>(buffer.size())};
+}
 
 void fill_normal(const Buffer<float>& buffer, float mean = 0.0f) {
   std::normal_distribution<float> distribution(mean, 1.0f);
@@ -131,7 +73,10 @@ class Weights {
 
   const RowMatrix& matrix() const { return matrix_; }
   double value(int64_t row, int64_t column) const { return values_[row * matrix_.columns + column]; }
-  Lfm2RowWeights plain() const { return {codes_.data(), scales_.data(), points_.or_null()}; }
+  Lfm2RowWeights plain() const {
+    const int64_t scales = matrix_.rows * matrix_.groups();
+    return {array(codes_), {scales_.data(), scales}, {points_.or_null(), static_cast<int64_t>(points_.size())}};
+  }
 
  private:
   // Scales are k/4096 for k in 1024..2047, of either sign: halves and floats hold them exactly.
@@ -347,10 +292,10 @@ bool same_bits(const Buffer<float>& a, const Buffer<float>& b) {
 template <typename Run>
 void check_run(const std::string& what, int64_t count, double bound, const Run& run) {
   const Buffer<float> scalar(count, kUntouched);
-  expect(run("scalar", 1, scalar.data()) == 0, what + ": failed");
+  expect(run("scalar", 1, array(scalar)) == 0, what + ": failed");
   for (auto name = lfm2::runnable_row_kernels(); *name != nullptr; ++name) {
     const Buffer<float> one(count, kUntouched), many(count, kUntouched);
-    expect(run(*name, 1, one.data()) == 0 && run(*name, 4, many.data()) == 0, what + ": failed");
+    expect(run(*name, 1, array(one)) == 0 && run(*name, 4, array(many)) == 0, what + ": failed");
     expect(difference(one, scalar) < bound, what + ": " + *name + " differs from scalar by " +
                                                 std::to_string(difference(one, scalar)));
     expect(same_bits(many, one), what + ": " + *name + " differs on threads");
@@ -368,19 +313,18 @@ void check_runs(const Format& format, int64_t tokens) {
   fill_normal(bias);
   const Lfm2RowFormat plain = {format.bits, format.half, format.group};
   const std::string what = format.described() + ", " + std::to_string(tokens) + " tokens";
-  check_run("matrix: " + what, tokens * rows, kBound, [&](const char* kernels, int threads, float* out) {
-    const Lfm2RowWeights w = one.plain();
-    return lfm2_matmul_nbits(kernels, threads, x.data(), w.codes, w.scales, format.half, w.zero_points, bias.data(),
-                             tokens, rows, width, format.bits, format.group, out);
+  const Lfm2RowWeights w = one.plain();
+  check_run("matrix: " + what, tokens * rows, kBound, [&](const char* kernels, int threads, Lfm2Array out) {
+    return lfm2_matmul_nbits(kernels, threads, array(x), &w, &plain, array(bias), tokens, rows, width, out);
   });
   const Lfm2RowWeights w1 = gate.plain(), w3 = up.plain(), w2 = down.plain();
-  check_run("feed-forward: " + what, tokens * width, kRoundedBound, [&](const char* kernels, int threads, float* out) {
-    return lfm2_feed_forward(kernels, threads, x.data(), &w1, &w3, &w2, &plain, tokens, width, inner, out);
+  check_run("feed-forward: " + what, tokens * width, kRoundedBound, [&](const char* kernels, int threads, Lfm2Array out) {
+    return lfm2_feed_forward(kernels, threads, array(x), &w1, &w3, &w2, &plain, tokens, width, inner, out);
   });
   const Lfm2RowWeights w13_all = gate_up_all.plain(), w2_all = down_all.plain();
-  check_run("experts: " + what, tokens * width, kRoundedBound, [&](const char* kernels, int threads, float* out) {
-    return lfm2_sparse_moe_nbits(kernels, threads, x.data(), logits.data(), expert_bias.data(), &w13_all, &w2_all,
-                                 &plain, tokens, width, inner, experts, 2, 1, 1.5f, out);
+  check_run("experts: " + what, tokens * width, kRoundedBound, [&](const char* kernels, int threads, Lfm2Array out) {
+    return lfm2_sparse_moe_nbits(kernels, threads, array(x), array(logits), array(expert_bias), &w13_all, &w2_all,
+                                 &plain, tokens, width, experts, 2, 1, 1.5f, out);
   });
 }
 
@@ -388,16 +332,21 @@ void test_refusals() {
   const Weights w({4, 32, false, false}, 4, 64);
   const Lfm2RowWeights plain = w.plain();
   const Buffer<float> x(64), out(4);
-  const auto result = [&](const char* kernels, int64_t tokens, int64_t columns, int bits, int64_t group) {
-    return lfm2_matmul_nbits(kernels, 1, x.data(), plain.codes, plain.scales, 0, nullptr, nullptr, tokens, 4, columns,
-                             bits, group, out.data());
+  const auto result = [&](const char* kernels, int threads, int64_t tokens, int64_t columns, int bits, int64_t group) {
+    const Lfm2RowFormat format = {bits, 0, group};
+    return lfm2_matmul_nbits(kernels, threads, array(x), &plain, &format, {}, tokens, 4, columns, array(out));
   };
-  expect(result("scalar", 1, 64, 4, 32) == 0, "what fits was refused");
-  expect(result("no such kernels", 1, 64, 4, 32) == 1, "unknown kernels were not refused");
-  for (const int refused : {result("scalar", 0, 64, 4, 32), result("scalar", 1, 48, 4, 32),
-                            result("scalar", 1, 64, 2, 32), result("scalar", 1, 64, 4, 16)}) {
-    expect(refused == 2, "sizes that do not fit were not refused");
+  expect(result("scalar", 1, 1, 64, 4, 32) == 0, "what fits was refused");
+  expect(result(nullptr, 1, 1, 64, 4, 32) == 0, "the kernels of a program were refused");
+  expect(result("no such kernels", 1, 1, 64, 4, 32) == 1, "unknown kernels were not refused");
+  for (const int refused : {result("scalar", 1, -1, 64, 4, 32), result("scalar", 1, 2, 64, 4, 32),
+                            result("scalar", 1, 1, 48, 4, 32), result("scalar", 1, 1, 64, 2, 32),
+                            result("scalar", 1, 1, 64, 4, 16), result("scalar", 0, 1, 64, 4, 32),
+                            result("scalar", 1 << 20, 1, 64, 4, 32)}) {
+    expect(refused == 2, "what does not fit was not refused");
   }
+  expect(std::string(lfm2_last_fault()) == "lfm2_matmul_nbits: 1048576 threads: 1 to 1024 are possible",
+         std::string("the last fault is said to be ") + lfm2_last_fault());
 }
 
 }  // namespace

@@ -98,6 +98,8 @@ def test_shapes_are_known_without_values():
         ({"top_k": 0}, "top_k=0 of 5 experts"),
         ({"down": torch.zeros(5, 2, 3, 512, dtype=torch.uint8)}, r"down is \[5, 2, 3, 512\]"),
         ({"down": torch.zeros(5, 2, 3, 576)}, "down is torch.float32"),
+        ({"down": torch.zeros(10, 1728, dtype=torch.uint8)}, "down has 2 dimensions"),
+        ({"x": torch.zeros(())}, "x has 0 dimensions"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(change: dict, message: str):

@@ -15,8 +15,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from lfm2_export.models import get_family
-from lfm2_export.models._common import DecoderForCausalLM
+from lfm2_export.families import get_family
+from lfm2_export.models import get_net
+from lfm2_export.models.decoder import DecoderForCausalLM
 from tests.checkpoints import tiny_config
 
 TOLERANCE = 1e-5
@@ -101,8 +102,7 @@ def their_model(raw: Mapping[str, Any], *, seed: int = 0, attention: str = "sdpa
 
 def our_model(raw: Mapping[str, Any], theirs: nn.Module | None = None, *, seed: int = 0) -> DecoderForCausalLM:
     """Our model with the weights of ``theirs``, or random ones."""
-    family = get_family(raw["model_type"])
-    model = family.ForCausalLM(family.parse_config(raw)).eval()
+    model = get_net(raw["model_type"])(get_family(raw["model_type"]).parse_config(raw)).eval()
     if theirs is None:
         randomize_(model, seed)
     else:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lfm2_export.models._common import Cache, DecoderForCausalLM
+from lfm2_export.models.decoder import Cache, DecoderForCausalLM
 from tests.checkpoints import tiny_config
 from tests.models.reference import (
     ATTENTION,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import transformers
 
 from lfm2_export.checkpoint import open_checkpoint
-from lfm2_export.models._common import DecoderForCausalLM
+from lfm2_export.models.decoder import DecoderForCausalLM
 from lfm2_export.parity.sample import HELD_OUT
 from lfm2_export.source import ASSETS
 from lfm2_export.text import Tokenizer

@@ -15,7 +15,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import CheckpointError, ConfigError
-from lfm2_export.models import FAMILIES, get_family
+from lfm2_export.families import FAMILIES, get_family
 from tests.checkpoints import tiny_config
 from tests.models.reference import CASES, their_config
 
@@ -91,7 +91,7 @@ def their_shapes(raw: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 def our_shapes(raw: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """With experts fused, as transformers' modules have them."""
     family, config = get_family(raw["model_type"]), parse(raw)
-    shapes = family.tensor_shapes(config)
+    shapes = {name: tensor.shape for name, tensor in family.tensors(config).items()}
     for name, fused in family.fused_tensors(config).items():
         for part, place in fused.parts.items():
             assert shapes.pop(part) == (place.stop - place.start, fused.shape[2])
@@ -417,4 +417,4 @@ def test_any_json_value_gives_a_config_or_a_config_error(model_type: str, change
     assert "\n" not in text
     assert len(text) < 400
     if config is not None:
-        assert all(size > 0 for shape in get_family(model_type).tensor_shapes(config).values() for size in shape)
+        assert all(size > 0 for tensor in get_family(model_type).tensors(config).values() for size in tensor.shape)

@@ -15,8 +15,9 @@ from torch import nn
 from lfm2_export.checkpoint import open_checkpoint
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import CheckpointError
-from lfm2_export.models import Family, loading
-from lfm2_export.models._common import DecoderForCausalLM
+from lfm2_export.families import Family
+from lfm2_export.models import loading
+from lfm2_export.models.decoder import DecoderForCausalLM
 from lfm2_export.models.lfm2 import Lfm2ForCausalLM
 from lfm2_export.models.lfm2_moe import Lfm2MoeForCausalLM
 from lfm2_export.models.loading import load_model

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lfm2_export.models._common import Cache, CausalLMOutput, DecoderForCausalLM
+from lfm2_export.models.decoder import Cache, CausalLMOutput, DecoderForCausalLM
 from tests.models.reference import TOLERANCE, largest, models, perturbed, token_ids
 from tests.models.test_against_transformers import report
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from lfm2_export.errors import QuantizationError
-from lfm2_export.quant import _groups
+from lfm2_export.quant import groups
 from lfm2_export.quant.algorithms import ALGORITHMS, DEFAULT_ALGORITHM, get_algorithm
 from lfm2_export.quant.formats import IntFormat, QuantizedTensor, storage_error
 
@@ -162,7 +162,7 @@ def test_result_depends_neither_on_threads_nor_on_chunks_nor_on_the_other_rows(q
     weight = random_weight(37, 256)
     kept = weight.copy()
     whole = group_errors(weight, quantize(weight, format))
-    monkeypatch.setattr(_groups, "_CHUNK_WEIGHTS", 7 * format.group_size)
+    monkeypatch.setattr(groups, "_CHUNK_WEIGHTS", 7 * format.group_size)
     one, three = (quantize(weight, format, threads=threads) for threads in (1, 3))
     assert np.array_equal(one.qdata, three.qdata)
     assert np.array_equal(one.scale, three.scale)
@@ -186,7 +186,7 @@ def test_rows_as_they_are_stored_give_what_the_whole_weight_gives(quantize, form
     bits = (random_weight(24, 256).view(np.uint32) >> 16).astype(np.uint16)
     weight = (bits.astype(np.uint32) << 16).view(np.float32)
     half = random_weight(24, 256).astype(np.float16)
-    workspace = _groups.Workspace()
+    workspace = groups.Workspace()
     for stored, values in ((bits, weight), (weight, weight), (half, half.astype(np.float32))):
         whole, kept = quantize(values, format), stored.copy()
         for start, stop in ((0, 16), (16, 24)):
@@ -207,12 +207,12 @@ def test_rows_that_do_not_fit_are_named_by_the_numbers_that_they_are_given(quant
     weight[5, 40] = 2e6
     format = IntFormat(bits=4, symmetric=False, scale_dtype="float16")
     with pytest.raises(QuantizationError, match=r"model\.w: row 111 needs a scale of 133333"):
-        quantize.rows(weight, format, _groups.Workspace(), fqn="model.w", rows=range(101, 117, 2))
+        quantize.rows(weight, format, groups.Workspace(), fqn="model.w", rows=range(101, 117, 2))
 
 
 def test_sums_of_an_error_have_six_digits():
     weight = random_weight(128, 2048)
-    chunk = get_algorithm("round").rows(weight, FORMATS["int4"], _groups.Workspace(), fqn="w", rows=range(len(weight)))
+    chunk = get_algorithm("round").rows(weight, FORMATS["int4"], groups.Workspace(), fqn="w", rows=range(len(weight)))
     whole = get_algorithm("round")(weight, FORMATS["int4"]).dequantize()
     error = chunk.storage_error()
     exact = np.square(weight.astype(np.float64) - whole).sum()

@@ -4,11 +4,17 @@ from dataclasses import replace
 
 import pytest
 
+from lfm2_export.backends import get_backend
 from lfm2_export.errors import QuantizationError
+from lfm2_export.families.tensors import ModelTensor, Part, TensorClass
 from lfm2_export.quant.formats import FloatFormat, IntFormat
-from lfm2_export.quant.schemes import NEVER_QUANTIZED, SCHEMES, TensorClass, check_patterns, get_scheme
+from lfm2_export.quant.schemes import NEVER_QUANTIZED, SCHEMES, check_patterns, get_scheme
 
 W1 = "model.layers.0.feed_forward.w1.weight"
+
+
+def weight(name: str, kind: TensorClass) -> ModelTensor:
+    return ModelTensor(name=name, shape=(32, 32), kind=kind, part=Part.MLPS)
 
 
 def test_unknown_scheme_lists_the_known_ones():
@@ -18,24 +24,20 @@ def test_unknown_scheme_lists_the_known_ones():
 
 
 def test_programs_have_the_names_that_runtimes_look_for():
-    names = {name: scheme.programs["onnx"] for name, scheme in SCHEMES.items() if "onnx" in scheme.backends}
-    assert names == {
+    assert get_backend("onnx").SCHEMES == {
         "fp32": "model.onnx",
         "fp16": "model_fp16.onnx",
         "q8": "model_quantized.onnx",
         "q4": "model_q4.onnx",
         "q4f16": "model_q4f16.onnx",
     }
-    assert get_scheme("q4").file_name == "model_q4.onnx"
-    assert get_scheme("8da4w").backends == ("executorch",)
-    with pytest.raises(QuantizationError, match="scheme 8da4w is not for onnx; pass --backend executorch"):
-        _ = get_scheme("8da4w").file_name
+    assert set(get_backend("executorch").SCHEMES) == {"fp32", "8da4w"}
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
 def test_small_and_routing_weights_are_never_quantized(scheme):
     for kind in NEVER_QUANTIZED:
-        choice = scheme.format_for("some.weight", kind)
+        choice = scheme.format_for(weight("some.weight", kind))
         assert choice.format == FloatFormat(dtype=scheme.activation_dtype)
         assert choice.reason.startswith("never quantized: ")
     assert set(NEVER_QUANTIZED) == {TensorClass.ROUTER, TensorClass.EXPERT_BIAS, TensorClass.SMALL}
@@ -43,19 +45,19 @@ def test_small_and_routing_weights_are_never_quantized(scheme):
 
 def test_q4_has_int4_linears_and_experts_and_an_int8_embedding():
     scheme = get_scheme("q4")
-    found = {kind: scheme.format_for("w", kind).format for kind in TensorClass if kind not in NEVER_QUANTIZED}
+    found = {kind: scheme.format_for(weight("w", kind)).format for kind in TensorClass if kind not in NEVER_QUANTIZED}
     assert found[TensorClass.LINEAR] == IntFormat(bits=4, group_size=32, symmetric=False, scale_dtype="float32")
     assert found[TensorClass.EXPERTS] == IntFormat(bits=4, group_size=32, symmetric=False, scale_dtype="float16")
     assert found[TensorClass.EMBEDDING] == found[TensorClass.HEAD]
     assert found[TensorClass.HEAD].bits == 8
-    assert scheme.format_for(W1, TensorClass.LINEAR).reason == "scheme q4: linear"
+    assert scheme.format_for(weight(W1, TensorClass.LINEAR)).reason == "scheme q4: linear"
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
 def test_onnx_scales_have_the_activations_dtype_where_matmulnbits_reads_them(scheme):
     for kind in (TensorClass.LINEAR, TensorClass.EMBEDDING, TensorClass.HEAD):
-        format = scheme.format_for("w", kind).format
-        if isinstance(format, IntFormat) and "onnx" in scheme.backends:
+        format = scheme.format_for(weight("w", kind)).format
+        if isinstance(format, IntFormat) and scheme.name in get_backend("onnx").SCHEMES:
             assert format.scale_dtype == scheme.activation_dtype
 
 
@@ -77,14 +79,14 @@ def test_group_size_changes_every_integer_format_and_no_other():
 
 def test_excluded_and_sensitive_weights_say_which_pattern_chose_them():
     scheme = get_scheme("q4").with_exclude(["*.layers.0.*"])
-    choice = scheme.format_for(W1, TensorClass.LINEAR)
+    choice = scheme.format_for(weight(W1, TensorClass.LINEAR))
     assert choice == (FloatFormat(dtype="float32"), "excluded by --exclude *.layers.0.*")
-    assert scheme.format_for(W1.replace(".0.", ".1."), TensorClass.LINEAR).reason == "scheme q4: linear"
+    assert scheme.format_for(weight(W1.replace(".0.", ".1."), TensorClass.LINEAR)).reason == "scheme q4: linear"
     assert scheme.options()["exclude"] == ["*.layers.0.*"]
     assert scheme.options()["formats"]["linear"]["dtype"] == "int4"
 
     choosy = replace(get_scheme("q4"), sensitive_patterns=("*.w1.weight",))
-    assert choosy.format_for(W1, TensorClass.LINEAR) == (choosy.sensitive, "sensitive: *.w1.weight")
+    assert choosy.format_for(weight(W1, TensorClass.LINEAR)) == (choosy.sensitive, "sensitive: *.w1.weight")
     assert choosy.sensitive.bits == 8
 
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lfm2_export.backends import ExportOption
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -22,9 +24,36 @@ if TYPE_CHECKING:
     from lfm2_export.config import ModelConfig
     from lfm2_export.manifest import Program
 
-SCHEMES = ("fp32", "8da4w")
+SCHEMES = {"fp32": "model_fp32.pte", "8da4w": "model_8da4w.pte"}
+OPTIONS = {
+    "max_context": ExportOption(
+        parse=int, metavar="N", help="positions that a .pte program's buffers hold (default: 4096)"
+    ),
+    "moe_op": ExportOption(
+        parse=str,
+        metavar="{stock,lfm2,both}",
+        help="how a .pte runs quantized experts: ExecuTorch's operator (default), ours, or a file for each",
+    ),
+    "embedding_bits": ExportOption(
+        parse=int, metavar="N", help="bits of a .pte's quantized token table: 8 (default) or 4"
+    ),
+}
+TESTED_WITH = dict.fromkeys(SCHEMES, "lfm2-export, ExecuTorch's TextLLMRunner")
 # Activations are int8, one scale a token, at every linear layer.
 KL_TOLERANCE = 2e-3
+
+_HOW_TO_RUN = """## Run it
+
+```
+pip install "lfm2-export[executorch]"
+lfm2-export run . --backend executorch --prompt "What is C. elegans?"
+```
+"""
+
+
+def how_to_run(programs: Sequence[Program]) -> str:
+    """The card's section on .pte programs."""
+    return _HOW_TO_RUN
 
 
 def estimate(request: ExportRequest) -> Estimate:

@@ -12,14 +12,17 @@ from typing import Any
 
 import torch
 
+from lfm2_export import interrupts
 from lfm2_export.backends.executorch.plan import MoeOp, WeightPlan, make_plan
 from lfm2_export.backends.program import Estimate, ExportedProgram, ExportRequest
 from lfm2_export.cache import CacheSpec
+from lfm2_export.config import ModelConfig
 from lfm2_export.errors import ExportError
 from lfm2_export.manifest import MODEL, StoredTensor, TensorSpec
-from lfm2_export.models import get_family
+from lfm2_export.messages import shown
+from lfm2_export.models import get_net
 from lfm2_export.quant.algorithms import get_algorithm
-from lfm2_export.resources import export_memory_needed, usable_cores
+from lfm2_export.resources import check_memory, export_memory_needed, usable_cores
 
 FOLDER = "executorch"
 DEFAULT_MAX_CONTEXT = 4096
@@ -34,16 +37,33 @@ def estimate(request: ExportRequest) -> Estimate:
         ExportError: a layer or a setting that the operators cannot express.
     """
     plans = _plans(request)
-    max_context(request)
-    shapes = get_family(request.checkpoint.config.model_type).tensor_shapes(request.checkpoint.config)
-    largest = max(prod(shape[-2:]) for shape in shapes.values())
+    state, tables = _buffer_bytes(request.checkpoint.config, max_context(request))
+    largest = max(prod(tensor.shape[-2:]) for tensor in request.checkpoint.model_tensors.values())
     experts = max(plan.spilled_bytes() for plan in plans.values())
-    held = max(plan.nbytes() - plan.spilled_bytes() for plan in plans.values())
-    # What is held: once as tensors, once in the program that is put together, once more while it is written.
+    held = max(plan.nbytes() - plan.spilled_bytes() for plan in plans.values()) + tables
+    # What is held: once as tensors, once in the program that is put together, once more while it is written. The state
+    # is twice there, as buffers and as write_state's arguments, and none of it in the file.
     return Estimate(
-        disk_bytes=sum(plan.nbytes() for plan in plans.values()) + experts,
-        memory_bytes=export_memory_needed(largest, at_once=usable_cores()) + 3 * held,
+        disk_bytes=sum(plan.nbytes() + tables for plan in plans.values()) + experts,
+        memory_bytes=export_memory_needed(largest, at_once=usable_cores()) + 3 * held + 2 * state,
     )
+
+
+def _buffer_bytes(config: ModelConfig, context: int) -> tuple[int, int]:
+    """Bytes of the state's buffers, and of RoPE's two tables, which are constants of the program.
+
+    Raises:
+        ResourceError: the buffers alone are too much for this machine.
+    """
+    from lfm2_export.backends.executorch.trace import buffer_positions
+
+    positions = buffer_positions(context)
+    cache = CacheSpec.from_config(config, "float32")
+    state, tables = cache.fixed_bytes() + cache.bytes_per_token() * positions, 2 * 4 * config.head_dim * positions
+    check_memory(
+        2 * state + 3 * tables, purpose=f"a context of {context} (--max-context)", remedy="pass a smaller --max-context"
+    )
+    return state, tables
 
 
 def max_context(request: ExportRequest) -> int:
@@ -53,11 +73,11 @@ def max_context(request: ExportRequest) -> int:
         ExportError: not positive, or beyond the model's limit.
     """
     limit = request.checkpoint.config.max_position_embeddings
-    asked = request.max_context
+    asked = request.options.get("max_context")
     if asked is None:
         return min(DEFAULT_MAX_CONTEXT, limit)
-    if not 1 < asked <= limit:
-        raise ExportError(f"--max-context {asked}: pass 2 to {limit}, the model's max_position_embeddings")
+    if type(asked) is not int or not 1 < asked <= limit:
+        raise ExportError(f"--max-context {shown(asked)}: pass 2 to {limit}, the model's max_position_embeddings")
     return asked
 
 
@@ -131,11 +151,13 @@ def _export_one(request: ExportRequest, plan: WeightPlan, cache: CacheSpec, cont
 
     weights = WeightReader(request.checkpoint, plan, get_algorithm(request.algorithm), request.progress)
     with torch.device("meta"):
-        causal_lm = get_family(plan.config.model_type).ForCausalLM(plan.config).eval()
+        causal_lm = get_net(plan.config.model_type)(plan.config).eval()
     folder = request.folder / FOLDER
     with Spill(folder) as spill:
         Lowering(plan.config, weights, buffer_positions(context), spill).lower_(causal_lm)
+        interrupts.check()
         program = make_pte(causal_lm, plan.config, cache, context, spill)
+        interrupts.check()
         with open(folder / name, "wb") as file:
             program.manager.write_to_file(file)
     return Made(
@@ -148,14 +170,14 @@ def _export_one(request: ExportRequest, plan: WeightPlan, cache: CacheSpec, cont
 
 def _plans(request: ExportRequest) -> dict[str, WeightPlan]:
     """By file name, the portable way to run experts first."""
-    wanted: tuple[MoeOp | None, ...] = (_moe_op(request.moe_op),)
-    if request.moe_op == BOTH:
+    wanted: tuple[MoeOp | None, ...] = (_moe_op(request.options.get("moe_op")),)
+    if request.options.get("moe_op") == BOTH:
         wanted = (MoeOp.STOCK, MoeOp.LFM2)
-    config, name = request.checkpoint.config, request.scheme.programs["executorch"]
+    config, name = request.checkpoint.config, request.file_name
     stem, suffix = name.rsplit(".", 1)
     return {
         f"{stem}_lfm2.{suffix}" if op is MoeOp.LFM2 else name: make_plan(
-            config, request.scheme, moe_op=op, embedding_bits=request.embedding_bits
+            config, request.scheme, moe_op=op, embedding_bits=request.options.get("embedding_bits")
         )
         for op in wanted
     }

@@ -2,14 +2,14 @@
 
 In: an eager model without weights (on the meta device) and a ``WeightReader``. Out: the same model, in place, with leaf
 modules of the same signatures that hold the weights as the .pte stores them. The model's own forward passes
-(``models/_common.py``) are not copied: what is traced is what was validated.
+(``models/decoder.py``) are not copied: what is traced is what was validated.
 
 Whatever XNNPACK can take is written so that it takes it, because every operator between two delegates costs a copy out
 of one and into the other: a mean is a product with a vector, RoPE's turn a product with a small matrix, and B, C and x
 of a short conv are three products instead of one that is cut up. Only the attention's cache, the routers and the
 experts are left outside.
 
-Shape suffixes as in ``models/_layers.py``.
+Shape suffixes as in ``models/layers.py``.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from lfm2_export.backends.executorch.moe import lowered_experts
 from lfm2_export.backends.executorch.spill import Spill
 from lfm2_export.backends.executorch.weights import CONV, Codes, WeightReader
 from lfm2_export.config import ModelConfig
-from lfm2_export.models import _common as eager
-from lfm2_export.models._layers import rope_angles
+from lfm2_export.models import decoder as eager
+from lfm2_export.models.layers import rope_angles
 from lfm2_export.models.lfm2_moe import SparseMoeBlock
 
 

@@ -13,11 +13,11 @@ from fnmatch import fnmatchcase
 
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import ExportError, QuantizationError
-from lfm2_export.models import get_family
+from lfm2_export.families import get_family
+from lfm2_export.families.tensors import EMBEDDING, HEAD, ModelTensor, Part, TensorClass, Tensors
 from lfm2_export.quant.formats import FloatFormat, IntFormat, WeightFormat
-from lfm2_export.quant.schemes import FormatChoice, Scheme, TensorClass, check_patterns, tensor_class
+from lfm2_export.quant.schemes import FormatChoice, Scheme, check_patterns
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # XNNPACK's group-wise kernels walk 32 values at a time.
 XNNPACK_GROUP = 32
 EMBEDDING_BITS = (4, 8)
@@ -40,6 +40,7 @@ class WeightPlan:
 
     config: ModelConfig
     scheme: Scheme
+    tensors: Tensors
     choices: dict[str, FormatChoice]
     head: FormatChoice
     moe_op: MoeOp | None
@@ -51,16 +52,17 @@ class WeightPlan:
         """Bytes of the experts that lie on disk until the program is written: those that are packed for an operator."""
         if self.moe_op in (None, MoeOp.PLAIN):
             return 0
-        shapes = get_family(self.config.model_type).tensor_shapes(self.config)
-        return sum(_nbytes(shape, self.choices[name].format) for name, shape in shapes.items() if ".experts." in name)
+        return sum(self._nbytes(tensor) for tensor in self.tensors.values() if tensor.kind is TensorClass.EXPERTS)
 
     def nbytes(self) -> int:
         """Bytes of all weights as stored."""
-        shapes = get_family(self.config.model_type).tensor_shapes(self.config)
-        total = sum(_nbytes(shape, self.choices[name].format) for name, shape in shapes.items())
+        total = sum(map(self._nbytes, self.tensors.values()))
         if self.config.tie_word_embeddings:
-            total += _nbytes(shapes[EMBEDDING], self.head.format)
+            total += _nbytes(self.tensors[EMBEDDING].shape, self.head.format)
         return total
+
+    def _nbytes(self, tensor: ModelTensor) -> int:
+        return _nbytes(tensor.shape, self.choices[tensor.name].format)
 
 
 def make_plan(
@@ -75,15 +77,20 @@ def make_plan(
     _check_config(config)
     if embedding_bits is not None:
         scheme = _with_embedding_bits(scheme, embedding_bits)
-    shapes = get_family(config.model_type).tensor_shapes(config)
-    check_patterns(scheme.exclude, shapes)
-    choices = {name: _choose(scheme, name, shape) for name, shape in shapes.items()}
-    head = choices[HEAD] if HEAD in choices else scheme.format_for(HEAD, TensorClass.HEAD)
+    tensors = get_family(config.model_type).tensors(config)
+    check_patterns(scheme.exclude, tensors)
+    choices = {name: _choose(scheme, tensor) for name, tensor in tensors.items()}
+    head = choices[HEAD] if HEAD in choices else scheme.format_for(_untied_head(tensors[EMBEDDING]))
     if HEAD not in choices and any(fnmatchcase(EMBEDDING, pattern) for pattern in scheme.exclude):
         head = choices[EMBEDDING]
-    _check_linear("lm_head.weight", head.format, (config.vocab_size, config.hidden_size))
-    chosen_op = _moe_op(config, choices, moe_op, scheme.name)
-    return WeightPlan(config=config, scheme=scheme, choices=choices, head=head, moe_op=chosen_op)
+    _check_linear(HEAD, head.format, (config.vocab_size, config.hidden_size))
+    chosen_op = _moe_op(config, tensors, choices, moe_op, scheme.name)
+    return WeightPlan(config=config, scheme=scheme, tensors=tensors, choices=choices, head=head, moe_op=chosen_op)
+
+
+def _untied_head(table: ModelTensor) -> ModelTensor:
+    """A .pte stores a tied head as a matrix of its own, since XNNPACK multiplies by no token table."""
+    return replace(table, name=HEAD, kind=TensorClass.HEAD, part=Part.HEAD)
 
 
 def _check_config(config: ModelConfig) -> None:
@@ -105,13 +112,12 @@ def _with_embedding_bits(scheme: Scheme, bits: int) -> Scheme:
     return replace(scheme, embedding=replace(scheme.embedding, bits=4 if bits == 4 else 8))
 
 
-def _choose(scheme: Scheme, name: str, shape: tuple[int, ...]) -> FormatChoice:
-    kind = tensor_class(name, shape)
-    choice = scheme.format_for(name, kind)
-    if kind in (TensorClass.LINEAR, TensorClass.HEAD):
-        _check_linear(name, choice.format, shape)
+def _choose(scheme: Scheme, tensor: ModelTensor) -> FormatChoice:
+    choice = scheme.format_for(tensor)
+    if tensor.kind in (TensorClass.LINEAR, TensorClass.HEAD):
+        _check_linear(tensor.name, choice.format, tensor.shape)
     elif isinstance(choice.format, IntFormat):
-        choice.format.groups(shape[-1], name)
+        choice.format.groups(tensor.shape[-1], tensor.name)
     return choice
 
 
@@ -127,13 +133,17 @@ def _check_linear(name: str, form: WeightFormat, shape: tuple[int, ...]) -> None
 
 
 def _moe_op(
-    config: ModelConfig, choices: dict[str, FormatChoice], asked: MoeOp | None, scheme_name: str
+    config: ModelConfig,
+    tensors: Tensors,
+    choices: dict[str, FormatChoice],
+    asked: MoeOp | None,
+    scheme_name: str,
 ) -> MoeOp | None:
     if not config.moe_layers:
         if asked is not None:
             raise ExportError(f"--moe-op {asked}: this checkpoint has no experts; leave it out")
         return None
-    experts = [name for name in choices if ".experts." in name]
+    experts = [name for name, tensor in tensors.items() if tensor.kind is TensorClass.EXPERTS]
     is_quantized = _one_kind(experts, choices)
     if not is_quantized:
         if asked is not None:

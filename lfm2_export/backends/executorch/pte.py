@@ -24,7 +24,7 @@ _HEADER = struct.Struct("<4sIQQQ")  # magic, length, size of the flatbuffer, whe
 _HEADER_OFFSET = 8
 # Fields by their order in program.fbs.
 _PLANS, _SEGMENTS, _CONSTANTS, _NAMED_DATA = 1, 4, 5, 7
-_PLAN_NAME, _PLAN_OPERATORS, _PLAN_DELEGATES = 0, 6, 7
+_PLAN_NAME, _PLAN_OPERATORS, _PLAN_DELEGATES, _PLAN_BUFFERS = 0, 6, 7, 8
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,11 @@ class PteFile:
     def delegates(self, method: str) -> list[str]:
         """The delegates' names, one for each partition."""
         return [self._string(table, 0) for table in self._tables(self._plan(method), _PLAN_DELEGATES)]
+
+    def planned_bytes(self, method: str) -> int:
+        """Memory that the runtime takes when it loads a method: its state, and activations of the longest prompt."""
+        start, count = self._vector(self._plan(method), _PLAN_BUFFERS)
+        return sum(self._unpack("<q", start + 8 * index) for index in range(count))
 
     def methods(self) -> list[str]:
         return [self._string(plan, _PLAN_NAME) for plan in self._tables(self._root, _PLANS)]

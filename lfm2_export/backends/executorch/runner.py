@@ -14,23 +14,23 @@ import platform
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lfm2_export.backends.base import (
-    Kernels,
-    KvCache,
-    Mark,
-    RunnerOptions,
-    Snapshot,
-    TokenRows,
+from lfm2_export.backends.arguments import (
     check_batch_size,
     check_chunk_size,
+    check_context_length,
+    check_equal_rows,
     check_fits,
     check_indices,
+    check_logits_fit,
     check_rows,
+    check_tokens,
+    short_of_memory,
 )
+from lfm2_export.backends.base import Kernels, KvCache, Mark, RunnerOptions, Snapshot, TokenRows, check_snapshot
 from lfm2_export.backends.executorch.plan import MoeOp
 from lfm2_export.backends.executorch.session import (
     FORWARD,
@@ -79,7 +79,7 @@ class ExecutorchRunner:
         program_id: str | None = None,
     ):
         path = Path(path)
-        self._cache, self._context_length = cache, context_length
+        self._cache, self._context_length = cache, check_context_length(context_length)
         self._session = Session(path, threads=threads)
         self._vocab_size = self._session.logits_shape()[-1]
         self._program_id = program_id or f"{path.name}@{path.stat().st_size}"
@@ -142,26 +142,26 @@ class ExecutorchRunner:
         self._length = 0
         self._marks.clear()
 
+    @short_of_memory("prefill")
     def prefill(self, input_ids: TokenRows, *, chunk_size: int | None = None) -> np.ndarray:
         tokens = self._check_new(input_ids)
         return self._append(tokens, check_chunk_size(chunk_size, DEFAULT_CHUNK_SIZE))[-1][None]
 
+    @short_of_memory("prefill")
     def prefill_scored(self, input_ids: TokenRows, *, chunk_size: int | None = None) -> list[np.ndarray]:
         tokens = self._check_new(input_ids)
         check_chunk_size(chunk_size, DEFAULT_CHUNK_SIZE)
+        check_logits_fit([tokens], self.vocab_size)
         return [np.stack(self._append(tokens, 1))]
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-        tokens_B = np.asarray(tokens)
-        if tokens_B.ndim != 1:
-            raise RunnerError(f"decode takes one token per row, found shape {list(tokens_B.shape)}")
-        return self._append(self._check_new(tokens_B[:, None]), 1)[-1][None]
+        return self._append(self._check_new(check_tokens(tokens)), 1)[-1][None]
 
+    @short_of_memory("score")
     def score(self, input_ids: TokenRows, *, chunk_size: int | None = None) -> np.ndarray:
-        rows = check_rows(input_ids, len(input_ids), self.vocab_size)
-        if len({len(row) for row in rows}) != 1:
-            raise RunnerError("score takes rows of one length; score rows of different length one by one")
-        check_fits(np.zeros(len(rows), dtype=np.int64), [len(row) for row in rows], self._context_length)
+        rows = check_equal_rows(input_ids, self.vocab_size, self._context_length)
+        check_chunk_size(chunk_size, DEFAULT_CHUNK_SIZE)
+        check_logits_fit(rows, self.vocab_size)
         kept = self._read() if self._length else None
         length, self._length = self._length, 0
         try:
@@ -175,20 +175,22 @@ class ExecutorchRunner:
         self._length = 0
         return np.stack(self._append(tokens, 1))
 
+    @short_of_memory("snapshot")
     def snapshot(self) -> Snapshot:
         state = self._read() if self._length else self._zeros()
         return Snapshot(program_id=self._program_id, lengths=self.lengths, tensors=self._by_name(state))
 
+    @short_of_memory("restore")
     def restore(self, snapshot: Snapshot) -> None:
-        if snapshot.program_id != self._program_id:
-            raise RunnerError(
-                f"snapshot of program {snapshot.program_id}, but this runner has {self._program_id}; "
-                "a state only fits the program that made it"
-            )
-        check_batch_size(len(snapshot.lengths), self.max_batch_size)
-        check_fits(np.zeros_like(snapshot.lengths), snapshot.lengths.tolist(), self._context_length)
-        self._session.call(WRITE_STATE, self._buffers(snapshot.tensors))
-        self._length = int(snapshot.lengths[0])
+        (length,) = check_snapshot(
+            snapshot,
+            program_id=self._program_id,
+            cache=self._cache,
+            context_length=self._context_length,
+            max_batch_size=self.max_batch_size,
+        ).tolist()
+        self._session.call(WRITE_STATE, self._buffers(snapshot.tensors, length))
+        self._length = length
         self._marks.clear()
 
     def mark(self) -> Mark:
@@ -198,7 +200,7 @@ class ExecutorchRunner:
         return mark
 
     def is_valid(self, mark: Mark) -> bool:
-        return mark in self._marks
+        return isinstance(mark, Mark) and mark in self._marks
 
     def rewind(self, mark: Mark) -> None:
         if not self.is_valid(mark):
@@ -221,21 +223,25 @@ class ExecutorchRunner:
 
     def _append(self, tokens: np.ndarray, chunk_size: int) -> list[np.ndarray]:
         """The logits [V] after each chunk. If one fails, the state counts as it was: what was written is past its end,
-        but for the conv states, which is why they are put back."""
+        but for the conv states, which is why they are put back. One chunk after others runs or does not, also where a
+        Ctrl-C arrives meanwhile: to keep a copy for that would cost every step one, so ``lengths`` say which it is."""
         before = self._length
         kept = self._read() if before > 0 and len(tokens) > chunk_size else None
         try:
             return [self._run(tokens[i : i + chunk_size]) for i in range(0, len(tokens), chunk_size)]
         except BaseException:
-            self._length = before
             if kept is not None:
                 self._session.call(WRITE_STATE, kept)
+            if kept is not None or before == 0:
+                self._length = before
             raise
 
     def _run(self, tokens: np.ndarray) -> np.ndarray:
-        start = np.array([self._length], dtype=np.int64)
-        (logits,) = self._session.call(FORWARD, (np.ascontiguousarray(tokens[None]), start))
-        self._length += len(tokens)
+        start, done = np.array([self._length], dtype=np.int64), list[Any]()
+        try:
+            (logits,) = self._session.call(FORWARD, (np.ascontiguousarray(tokens[None]), start), done)
+        finally:
+            self._length += len(tokens) if done else 0
         return logits[0, 0]
 
     def _read(self) -> list[np.ndarray]:
@@ -252,15 +258,14 @@ class ExecutorchRunner:
         found |= {t.past_name: _positions_last(b)[:, :, : self._length].copy() for t, b in growing}
         return {t.past_name: found[t.past_name] for t in self._cache.tensors}
 
-    def _buffers(self, tensors: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    def _buffers(self, tensors: Mapping[str, np.ndarray], length: int) -> list[np.ndarray]:
         """The other way round."""
         buffers = self._zeros()
         conv, growing = self._split(buffers)
         for index, tensor in enumerate(self._cache.conv):
             conv[index] = tensors[tensor.past_name][0]
         for tensor, buffer in growing:
-            held = tensors[tensor.past_name]
-            buffer[:, : held.shape[2]] = _positions_last(held)
+            buffer[:, :length] = _positions_last(tensors[tensor.past_name][:, :, :length])
         return buffers
 
     def _split(self, buffers: Sequence[np.ndarray]) -> tuple[np.ndarray, list[tuple[StateTensor, np.ndarray]]]:

@@ -22,9 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from lfm2_export.backends.base import check_threads
+from lfm2_export import memory
+from lfm2_export.backends.arguments import check_threads
 from lfm2_export.backends.executorch.pte import PteFile
-from lfm2_export.errors import RunnerError
+from lfm2_export.errors import ResourceError, RunnerError
+from lfm2_export.resources import check_memory
 
 FORWARD, READ_STATE, WRITE_STATE = "forward", "read_state", "write_state"
 # Libraries that register operators, by namespace: (package, file name pattern).
@@ -40,6 +42,7 @@ def runtime() -> ModuleType:
 
     Raises:
         RunnerError: they are not installed.
+        ResourceError: the memory is too small for them.
     """
     if "torch" not in sys.modules:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see _no_other_threads
@@ -48,6 +51,11 @@ def runtime() -> ModuleType:
         import torch  # noqa: F401  (the bindings want its libraries loaded)
         from executorch.extension.pybindings import _C as bindings
     except ImportError as error:
+        if memory.ran_out(error):
+            raise ResourceError(
+                "executorch's runtime: the memory is too small to load it; raise this process's limit (ulimit -v), or "
+                "use a larger machine"
+            ) from error
         raise RunnerError(
             f"executorch's Python runtime is missing ({error}); install it: pip install 'lfm2-export[executorch]'"
         ) from error
@@ -62,12 +70,16 @@ class Session:
     Raises:
         ArtifactError: there is no such file.
         RunnerError: the file is damaged, calls operators that nobody has registered, or ``threads`` are too many.
+        ResourceError: the memory is too small for it.
     """
 
     def __init__(self, path: Path, *, threads: int | None = None):
-        operators = PteFile(path).operators(FORWARD)
+        file = PteFile(path)
+        operators = file.operators(FORWARD)
         self.path = path
         wanted = check_threads(threads)
+        # The runtime takes all of it at once and writes to it: with too little memory the system would end the process.
+        check_memory(file.planned_bytes(FORWARD), purpose=f"{path}", remedy="export it with a smaller --max-context")
         self._runtime = runtime()
         register_operators(path, operators)
         self._program = self._load()
@@ -80,24 +92,34 @@ class Session:
         """The pool's: it is one for the whole process, and the last session that was opened has set it."""
         return self._runtime._threadpool_get_thread_count()
 
-    def call(self, method: str, inputs: Sequence[Any]) -> list[np.ndarray]:
+    def call(self, method: str, inputs: Sequence[Any], done: list[Any] | None = None) -> list[np.ndarray]:
         """Runs a method on tensors; returns its outputs, copied.
+
+        ``done`` has an element as soon as the method has run, whatever becomes of this call: a Ctrl-C that arrives
+        while it runs is raised right after.
 
         Raises:
             RunnerError: the runtime reports a failure.
+            ResourceError: the memory is too small.
         """
         import torch
 
         if method not in self._methods:
             self._methods[method] = self._load_method(method)
-        tensors = [torch.from_numpy(value) for value in inputs]
+        results = [] if done is None else done
         try:
+            tensors = [torch.from_numpy(value) for value in inputs]
             with _no_other_threads():
-                return [output.numpy() for output in self._methods[method].call(tensors)]
-        except (RuntimeError, ValueError) as error:
-            raise RunnerError(
-                f"{self.path}: executorch failed in {method}: {' '.join(str(error).split())[:300]}"
-            ) from error
+                # Nothing of Python runs between the call and the list that takes its result.
+                results.extend(map(self._methods[method].call, (tensors,)))
+                return [output.numpy() for output in results[-1]]
+        except (RuntimeError, ValueError, MemoryError) as error:
+            raise self._error(error, f"executorch failed in {method}: {' '.join(str(error).split())[:300]}") from error
+
+    def _error(self, error: Exception, told: str) -> RunnerError | ResourceError:
+        if memory.ran_out(error):
+            return ResourceError(f"{self.path}: the memory is too small; export it with a smaller --max-context")
+        return RunnerError(f"{self.path}: {told}")
 
     def constant(self, method: str) -> Any:
         """What a method without inputs returns: a number, or a list of them."""
@@ -118,7 +140,7 @@ class Session:
                 str(self.path), program_verification=self._runtime.Verification.InternalConsistency
             )
         except RuntimeError as error:
-            raise RunnerError(f"{self.path}: executorch cannot load it ({error}); export again") from error
+            raise self._error(error, f"executorch cannot load it ({error}); export again") from error
         self._names = {program.get_method_name(index) for index in range(program.num_methods())}
         return program
 
@@ -128,10 +150,8 @@ class Session:
         try:
             return self._program.load_method(name)
         except RuntimeError as error:
-            raise RunnerError(
-                f"{self.path}: executorch {version()} cannot load its method {name} ({error}); it was made for another "
-                "version, or a delegate is missing here"
-            ) from error
+            told = f"executorch {version()} cannot load its method {name} ({error}); it was made for another version"
+            raise self._error(error, f"{told}, or a delegate is missing here: export again") from error
 
     def put_aside(self) -> list[np.ndarray] | None:
         """Unloads all methods; returns the state that they held, None where the program cannot hand it out."""

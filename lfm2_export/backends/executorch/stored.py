@@ -26,8 +26,8 @@ from lfm2_export.backends.executorch.packing import unpack_stock
 from lfm2_export.backends.executorch.pte import Place, PteFile
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import ArtifactError
+from lfm2_export.families import Family, get_family
 from lfm2_export.manifest import MODEL, Program
-from lfm2_export.models import Family, get_family
 
 # Kinds of parts that are not int4.
 _DTYPES = {"float": "float32", "conv": "float32", "embedding8": "int8"}
@@ -58,11 +58,11 @@ class StoredWeights:
         self.family: Family = get_family(config.model_type)
         self._file = PteFile(path)
         self._found: dict[str, Place] = {}
-        shapes = self.family.tensor_shapes(self.config)
-        if missing := sorted(shapes.keys() - places.keys()):
+        published = self.family.tensors(self.config)
+        if missing := sorted(published.keys() - places.keys()):
             raise ArtifactError(f"{path}: the manifest does not say where {missing[0]} lies; export again")
         self.tensors: Mapping[str, Tensor] = {
-            name: Tensor(shape=shape, parts=places[name]) for name, shape in shapes.items()
+            name: Tensor(shape=tensor.shape, parts=places[name]) for name, tensor in published.items()
         }
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:

@@ -27,7 +27,7 @@ from lfm2_export.backends.executorch.session import FORWARD, READ_STATE, WRITE_S
 from lfm2_export.backends.executorch.spill import Spill
 from lfm2_export.cache import CacheSpec
 from lfm2_export.config import ModelConfig
-from lfm2_export.models._common import DecoderForCausalLM, Recorder
+from lfm2_export.models.decoder import DecoderForCausalLM, Recorder
 
 _TRACED_TOKENS = 5
 

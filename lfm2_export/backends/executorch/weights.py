@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lfm2_export.backends.executorch.plan import EMBEDDING, HEAD, WeightPlan
+from lfm2_export.backends.executorch.plan import WeightPlan
 from lfm2_export.checkpoint import Checkpoint, check_finite
+from lfm2_export.families.tensors import EMBEDDING, HEAD
 from lfm2_export.manifest import StoredTensor
 from lfm2_export.quant.algorithms import Algorithm
 from lfm2_export.quant.formats import (

@@ -1,14 +1,19 @@
 """The ONNX backend: contrib operators of ONNX Runtime, one folder for onnxruntime, onnxruntime-genai and
 Transformers.js.
 
-Exporting imports torch and onnx, running only onnxruntime; each on first use.
+Exporting imports torch and onnx, running only onnxruntime; each on first use, and never before this module has turned
+onnxruntime's telemetry off.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from lfm2_export.backends import ExportOption
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,8 +29,61 @@ if TYPE_CHECKING:
     from lfm2_export.config import ModelConfig
     from lfm2_export.manifest import Program
 
-SCHEMES = ("fp32", "fp16", "q8", "q4", "q4f16")
+# Transformers.js looks for these names.
+SCHEMES = {
+    "fp32": "model.onnx",
+    "fp16": "model_fp16.onnx",
+    "q8": "model_quantized.onnx",
+    "q4": "model_q4.onnx",
+    "q4f16": "model_q4f16.onnx",
+}
+OPTIONS: dict[str, ExportOption] = {}
+TESTED_WITH = {
+    "fp32": "lfm2-export, onnxruntime, onnxruntime-genai, Transformers.js (Node)",
+    "fp16": "lfm2-export, onnxruntime, Transformers.js (Node)",
+    "q8": "lfm2-export, onnxruntime, onnxruntime-genai, Transformers.js (Node)",
+    "q4": "lfm2-export, onnxruntime, onnxruntime-genai, Transformers.js (Node)",
+    "q4f16": "lfm2-export, onnxruntime, Transformers.js (Node; the WebGPU test found no adapter yet)",
+}
 KL_TOLERANCE = 1e-3
+_TELEMETRY = "ORT_DISABLE_TELEMETRY"
+
+
+def _turn_telemetry_off() -> None:
+    """From its import on, onnxruntime's wheel keeps a device's id and queued events (paths, names, error texts) in the
+    user's cache, for a collector of its maker. A user who has set the variable, to whatever, has decided."""
+    if _TELEMETRY in os.environ:
+        return
+    os.environ[_TELEMETRY] = "1"
+    # The variable is too late for one that the user has imported: it has made its files, but writes no more events.
+    if (imported := sys.modules.get("onnxruntime")) is not None:
+        imported.disable_telemetry_events()
+
+
+_turn_telemetry_off()
+
+_HOW_TO_RUN = """## Run it
+
+```
+pip install lfm2-export
+lfm2-export run . --prompt "What is C. elegans?"
+```
+
+Graphs named `*_lfm2*.onnx` are for lfm2-export's own operators, which it builds where it finds a compiler; they are
+faster and read the same data files. All others need ONNX Runtime alone.
+
+onnxruntime-genai opens the folder as it is (`og.Model(".")`). So does Transformers.js:
+
+```js
+import {{ pipeline }} from "@huggingface/transformers";
+const generator = await pipeline("text-generation", "<this folder or repository>", {{ dtype: "{dtype}" }});
+```
+"""
+
+
+def how_to_run(programs: Sequence[Program]) -> str:
+    """The card's section on onnxruntime, onnxruntime-genai and Transformers.js."""
+    return _HOW_TO_RUN.format(dtype=programs[0].scheme)
 
 
 def estimate(request: ExportRequest) -> Estimate:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from lfm2_export.backends.arguments import check_state_fits
 from lfm2_export.cache import CacheSpec
 
 # A multiple of what vectorized kernels read at once; also keeps tiny prompts from growing at every step.
@@ -75,13 +76,14 @@ class StateBuffers:
         self._resize(min(-(-wanted // CAPACITY_STEP) * CAPACITY_STEP, limit))
 
     def _resize(self, capacity: int) -> None:
+        """All buffers or none: a run has to find them of one size."""
+        check_state_fits(self.spec, self.batch_size, capacity)
+        grown = {tensor.past_name: tensor.zeros(self.batch_size, capacity) for tensor in self.spec.growing}
         used = int(self.lengths.max())
-        for tensor in self.spec.growing:
-            grown = tensor.zeros(self.batch_size, capacity)
-            grown[:, :, :used] = self.kv[tensor.past_name][:, :, :used]
-            self.kv[tensor.past_name] = grown
-        self._capacity = capacity
+        for name, array in grown.items():
+            array[:, :, :used] = self.kv[name][:, :, :used]
         self._bindings.clear()
+        self.kv, self._capacity = grown, capacity
 
     def clear(self) -> None:
         """Empty rows; keys and values need no clearing, since nothing reads past ``lengths``."""

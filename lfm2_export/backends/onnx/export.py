@@ -29,7 +29,6 @@ from lfm2_export.backends.onnx.weights import (
 )
 from lfm2_export.backends.program import Estimate, ExportedProgram, ExportRequest
 from lfm2_export.cache import CacheSpec
-from lfm2_export.errors import ExportError
 from lfm2_export.ledger import Ledger
 from lfm2_export.manifest import TensorSpec
 from lfm2_export.quant.algorithms import get_algorithm
@@ -45,7 +44,6 @@ def estimate(request: ExportRequest) -> Estimate:
     Raises:
         QuantizationError: the scheme does not fit this checkpoint.
     """
-    _refuse_executorch_options(request)
     plan = make_plan(request.checkpoint.config, request.scheme)
     placements = place(plan, request.checkpoint.config)
     ends = {(there.file, there.offset): there.nbytes for there in placements.values()}
@@ -58,7 +56,7 @@ def estimate(request: ExportRequest) -> Estimate:
 
 
 def _data_paths(request: ExportRequest, placements: Mapping[str, Placement]) -> list[Path]:
-    return [request.folder / FOLDER / name for name in data_file_names(request.scheme.file_name, placements)]
+    return [request.folder / FOLDER / name for name in data_file_names(request.file_name, placements)]
 
 
 def _bytes_on_disk(path: Path) -> int:
@@ -73,24 +71,13 @@ def _ledger(request: ExportRequest, plan: WeightPlan, placements: Mapping[str, P
     names = [f"{FOLDER}/{path.name}" for path in _data_paths(request, placements)]
     key = repr((request.algorithm, CHUNK_VALUES, plan, placements))
     return Ledger(
-        None if request.ledgers is None else request.ledgers / f"{request.scheme.file_name}.ledger",
+        None if request.ledgers is None else request.ledgers / f"{request.file_name}.ledger",
         root=request.folder,
         sizes=data_file_sizes(names, placements),
         key=hashlib.sha256(key.encode()).hexdigest(),
         steps=len(pieces(plan)),
         figures=[field.name for field in fields(StorageError)],
     )
-
-
-def _refuse_executorch_options(request: ExportRequest) -> None:
-    options = {
-        "--max-context": request.max_context,
-        "--moe-op": request.moe_op,
-        "--embedding-bits": request.embedding_bits,
-    }
-    for option, value in options.items():
-        if value is not None:
-            raise ExportError(f"{option} {value}: is for .pte programs; pass --backend executorch or leave it out")
 
 
 def _held_at_once(weight: StoredWeight) -> int:
@@ -112,7 +99,7 @@ def export_program(request: ExportRequest) -> ExportedProgram:
     cache = CacheSpec.from_config(config, scheme.activation_dtype)
     graphs = make_graphs(config, plan, cache)
     placements = place(plan, config)
-    data_files = data_file_names(scheme.file_name, placements)
+    data_files = data_file_names(request.file_name, placements)
     folder = request.folder / FOLDER
     folder.mkdir(exist_ok=True)
     for model in graphs.by_role.values():
@@ -121,7 +108,7 @@ def export_program(request: ExportRequest) -> ExportedProgram:
     algorithm = get_algorithm(request.algorithm)
     ledger = _ledger(request, plan, placements)
     tensors = WeightWriter(request.checkpoint, placements, paths, algorithm, request.progress, ledger).write(plan)
-    names = _save_graphs(graphs, scheme.file_name, folder)
+    names = _save_graphs(graphs, request.file_name, folder)
     return ExportedProgram(
         graphs={role: f"{FOLDER}/{name}" for role, name in names.items()},
         files=tuple(f"{FOLDER}/{name}" for name in dict.fromkeys((*names.values(), *data_files))),

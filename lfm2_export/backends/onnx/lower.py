@@ -2,10 +2,10 @@
 
 In: an eager model whose parameters are fake tensors, and how each weight is to be stored. Out: the same model, in
 place, with leaf modules of the same signatures, and a ``StoredWeight`` for every initializer that must be streamed
-in later. The model's own forward passes (``models/_common.py``) are not copied: what is traced is what was
+in later. The model's own forward passes (``models/decoder.py``) are not copied: what is traced is what was
 validated.
 
-Shape suffixes as in ``models/_common.py``.
+Shape suffixes as in ``models/decoder.py``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lfm2_export.backends.onnx import ops
 from lfm2_export.backends.onnx.plan import Layout, StoredWeight, WeightPlan
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import ExportError
-from lfm2_export.models import _common as eager
+from lfm2_export.models import decoder as eager
 from lfm2_export.models.lfm2_moe import ROUTING_EPS, SparseMoeBlock
 from lfm2_export.quant.formats import FloatFormat, IntFormat
 

@@ -4,7 +4,7 @@ In: fake tensors during ``torch.export``. Out: fake tensors of the right shape a
 Source of every signature: the operator schemas of onnxruntime 1.31 (domain com.microsoft). SimplifiedLayerNormalization
 is ONNX Runtime's too, though it lives in the default domain.
 
-Shape suffixes as in ``models/_common.py``.
+Shape suffixes as in ``models/decoder.py``.
 """
 
 from __future__ import annotations

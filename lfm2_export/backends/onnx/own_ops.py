@@ -15,6 +15,7 @@ import onnx_ir.passes.common as common_passes
 from lfm2_export.backends.onnx.plan import Layout, StoredWeight, WeightPlan
 from lfm2_export.cache import CacheSpec
 from lfm2_export.config import ModelConfig
+from lfm2_export.families.tensors import Part
 from lfm2_export.quant.formats import IntFormat
 
 DOMAIN, VERSION = "lfm2", 1
@@ -53,9 +54,9 @@ def use_own_products(model: ir.Model) -> int:
 def fuse_feed_forwards(model: ir.Model, plan: WeightPlan) -> int:
     """The three products of a dense feed-forward, ours already, and what lies between them become one FeedForward.
     Returns how many."""
-    blocks = [name.removesuffix(".w2") for name in plan if name.endswith(".feed_forward.w2") and _is_whole(plan, name)]
+    blocks = [block for block in _feed_forwards(plan) if _is_whole(block)]
     for block in blocks:
-        gate, up, down = (_only_reader(model, f"{block}.{part}.qdata") for part in ("w1", "w3", "w2"))
+        gate, up, down = (_only_reader(model, block[part].initializer("qdata")) for part in ("w1", "w3", "w2"))
         assert gate.inputs[0] is up.inputs[0]
         attributes = {
             "inner": gate.attributes["N"].value,
@@ -67,10 +68,18 @@ def fuse_feed_forwards(model: ir.Model, plan: WeightPlan) -> int:
     return _finish(model, len(blocks))
 
 
-def _is_whole(plan: WeightPlan, w2: str) -> bool:
+def _feed_forwards(plan: WeightPlan) -> list[dict[str, StoredWeight]]:
+    """The matrices of each dense feed-forward by their names, w1 to w3."""
+    blocks: dict[int, dict[str, StoredWeight]] = {}
+    for weight in plan.values():
+        if weight.part is Part.MLPS and weight.layer is not None and weight.matrix is not None:
+            blocks.setdefault(weight.layer, {})[weight.matrix] = weight
+    return list(blocks.values())
+
+
+def _is_whole(block: Mapping[str, StoredWeight]) -> bool:
     """Whether all three matrices are quantized, the first two alike, and the width between them comes in groups."""
-    block = w2.removesuffix(".w2")
-    w1, w3, down = (plan[f"{block}.{part}"] for part in ("w1", "w3", "w2"))
+    w1, w3, down = (block[part] for part in ("w1", "w3", "w2"))
     return isinstance(down.format, IntFormat) and isinstance(w1.format, IntFormat) and w1.format == w3.format
 
 

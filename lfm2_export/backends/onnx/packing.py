@@ -25,8 +25,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from lfm2_export.quant._groups import Chunk
 from lfm2_export.quant.formats import ByteArray, FloatArray, IntFormat, QuantizedTensor, ScaleArray
+from lfm2_export.quant.groups import Chunk
 
 
 def pack_rows(tensor: QuantizedTensor) -> dict[str, npt.NDArray[Any]]:

@@ -15,12 +15,18 @@ import numpy as np
 
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import QuantizationError
-from lfm2_export.models import get_family
-from lfm2_export.models.lfm2_moe import expert_prefix
+from lfm2_export.families import get_family
+from lfm2_export.families.tensors import (
+    EMBEDDING,
+    HEAD,
+    ModelTensor,
+    Part,
+    TensorClass,
+    expert_stacks,
+    feed_forward_prefix,
+)
 from lfm2_export.quant.formats import FloatFormat, IntFormat, WeightFormat
-from lfm2_export.quant.schemes import Scheme, TensorClass, check_patterns, tensor_class
-
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+from lfm2_export.quant.schemes import Scheme, check_patterns
 
 
 class Layout(Enum):
@@ -39,8 +45,9 @@ class StoredWeight:
     """One weight of the graph.
 
     ``name`` prefixes its initializers; ``sources`` are checkpoint tensors (for experts: w1, w3 of expert 0, then 1,
-    ...); ``shape`` is [rows, columns] of the matrix, [experts, rows, columns] of stacked experts, or the plain
-    tensor's. ``same_bytes_as`` names the weight whose bytes this one shares.
+    ...); ``part``, ``layer`` and ``matrix`` say what it is, as in ``ModelTensor``; ``shape`` is [rows, columns] of the
+    matrix, [experts, rows, columns] of stacked experts, or the plain tensor's. ``same_bytes_as`` names the weight whose
+    bytes this one shares.
     """
 
     name: str
@@ -48,6 +55,9 @@ class StoredWeight:
     shape: tuple[int, ...]
     layout: Layout
     format: WeightFormat
+    part: Part
+    layer: int | None = None
+    matrix: str | None = None
     reason: str = ""
     same_bytes_as: str | None = None
 
@@ -121,64 +131,67 @@ class _Planner:
 
     def __init__(self, config: ModelConfig, scheme: Scheme):
         self.config, self.scheme = config, scheme
-        self.shapes = get_family(config.model_type).tensor_shapes(config)
+        self.tensors = get_family(config.model_type).tensors(config)
 
     def weights(self) -> Iterator[StoredWeight]:
-        check_patterns(self.scheme.exclude, self.shapes)
-        for name, shape in self.shapes.items():
-            if tensor_class(name, shape) is not TensorClass.EXPERTS:
-                yield self._single(name, shape)
-        for layer in self.config.moe_layers:
-            yield from self._experts(layer)
+        check_patterns(self.scheme.exclude, self.tensors)
+        for tensor in self.tensors.values():
+            if tensor.kind is not TensorClass.EXPERTS:
+                yield self._single(tensor)
+        for layer, matrices in expert_stacks(self.tensors).items():
+            yield from self._experts(layer, matrices)
         if self.config.tie_word_embeddings:
             yield self._tied_head()
 
-    def _format(self, name: str) -> tuple[WeightFormat, str]:
-        kind = tensor_class(name, self.shapes[name])
-        choice = self.scheme.format_for(name, kind)
-        if kind in (TensorClass.ROUTER, TensorClass.EXPERT_BIAS):
+    def _format(self, tensor: ModelTensor) -> tuple[WeightFormat, str]:
+        choice = self.scheme.format_for(tensor)
+        if tensor.kind in (TensorClass.ROUTER, TensorClass.EXPERT_BIAS):
             # fp16 scores tie now and then, and a tie picks another expert than the model would.
             return FloatFormat(dtype="float32"), choice.reason
         return choice.format, choice.reason
 
-    def _single(self, name: str, shape: tuple[int, ...]) -> StoredWeight:
-        form, reason = self._format(name)
-        layout = _layout(tensor_class(name, shape), form)
-        stem = name if layout is Layout.PLAIN else name.removesuffix(".weight")
-        return StoredWeight(name=stem, sources=(name,), shape=shape, layout=layout, format=form, reason=reason)
+    def _single(self, tensor: ModelTensor) -> StoredWeight:
+        form, reason = self._format(tensor)
+        layout = _layout(tensor.kind, form)
+        return StoredWeight(
+            name=tensor.name if layout is Layout.PLAIN else _stem(tensor.name),
+            sources=(tensor.name,),
+            shape=tensor.shape,
+            layout=layout,
+            format=form,
+            part=tensor.part,
+            layer=tensor.layer,
+            matrix=tensor.matrix,
+            reason=reason,
+        )
 
-    def _experts(self, layer: int) -> Iterator[StoredWeight]:
+    def _experts(self, layer: int, matrices: Mapping[tuple[int, str], ModelTensor]) -> Iterator[StoredWeight]:
         config = self.config
         inner, width, experts = config.moe_intermediate_size, config.hidden_size, config.num_experts
-        prefixes = [expert_prefix(layer, expert) for expert in range(experts)]
-        gate_up = tuple(f"{prefix}{part}.weight" for prefix in prefixes for part in ("w1", "w3"))
-        down = tuple(f"{prefix}w2.weight" for prefix in prefixes)
-        form, reason = self._experts_format((*gate_up, *down))
-        name = f"model.layers.{layer}.feed_forward.experts"
-        yield StoredWeight(
-            name=f"{name}.gate_up",
-            sources=gate_up,
-            shape=(experts, 2 * inner, width),
-            layout=Layout.GATE_UP,
-            format=form,
-            reason=reason,
-        )
-        yield StoredWeight(
-            name=f"{name}.down",
-            sources=down,
-            shape=(experts, width, inner),
-            layout=Layout.DOWN,
-            format=form,
-            reason=reason,
-        )
+        form, reason = self._experts_format(list(matrices.values()))
+        for name, taken, rows, columns, layout in (
+            ("gate_up", ("w1", "w3"), 2 * inner, width, Layout.GATE_UP),
+            ("down", ("w2",), width, inner, Layout.DOWN),
+        ):
+            yield StoredWeight(
+                name=f"{feed_forward_prefix(layer)}experts.{name}",
+                sources=tuple(matrices[expert, matrix].name for expert in range(experts) for matrix in taken),
+                shape=(experts, rows, columns),
+                layout=layout,
+                format=form,
+                part=Part.EXPERTS,
+                layer=layer,
+                matrix=name,
+                reason=reason,
+            )
 
-    def _experts_format(self, names: Sequence[str]) -> tuple[WeightFormat, str]:
+    def _experts_format(self, tensors: Sequence[ModelTensor]) -> tuple[WeightFormat, str]:
         """One format for a layer's experts: one operator holds them all."""
-        choices = {self._format(name) for name in names}
+        choices = {self._format(tensor) for tensor in tensors}
         if len({form for form, _ in choices}) > 1:
             raise QuantizationError(
-                f"{names[0]}: --exclude names some experts of this layer and not others, but QMoE holds all of them in "
-                "one format; exclude the whole layer (model.layers.N.feed_forward.experts.*)"
+                f"{tensors[0].name}: --exclude names some experts of this layer and not others, but QMoE holds all of "
+                "them in one format; exclude the whole layer (model.layers.N.feed_forward.experts.*)"
             )
         form, reason = min(choices, key=lambda choice: choice[1])
         sizes = (self.config.moe_intermediate_size, self.config.hidden_size)
@@ -189,17 +202,22 @@ class _Planner:
         return form, reason
 
     def _tied_head(self) -> StoredWeight:
-        name = f"{EMBEDDING}.weight"
-        form, reason = self._format(name)
+        form, reason = self._format(self.tensors[EMBEDDING])
         return StoredWeight(
-            name=HEAD,
-            sources=(name,),
+            name=_stem(HEAD),
+            sources=(EMBEDDING,),
             shape=(self.config.vocab_size, self.config.hidden_size),
             layout=Layout.MATMUL if isinstance(form, IntFormat) else Layout.TABLE,
             format=form,
+            part=Part.HEAD,
             reason=reason,
-            same_bytes_as=EMBEDDING,
+            same_bytes_as=_stem(EMBEDDING),
         )
+
+
+def _stem(name: str) -> str:
+    """What the initializers of a matrix are called after."""
+    return name.removesuffix(".weight")
 
 
 def _layout(kind: TensorClass, form: WeightFormat) -> Layout:

@@ -18,23 +18,28 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnxruntime as ort
 
-from lfm2_export.backends.base import (
-    Mark,
-    RunnerOptions,
-    Snapshot,
-    TokenRows,
+from lfm2_export import memory
+from lfm2_export.backends.arguments import (
+    LESS,
     check_batch_size,
     check_chunk_size,
+    check_context_length,
+    check_equal_rows,
     check_fits,
     check_indices,
+    check_logits_fit,
     check_rows,
+    check_state_fits,
     check_threads,
+    check_tokens,
+    short_of_memory,
 )
+from lfm2_export.backends.base import Mark, RunnerOptions, Snapshot, TokenRows, check_snapshot
 from lfm2_export.backends.onnx.buffers import StateBuffers, as_ortvalue
 from lfm2_export.backends.onnx.session import check_program, open_session
 from lfm2_export.backends.onnx.variants import choose
 from lfm2_export.cache import CacheSpec
-from lfm2_export.errors import RunnerError
+from lfm2_export.errors import ResourceError, RunnerError
 
 if TYPE_CHECKING:
     from lfm2_export.manifest import Program
@@ -71,7 +76,7 @@ class OnnxRunner:
     ):
         self._path = Path(path)
         self._cache = cache
-        self._context_length = context_length
+        self._context_length = check_context_length(context_length)
         self._threads = check_threads(threads)
         self._chunk_size = check_chunk_size(chunk_size, DEFAULT_CHUNK_SIZE)
         self._library = library
@@ -142,19 +147,25 @@ class OnnxRunner:
         """Bytes allocated for the state."""
         return self._state.nbytes
 
+    @short_of_memory("reset")
     def reset(self, batch_size: int = 1) -> None:
-        check_batch_size(batch_size, self.max_batch_size)
-        self._marks.clear()
-        if batch_size == self.batch_size:
+        rows = check_batch_size(batch_size, self.max_batch_size)
+        if rows == self.batch_size:
             self._state.clear()
         else:
-            self._state = StateBuffers(self._cache, batch_size, 0)
+            self._state = self._empty(rows)
+        self._marks.clear()
 
+    def _empty(self, rows: int) -> StateBuffers:
+        check_state_fits(self._cache, rows, 0)
+        return StateBuffers(self._cache, rows, 0)
+
+    @short_of_memory("prefill")
     def prefill(self, input_ids: TokenRows, *, chunk_size: int | None = None) -> np.ndarray:
-        rows = self._check_new(input_ids)
+        chunk, rows = self._chunk(chunk_size), self._check_new(input_ids)
         logits_BV = np.empty((self.batch_size, self.vocab_size), dtype=np.float32)
         with _Transaction(self._state):
-            self._prefill(rows, self._chunk(chunk_size), logits_BV)
+            self._prefill(rows, chunk, logits_BV)
         return logits_BV
 
     def _prefill(self, rows: list[np.ndarray], chunk: int, logits_BV: np.ndarray) -> None:
@@ -169,10 +180,13 @@ class OnnxRunner:
                 run(self._session, view, part[None], _counts([part]), logits_BV[index][None, None])
             state.take_row(index, view)
 
+    @short_of_memory("prefill")
     def prefill_scored(self, input_ids: TokenRows, *, chunk_size: int | None = None) -> list[np.ndarray]:
-        rows, session = self._check_new(input_ids), self._scoring_session()
+        chunk, rows = self._chunk(chunk_size), self._check_new(input_ids)
+        check_logits_fit(rows, self.vocab_size)
+        session = self._scoring_session()
         with _Transaction(self._state):
-            return [self._score_row(session, i, row, self._chunk(chunk_size)) for i, row in enumerate(rows)]
+            return [self._score_row(session, i, row, chunk) for i, row in enumerate(rows)]
 
     def _score_row(self, session: ort.InferenceSession, index: int, tokens: np.ndarray, chunk: int) -> np.ndarray:
         view = self._state.row(index)
@@ -183,39 +197,36 @@ class OnnxRunner:
         self._state.take_row(index, view)
         return logits_TV
 
+    @short_of_memory("decode")
     def decode(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-        tokens_B = np.asarray(tokens)
-        if tokens_B.ndim != 1:
-            raise RunnerError(f"decode takes one token per row, found shape {list(tokens_B.shape)}")
-        rows = self._check_new(tokens_B[:, None])
+        rows = self._check_new(check_tokens(tokens))
         logits_BV = np.empty((self.batch_size, self.vocab_size), dtype=np.float32)
         run(self._session, self._state, _pad(rows), _counts(rows), logits_BV[:, None])
         return logits_BV
 
+    @short_of_memory("score")
     def score(self, input_ids: TokenRows, *, chunk_size: int | None = None) -> np.ndarray:
-        rows = check_rows(input_ids, len(input_ids), self.vocab_size)
-        if len({len(row) for row in rows}) != 1:
-            raise RunnerError("score takes rows of one length; score rows of different length one by one")
-        check_fits(np.zeros(len(rows), dtype=np.int64), [len(row) for row in rows], self._context_length)
-        kept = self._state
-        self._state = StateBuffers(self._cache, len(rows), 0)
+        rows = check_equal_rows(input_ids, self.vocab_size, self._context_length)
+        kept, self._state = self._state, self._empty(len(rows))
         try:
             return np.stack(self.prefill_scored(rows, chunk_size=chunk_size))
         finally:
             self._state = kept
 
+    @short_of_memory("snapshot")
     def snapshot(self) -> Snapshot:
         return Snapshot(program_id=self._program_id, lengths=self.lengths, tensors=self._state.copy_used())
 
+    @short_of_memory("restore")
     def restore(self, snapshot: Snapshot) -> None:
-        if snapshot.program_id != self._program_id:
-            raise RunnerError(
-                f"snapshot of program {snapshot.program_id}, but this runner has {self._program_id}; "
-                "a state only fits the program that made it"
-            )
-        # Snapshots come from a runner of the same program, whose context may have been limited to another length.
-        check_fits(np.zeros_like(snapshot.lengths), snapshot.lengths.tolist(), self._context_length)
-        self._replace(snapshot.tensors, snapshot.lengths, np.arange(len(snapshot.lengths)))
+        lengths = check_snapshot(
+            snapshot,
+            program_id=self._program_id,
+            cache=self._cache,
+            context_length=self._context_length,
+            max_batch_size=self.max_batch_size,
+        )
+        self._replace(snapshot.tensors, lengths, np.arange(len(lengths)))
 
     def mark(self) -> Mark:
         mark = Mark(lengths=self.lengths, conv=self._state.copy_conv())
@@ -223,7 +234,7 @@ class OnnxRunner:
         return mark
 
     def is_valid(self, mark: Mark) -> bool:
-        return mark in self._marks
+        return isinstance(mark, Mark) and mark in self._marks
 
     def rewind(self, mark: Mark) -> None:
         if not self.is_valid(mark):
@@ -233,6 +244,7 @@ class OnnxRunner:
         for other in [m for m in self._marks if (m.lengths > mark.lengths).any()]:
             self._marks.discard(other)
 
+    @short_of_memory("reorder")
     def reorder(self, indices: Sequence[int] | np.ndarray) -> None:
         rows = check_indices(indices, self.batch_size)
         if np.array_equal(rows, np.arange(self.batch_size)):
@@ -242,6 +254,7 @@ class OnnxRunner:
 
     def _replace(self, tensors: Mapping[str, np.ndarray], lengths: np.ndarray, rows: np.ndarray) -> None:
         capacity = max(self._state.capacity, int(lengths.max(initial=0)))
+        check_state_fits(self._cache, len(rows), capacity)
         self._state = StateBuffers.from_tensors(self._cache, tensors, lengths, rows, capacity)
         self._marks.clear()
 
@@ -294,6 +307,8 @@ def run(
     try:
         session.run_with_iobinding(binding)
     except Exception as error:  # onnxruntime's exceptions have no common base class of their own
+        if memory.ran_out(error):
+            raise ResourceError(f"the memory is too small for a run on {ids_BT.size} tokens; {LESS}") from error
         raise RunnerError(
             f"onnxruntime failed on {ids_BT.size} tokens: {' '.join(str(error).split())[:300]}"
         ) from error

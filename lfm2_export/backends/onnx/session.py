@@ -11,16 +11,17 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from lfm2_export import paths
-from lfm2_export.backends.base import check_threads
+from lfm2_export import memory, paths
+from lfm2_export.backends.arguments import check_threads
 from lfm2_export.cache import CacheSpec
-from lfm2_export.errors import ArtifactError, RunnerError
+from lfm2_export.errors import ArtifactError, ResourceError, RunnerError
 from lfm2_export.messages import listed, natural, shown
 
 # The first release whose CPU kernels cover every operator that our programs use (QMoE's accuracy_level among them).
 MIN_ONNXRUNTIME = (1, 31)
-# onnxruntime logs a warning for every initializer that its optimizer leaves unused: nothing that a user could act on.
-_LOG_ERRORS_ONLY = 3
+# onnxruntime logs a warning for every initializer that its optimizer leaves unused, which nobody could act on, and
+# every error that it also raises, which we say ourselves.
+_LOG_FATAL_ONLY = 4
 _TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "uint8": "tensor(uint8)"}
 
 
@@ -30,12 +31,17 @@ def open_session(path: Path, *, threads: int | None = None, library: Path | None
     Raises:
         ArtifactError: the file is not there.
         RunnerError: a bad number of threads, or a program that this onnxruntime cannot load.
+        ResourceError: the memory is too small for it.
     """
     if not path.is_file():
         raise ArtifactError(f"{path}: no such program; export the scheme again")
     try:
         return ort.InferenceSession(path, session_options(threads, library), providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no common base class of their own
+        if memory.ran_out(error):
+            raise ResourceError(
+                f"{path}: the memory is too small to load it; close other programs or use a larger machine"
+            ) from error
         raise _load_error(path, error) from error
 
 
@@ -50,7 +56,7 @@ def session_options(threads: int | None = None, library: Path | None = None) -> 
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     # Every decode step has another mask length; a memory plan would be kept for each of them.
     options.enable_mem_pattern = False
-    options.log_severity_level = _LOG_ERRORS_ONLY
+    options.log_severity_level = _LOG_FATAL_ONLY
     return options
 
 

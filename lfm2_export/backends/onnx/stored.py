@@ -12,7 +12,6 @@ swapped layout or a zero point that no node is given shows up as a difference. H
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,10 +24,10 @@ from onnx import external_data_helper, helper, numpy_helper
 from lfm2_export.backends.onnx.variants import choose
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import ArtifactError
+from lfm2_export.families import Family, get_family
+from lfm2_export.families.tensors import EMBEDDING, HEAD, ModelTensor, feed_forward_prefix
 from lfm2_export.manifest import Program
-from lfm2_export.models import Family, get_family
 
-_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(w[123])\.weight")
 _STACK = {"w1": "gate_up", "w3": "gate_up", "w2": "down"}
 # (scale, zero point) among the inputs, by operator and the input that holds the codes.
 _SCALES = {
@@ -172,8 +171,8 @@ class StoredWeights:
         self.config = config
         self.family: Family = get_family(config.model_type)
         self._graph = _Graph(graph_path)
-        shapes = self.family.tensor_shapes(config)
-        self.tensors: Mapping[str, Tensor] = {name: self._tensor(name, shape) for name, shape in shapes.items()}
+        published = self.family.tensors(config)
+        self.tensors: Mapping[str, Tensor] = {name: self._tensor(tensor) for name, tensor in published.items()}
         if config.tie_word_embeddings:
             self._check_tied_head()
 
@@ -181,25 +180,24 @@ class StoredWeights:
         """A tensor, or a range of its first axis, as float32."""
         return self.tensors[name].read(rows)
 
-    def _tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        if found := _EXPERT.fullmatch(name):
-            return self._expert(name, found[1], int(found[2]), found[3], shape)
-        matrix = self._graph.matrix(name.removesuffix(".weight"), name)
-        self._graph.check_shape(name, matrix.shape, shape)
-        return Tensor(matrix=matrix, shape=shape)
+    def _tensor(self, tensor: ModelTensor) -> Tensor:
+        if tensor.layer is not None and tensor.expert is not None and tensor.matrix is not None:
+            return self._expert(tensor, tensor.layer, tensor.expert, tensor.matrix)
+        matrix = self._graph.matrix(tensor.name.removesuffix(".weight"), tensor.name)
+        self._graph.check_shape(tensor.name, matrix.shape, tensor.shape)
+        return Tensor(matrix=matrix, shape=tensor.shape)
 
-    def _expert(self, name: str, prefix: str, expert: int, part: str, shape: tuple[int, ...]) -> Tensor:
+    def _expert(self, tensor: ModelTensor, layer: int, expert: int, part: str) -> Tensor:
         """w1 and w3 are the even and the odd rows of one matrix per expert, w2 is a matrix of its own."""
-        matrix = self._graph.matrix(f"{prefix}.{_STACK[part]}", name)
+        matrix = self._graph.matrix(f"{feed_forward_prefix(layer)}experts.{_STACK[part]}", tensor.name)
         step = 1 if part == "w2" else 2
-        rows = shape[0] * step
-        self._graph.check_shape(name, matrix.shape, (self.config.num_experts, rows, shape[1]))
-        return Tensor(matrix=matrix.stacked(), shape=shape, first=expert * rows + (part == "w3"), step=step)
+        rows = tensor.shape[0] * step
+        self._graph.check_shape(tensor.name, matrix.shape, (self.config.num_experts, rows, tensor.shape[1]))
+        return Tensor(matrix=matrix.stacked(), shape=tensor.shape, first=expert * rows + (part == "w3"), step=step)
 
     def _check_tied_head(self) -> None:
         """A tied head is no tensor of its own, so the eager model cannot show that its bytes are others."""
-        embedding = self._graph.matrix("model.embed_tokens", "model.embed_tokens.weight")
-        head = self._graph.matrix("lm_head", "lm_head.weight")
+        embedding, head = (self._graph.matrix(name.removesuffix(".weight"), name) for name in (EMBEDDING, HEAD))
         if _bytes_of(embedding) != _bytes_of(head):
             raise ArtifactError(
                 f"{self._graph.path}: lm_head does not read the bytes of the embedding it is tied to; export again"

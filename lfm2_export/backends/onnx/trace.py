@@ -25,8 +25,8 @@ from lfm2_export.backends.onnx.lower import Lowering
 from lfm2_export.backends.onnx.plan import WeightPlan
 from lfm2_export.cache import CacheSpec
 from lfm2_export.config import ModelConfig
-from lfm2_export.models import get_family
-from lfm2_export.models._common import DecoderForCausalLM, Recorder
+from lfm2_export.models import get_net
+from lfm2_export.models.decoder import DecoderForCausalLM, Recorder
 
 OPSET = 21
 
@@ -66,7 +66,7 @@ def without_collection() -> Iterator[None]:
 def trace(config: ModelConfig, plan: WeightPlan, cache: CacheSpec) -> ir.Model:
     """The ONNX graph of a model, initializers without values."""
     with FakeTensorMode(allow_non_fake_inputs=False), torch.no_grad():
-        causal_lm = get_family(config.model_type).ForCausalLM(config).eval()
+        causal_lm = get_net(config.model_type)(config).eval()
         Lowering(config, plan).lower_(causal_lm)
         program = OnnxProgram(causal_lm, cache)
         arguments = _example_inputs(cache)

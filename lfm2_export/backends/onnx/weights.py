@@ -28,10 +28,10 @@ from lfm2_export.checkpoint import Checkpoint, check_finite, is_finite
 from lfm2_export.config import ModelConfig
 from lfm2_export.ledger import Ledger
 from lfm2_export.manifest import StoredTensor
-from lfm2_export.models._common import rope_tables
-from lfm2_export.quant._groups import Workspace, rows_per_chunk
+from lfm2_export.models.decoder import rope_tables
 from lfm2_export.quant.algorithms import Algorithm
 from lfm2_export.quant.formats import IntFormat, StorageError, storage_error, to_float
+from lfm2_export.quant.groups import Workspace, rows_per_chunk
 from lfm2_export.resources import usable_cores
 
 # onnxruntime maps external tensors; a large one must start where every platform can map (Windows: 64 KiB).

@@ -27,6 +27,11 @@ bool is_float_of_rank_4(const Tensor& tensor) {
          executorch::runtime::tensor_is_default_dim_order(tensor);
 }
 
+// `start` comes from the program, or from who runs it: a sum with it may wrap.
+bool fits_behind(int64_t start, int64_t count, int64_t capacity) {
+  return start >= 0 && count <= capacity && start <= capacity - count;
+}
+
 // Several sums side by side, which the compiler turns into vectors; one sum it must not reorder.
 float dot(const float* a, const float* b, int64_t count) {
   constexpr int kLanes = 16;
@@ -90,7 +95,7 @@ Tensor& update_cache_out(KernelRuntimeContext& context, const Tensor& value, Ten
   ET_KERNEL_CHECK(context, is_float_of_rank_4(value) && is_float_of_rank_4(cache), InvalidArgument, out);
   ET_KERNEL_CHECK(context,
                   value.size(0) == cache.size(0) && value.size(2) == cache.size(2) && value.size(3) == cache.size(3) &&
-                      start >= 0 && start + value.size(1) <= cache.size(1),
+                      fits_behind(start, value.size(1), cache.size(1)),
                   InvalidArgument, out);
   const int64_t position = value.size(2) * value.size(3);
   for (int64_t batch = 0; batch < value.size(0); ++batch) {
@@ -112,7 +117,8 @@ Tensor& custom_sdpa_out(KernelRuntimeContext& context, const Tensor& query, cons
   ET_KERNEL_CHECK(context,
                   key.size(0) == batches && value.size(0) == batches && key.size(1) == value.size(1) &&
                       key.size(2) > 0 && key.size(2) == value.size(2) && heads % key.size(2) == 0 &&
-                      key.size(3) == width && value.size(3) == width && start >= 0 && start + tokens <= key.size(1),
+                      key.size(3) == width && value.size(3) == width && fits_behind(start, tokens, key.size(1)) &&
+                      out.scalar_type() == ScalarType::Float,
                   InvalidArgument, out);
   ET_KERNEL_CHECK(context, executorch::runtime::resize_tensor(out, query.sizes()) == Error::Ok, InvalidArgument, out);
   const Rows q(query), k(key), v(value);

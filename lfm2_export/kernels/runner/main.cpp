@@ -138,8 +138,10 @@ class Model {
     const auto outputs = module_.forward({EValue(input), EValue(position)});
     check(outputs.error(), "failed");
     const auto logits = outputs->at(0).toTensor();
-    const float* values = logits.const_data_ptr<float>() + (logits.numel() - logits.size(logits.dim() - 1));
-    return std::max_element(values, values + logits.size(logits.dim() - 1)) - values;
+    const auto vocabulary = logits.size(logits.dim() - 1);
+    check(logits.numel() > 0 ? Error::Ok : Error::InvalidProgram, "gives no logits");
+    const float* values = logits.const_data_ptr<float>() + (logits.numel() - vocabulary);
+    return std::max_element(values, values + vocabulary) - values;
   }
 
  private:
@@ -209,8 +211,8 @@ void set_threads(int64_t threads) {
 }
 
 void check_ids(const std::vector<int64_t>& ids, const Arguments& arguments, const Model& model) {
-  const int64_t total = static_cast<int64_t>(ids.size()) + arguments.max_new_tokens;
-  if (model.context() > 0 && total > model.context()) {
+  const auto prompt = static_cast<int64_t>(ids.size());
+  if (model.context() > 0 && arguments.max_new_tokens > model.context() - prompt) {
     throw Failure(kExitInput, arguments.ids + ": " + std::to_string(ids.size()) + " tokens and " +
                                   std::to_string(arguments.max_new_tokens) +
                                   " new ones exceed the program's context of " + std::to_string(model.context()));

@@ -26,7 +26,7 @@ Plan plan_of(const AttentionProblem& p, int workers) {
   Plan plan;
   plan.queries = p.tokens * (p.heads / p.kv_heads);
   plan.tiles = ceil_div(plan.queries, kTileQueries);
-  const int64_t wanted = ceil_div(workers * kTasksWanted, p.batch * p.kv_heads * plan.tiles);
+  const int64_t wanted = ceil_div(workers * kTasksWanted, std::max<int64_t>(1, p.batch * p.kv_heads * plan.tiles));
   plan.pieces = std::clamp<int64_t>(p.total / kPieceKeys, 1, std::max<int64_t>(1, wanted));
   return plan;
 }
@@ -40,13 +40,13 @@ struct Scratch {
 };
 
 Scratch take(Arena& arena, const AttentionProblem& p, const Plan& plan) {
-  const int64_t rows = p.batch * p.kv_heads * plan.queries;
+  const int64_t rows = times(p.batch, p.kv_heads, plan.queries);
   Scratch s;
-  s.queries = arena.take<float>(rows * p.head_dim);
-  s.ends = arena.take<int64_t>(p.batch * plan.queries);
-  s.greatest = arena.take<float>(rows * plan.pieces);
-  s.weight = arena.take<float>(rows * plan.pieces);
-  s.sum = arena.take<float>(rows * plan.pieces * p.head_dim);
+  s.queries = arena.take<float>(times(rows, p.head_dim));
+  s.ends = arena.take<int64_t>(times(p.batch, plan.queries));
+  s.greatest = arena.take<float>(times(rows, plan.pieces));
+  s.weight = arena.take<float>(times(rows, plan.pieces));
+  s.sum = arena.take<float>(times(rows, plan.pieces, p.head_dim));
   return s;
 }
 
@@ -118,7 +118,7 @@ void attend(const AttentionProblem& p, const AttentionKernels& kernels, const Pl
   // Pieces begin at multiples of a step.
   const auto border = [&](int64_t i) { return i == plan.pieces ? seen : seen * i / plan.pieces / kStepKeys * kStepKeys; };
   auto* scratch = static_cast<float*>(
-      thread_scratch(Use::kAttention, attention_scratch_floats(p.head_dim) * sizeof(float)));
+      thread_scratch(Use::kAttention, times(attention_scratch_floats(p.head_dim), sizeof(float))));
   kernels.attend(head_of(p.key, p, row, head), head_of(p.value, p, row, head), border(piece), border(piece + 1), queries,
                  scratch);
 }

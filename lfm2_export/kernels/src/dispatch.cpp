@@ -1,9 +1,9 @@
 // Which kernels this processor runs. The translation units that exist are named by LFM2_HAVE_* from CMakeLists.txt.
 
+#include <array>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <iterator>
 
 #include "attention.h"
 #include "gated_conv.h"
@@ -159,15 +159,14 @@ const Table* chosen(const Candidate<Table> (&candidates)[kCount], const Candidat
   return best;
 }
 
-// Fills `names` [candidates + 1], once, with what runs here; ends with null.
+// What runs here; ends with null.
 template <typename Table, size_t kCount>
-const char* const* runnable(const Candidate<Table> (&candidates)[kCount], const char* (&names)[kCount + 1]) {
-  if (names[0] == nullptr) {
-    int count = 0;
-    for (const Candidate<Table>& candidate : candidates) {
-      if (candidate.runs_here()) {
-        names[count++] = candidate.kernels->name;
-      }
+std::array<const char*, kCount + 1> runnable(const Candidate<Table> (&candidates)[kCount]) {
+  std::array<const char*, kCount + 1> names = {};
+  size_t count = 0;
+  for (const Candidate<Table>& candidate : candidates) {
+    if (candidate.runs_here()) {
+      names[count++] = candidate.kernels->name;
     }
   }
   return names;
@@ -212,13 +211,13 @@ const RowKernels* row_kernels_by_name(const char* name) {
 }
 
 const char* const* runnable_kernels() {
-  static const char* names[std::size(kFastestFirst) + 1] = {};
-  return runnable(kFastestFirst, names);
+  static const auto names = runnable(kFastestFirst);
+  return names.data();
 }
 
 const char* const* runnable_row_kernels() {
-  static const char* names[std::size(kFastestRowsFirst) + 1] = {};
-  return runnable(kFastestRowsFirst, names);
+  static const auto names = runnable(kFastestRowsFirst);
+  return names.data();
 }
 
 }  // namespace lfm2

@@ -27,7 +27,7 @@ void window_entry(const GatedConvProblem& p, const ConvKernels& kernels, int64_t
 
 void chunk(const GatedConvProblem& p, const ConvKernels& kernels, int64_t row, int64_t first) {
   const int64_t count = std::min(kChunkTokens, p.tokens - first), entries = count + p.taps - 1;
-  auto* window = static_cast<float*>(thread_scratch(Use::kWindow, entries * p.width * sizeof(float)));
+  auto* window = static_cast<float*>(thread_scratch(Use::kWindow, times(entries, p.width, sizeof(float))));
   for (int64_t i = 0; i < entries; ++i) {
     window_entry(p, kernels, row, first + i, window + i * p.width);
   }
@@ -37,6 +37,14 @@ void chunk(const GatedConvProblem& p, const ConvKernels& kernels, int64_t row, i
 }
 
 }  // namespace
+
+void turn_taps(const float* weight, int64_t width, int64_t taps, float* to) {
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    for (int64_t i = 0; i < width; ++i) {
+      to[tap * width + i] = weight[i * taps + tap];
+    }
+  }
+}
 
 void run_gated_conv(const GatedConvProblem& p, const ConvKernels& kernels, const ThreadPool& pool) {
   const int64_t chunks = ceil_div(p.tokens, kChunkTokens);

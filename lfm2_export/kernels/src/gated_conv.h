@@ -33,7 +33,10 @@ extern const ConvKernels kAvx512ConvKernels;
 
 const ConvKernels& best_conv_kernels();
 
-// Row indices must have been checked.
+// The weight of a convolution [width, taps] as the kernels read it: [taps, width].
+void turn_taps(const float* weight, int64_t width, int64_t taps, float* to);
+
+// Row indices must have been checked. Throws std::bad_alloc.
 void run_gated_conv(const GatedConvProblem& problem, const ConvKernels& kernels, const ThreadPool& pool);
 
 }  // namespace lfm2

@@ -21,9 +21,9 @@ class TileExperts {
 
   Activations take(Arena& arena, int64_t pairs, int64_t columns) const {
     const int64_t groups = columns / kGroup;
-    auto* codes = arena.take<int8_t>(pairs * columns);
-    auto* scales = arena.take<float>(pairs * groups);
-    return {codes, scales, arena.take<int32_t>(pairs * groups), 0};
+    auto* codes = arena.take<int8_t>(times(pairs, columns));
+    auto* scales = arena.take<float>(times(pairs, groups));
+    return {codes, scales, arena.take<int32_t>(times(pairs, groups)), 0};
   }
 
   Activations part(const Activations& all, int64_t first, int64_t count, int64_t columns) const {

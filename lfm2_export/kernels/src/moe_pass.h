@@ -23,6 +23,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 #include <utility>
 
 #include "routing.h"
@@ -60,6 +61,7 @@ class MoePass {
         width_groups_(experts.width() / kBlock),
         inner_groups_(experts.inner() / kBlock) {
     const int64_t pairs = std::min(tokens, kPassTokens) * routing.top_k;
+    static_assert(kPassTokens * kMostExperts <= std::numeric_limits<int32_t>::max());  // pairs are counted in 32 bits
     ranks_ = arena.take<uint64_t>(routing.experts);
     choices_ = arena.take<Choice>(pairs);
     ends_ = arena.take<int32_t>(routing.experts);

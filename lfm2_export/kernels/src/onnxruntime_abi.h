@@ -61,6 +61,8 @@ enum ErrorCode { kFail = 1, kInvalidArgument = 2 };
 // Index and type of each function.
 template <size_t kIndex, typename Function>
 struct Entry {
+  static constexpr size_t kAt = kIndex;
+
   static Function* of(const OrtApi* api) {
     return reinterpret_cast<Function*>(const_cast<void*>(api->functions[kIndex]));
   }
@@ -81,6 +83,8 @@ using KernelContextGetInputCount = Entry<88, OrtStatus*(const OrtKernelContext*,
 using KernelContextGetInput = Entry<90, OrtStatus*(const OrtKernelContext*, size_t, const OrtValue**)>;
 using KernelContextGetOutput =
     Entry<91, OrtStatus*(OrtKernelContext*, size_t, const int64_t* shape, size_t rank, OrtValue**)>;
+using KernelInfoGetConstantInput =
+    Entry<249, OrtStatus*(const OrtKernelInfo*, size_t index, int* is_constant, const OrtValue**)>;
 using ReleaseTensorTypeAndShapeInfo = Entry<99, void(OrtTensorTypeAndShapeInfo*)>;
 using KernelContextParallelFor =
     Entry<274, OrtStatus*(const OrtKernelContext*, void (*)(void*, size_t), size_t total, size_t batches, void*)>;

@@ -1,42 +1,27 @@
-// What an operator needs to be one for ONNX Runtime: its inputs and outputs, the session's threads, errors as statuses, and
+// What an operator needs to be one for ONNX Runtime: its inputs and outputs, the session's threads, faults as statuses, and
 // the description that a session registers.
 //
 // An operator is a class with kName, kInputs and kOutputs (element types), kOptionalInputs (bits), a constructor from
-// (OrtApi, OrtKernelInfo) and compute(Context).
+// (OrtApi, OrtKernelInfo) and compute(Context) const: threads may run one session at once, so a kernel that exists does
+// not change.
 
 #pragma once
 
 #include <algorithm>
-#include <cinttypes>
-#include <cstdarg>
-#include <cstdio>
 #include <cstdlib>
 #include <iterator>
 #include <memory>
 #include <new>
-#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "faults.h"
 #include "onnxruntime_abi.h"
 #include "work.h"
 
 namespace lfm2 {
 namespace {
-
-class Failure : public std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
-
-__attribute__((format(printf, 1, 2), noreturn)) inline void fail(const char* format, ...) {
-  char text[256];
-  va_list arguments;
-  va_start(arguments, format);
-  std::vsnprintf(text, sizeof text, format, arguments);
-  va_end(arguments);
-  throw Failure(text);
-}
 
 class OwnStatus : public std::exception {
  public:
@@ -52,38 +37,58 @@ inline void check(OrtStatus* status) {
 
 // Turns what `body` throws into a status: no exception may cross the C interface.
 template <typename Body>
-OrtStatus* guarded(const OrtApi* api, const Body& body) {
+OrtStatus* guarded(const OrtApi* api, const char* op, const Body& body) {
   try {
     body();
     return nullptr;
   } catch (const OwnStatus& error) {
     return error.status;
-  } catch (const Failure& error) {
-    return ort::CreateStatus::of(api)(ort::kInvalidArgument, error.what());
+  } catch (const Fault& fault) {
+    return ort::CreateStatus::of(api)(ort::kInvalidArgument, fault.what());
+  } catch (const std::bad_alloc&) {
+    return ort::CreateStatus::of(api)(ort::kFail, (std::string(op) + ": not enough memory").c_str());
   } catch (const std::exception& error) {
     return ort::CreateStatus::of(api)(ort::kFail, error.what());
   }
 }
 
-struct Tensor {
-  void* data = nullptr;  // null: an optional input that is not there
-  int type = ort::kAnyType;
-  std::vector<int64_t> shape;
-
-  int64_t count() const {
-    int64_t product = 1;
-    for (const int64_t size : shape) {
-      product *= size;
-    }
-    return product;
+inline Kind kind_of(int type) {
+  switch (type) {
+    case ort::kFloat: return Kind::kFloat;
+    case ort::kHalf: return Kind::kHalf;
+    case ort::kUint8: return Kind::kByte;
+    case ort::kInt32: return Kind::kInt32;
+    case ort::kInt64: return Kind::kInt64;
+    default: return Kind::kOther;
   }
-  int64_t last() const { return shape.empty() ? 1 : shape.back(); }
+}
 
-  template <typename Element>
-  const Element* as() const {
-    return static_cast<const Element*>(data);
+// Null: an optional input that was left out.
+inline Operand operand_of(const OrtApi* api, const OrtValue* value) {
+  Operand found;
+  if (value == nullptr) {
+    return found;
   }
-};
+  OrtTensorTypeAndShapeInfo* info = nullptr;
+  check(ort::GetTensorTypeAndShape::of(api)(value, &info));
+  const std::unique_ptr<OrtTensorTypeAndShapeInfo, void (*)(OrtTensorTypeAndShapeInfo*)> owner(
+      info, ort::ReleaseTensorTypeAndShapeInfo::of(api));
+  size_t rank = 0;
+  int type = 0;
+  void* data = nullptr;
+  check(ort::GetDimensionsCount::of(api)(info, &rank));
+  check(ort::GetTensorElementType::of(api)(info, &type));
+  check(ort::GetTensorMutableData::of(api)(const_cast<OrtValue*>(value), &data));
+  found.is_there = true;
+  found.kind = kind_of(type);
+  found.data = data;
+  found.rank = static_cast<int64_t>(rank);
+  if (rank <= kMostAxes) {  // more are refused
+    check(ort::GetDimensions::of(api)(info, found.sizes, rank));
+    found.count = found.elements();
+  }
+  return found;
+}
 
 class Context {
  public:
@@ -91,21 +96,34 @@ class Context {
     check(ort::KernelContextGetInputCount::of(api_)(context_, &inputs_));
   }
 
-  Tensor input(size_t index) const {
+  Operand input(size_t index) const {
     const OrtValue* value = nullptr;
     if (index < inputs_) {
       check(ort::KernelContextGetInput::of(api_)(context_, index, &value));
     }
-    return value == nullptr ? Tensor() : described(value);
+    return operand_of(api_, value);
   }
 
+  // The codes, scales and zero points from input `first` on.
+  MatrixOperands matrix(size_t first) const { return {input(first), input(first + 1), input(first + 2)}; }
+
   template <typename Element = float>
-  Element* output(const std::vector<int64_t>& shape, size_t index = 0) const {
+  Element* output(const int64_t* sizes, int64_t rank, size_t index = 0) const {
     OrtValue* value = nullptr;
-    check(ort::KernelContextGetOutput::of(api_)(context_, index, shape.data(), shape.size(), &value));
+    check(ort::KernelContextGetOutput::of(api_)(context_, index, sizes, static_cast<size_t>(rank), &value));
+    if (value == nullptr) {
+      refuse("output %zu is missing", index);
+    }
     void* data = nullptr;
     check(ort::GetTensorMutableData::of(api_)(value, &data));
     return static_cast<Element*>(data);
+  }
+
+  // Of the shape of x, with another last axis.
+  float* output_like(const Operand& x, int64_t last, size_t index = 0) const {
+    Operand shape = x;
+    shape.sizes[x.rank - 1] = last;
+    return output(shape.sizes, x.rank, index);
   }
 
   // The session's own threads; how many it has nobody says, and more workers than threads do no harm.
@@ -115,21 +133,6 @@ class Context {
   }
 
  private:
-  Tensor described(const OrtValue* value) const {
-    Tensor found;
-    OrtTensorTypeAndShapeInfo* info = nullptr;
-    check(ort::GetTensorTypeAndShape::of(api_)(value, &info));
-    const std::unique_ptr<OrtTensorTypeAndShapeInfo, void (*)(OrtTensorTypeAndShapeInfo*)> owner(
-        info, ort::ReleaseTensorTypeAndShapeInfo::of(api_));
-    size_t rank = 0;
-    check(ort::GetDimensionsCount::of(api_)(info, &rank));
-    found.shape.resize(rank);
-    check(ort::GetDimensions::of(api_)(info, found.shape.data(), rank));
-    check(ort::GetTensorElementType::of(api_)(info, &found.type));
-    check(ort::GetTensorMutableData::of(api_)(const_cast<OrtValue*>(value), &found.data));
-    return found;
-  }
-
   static void run(const void* host, int workers, void (*task)(void*, int), void* context) {
     struct Call {
       void (*task)(void*, int);
@@ -172,16 +175,10 @@ inline int64_t attribute(const OrtApi* api, const OrtKernelInfo* info, const cha
   return value;
 }
 
-inline void expect_rank(const Tensor& tensor, const char* name, size_t rank) {
-  if (tensor.shape.size() != rank) {
-    fail("%s has %zu dimensions, not %zu", name, tensor.shape.size(), rank);
-  }
-}
-
-inline void expect_count(const Tensor& tensor, const char* name, int64_t count) {
-  if (tensor.count() != count) {
-    fail("%s has %" PRId64 " elements, not %" PRId64, name, tensor.count(), count);
-  }
+inline float float_attribute(const OrtApi* api, const OrtKernelInfo* info, const char* name) {
+  float value = 0.0f;
+  check(ort::KernelInfoGetAttributeFloat::of(api)(info, name, &value));
+  return value;
 }
 
 // An operator's kernel with the table it was made with.
@@ -210,11 +207,11 @@ OrtCustomOp described() {
   d.GetStartVersion = [](const OrtCustomOp*) { return 1; };
   d.GetEndVersion = [](const OrtCustomOp*) { return 1; };
   d.CreateKernelV2 = [](const OrtCustomOp*, const OrtApi* api, const OrtKernelInfo* info, void** kernel) {
-    return guarded(api, [&] { *kernel = new Kernel<Op>(api, info); });
+    return guarded(api, Op::kName, [&] { *kernel = new Kernel<Op>(api, info); });
   };
   d.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
-    auto& its = *static_cast<Kernel<Op>*>(kernel);
-    return guarded(its.api, [&] { its.op.compute(Context(its.api, context)); });
+    const auto& its = *static_cast<const Kernel<Op>*>(kernel);
+    return guarded(its.api, Op::kName, [&] { its.op.compute(Context(its.api, context)); });
   };
   d.KernelDestroy = [](void* kernel) { delete static_cast<Kernel<Op>*>(kernel); };
   return d;

@@ -14,8 +14,8 @@
 //       top_k, normalize, routed_scaling_factor, bits, block_size
 //
 // Weights are the initializers of com.microsoft's MatMulNBits and QMoE, read where the runtime has mapped the data file
-// (see row_matrix.h). Everything that a graph could get wrong is checked where an operator is, so that
-// the kernels need not look.
+// (see row_matrix.h). What a graph could get wrong is in faults.h: attributes are looked at when a session
+// is made, tensors in every call, so that the kernels need not look.
 
 #include "onnxruntime_kernel.h"
 
@@ -28,7 +28,7 @@ LFM2_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtAp
   if (api == nullptr) {  // there is no table to make a status with
     return nullptr;      // the session then says that it does not know the operators
   }
-  return guarded(api, [&] {
+  return guarded(api, "lfm2", [&] {
     OrtCustomOpDomain* domain = nullptr;  // lives as long as the process, as every session may use it
     check(ort::CreateCustomOpDomain::of(api)("lfm2", &domain));
     for (const auto& ops : {product_ops(), state_ops()}) {

@@ -1,7 +1,7 @@
 // The operators that keep a state: the short convolution and attention; onnxruntime_ops.cpp says what they take.
 
 #include <cstring>
-#include <mutex>
+#include <vector>
 
 #include "attention.h"
 #include "gated_conv.h"
@@ -10,6 +10,36 @@
 namespace lfm2 {
 namespace {
 
+// A convolution's weight as the kernels read it, made once, of a weight that the session keeps for good. What comes from
+// anywhere else is turned in each call: an address says nothing of what lies there the next time.
+class ConstantTaps {
+ public:
+  ConstantTaps(const OrtApi* api, const OrtKernelInfo* info, size_t index) {
+    int is_constant = 0;
+    const OrtValue* value = nullptr;
+    check(ort::KernelInfoGetConstantInput::of(api)(info, index, &is_constant, &value));
+    if (is_constant == 0 || value == nullptr) {
+      return;
+    }
+    const Operand weight = operand_of(api, value);
+    if (weight.kind != Kind::kFloat || weight.rank < 1 || weight.count < 1 || weight.count == kTooMany ||
+        !weight.is_aligned(sizeof(float))) {
+      return;  // refused when it is used
+    }
+    width_ = weight.sizes[0];
+    taps_ = weight.count / width_;
+    turned_.resize(static_cast<size_t>(weight.count));
+    turn_taps(weight.as<float>(), width_, taps_, turned_.data());
+  }
+
+  bool are(int64_t width, int64_t taps) const { return width_ == width && taps_ == taps; }
+  const float* data() const { return turned_.data(); }
+
+ private:
+  int64_t width_ = 0, taps_ = 0;
+  std::vector<float> turned_;
+};
+
 class GatedConv {
  public:
   static constexpr const char* kName = "GatedConv";
@@ -17,61 +47,28 @@ class GatedConv {
   static constexpr unsigned kOptionalInputs = 1u << 2;
   static constexpr int kOutputs[] = {ort::kFloat, ort::kFloat};
 
-  GatedConv(const OrtApi*, const OrtKernelInfo*) {}
+  GatedConv(const OrtApi* api, const OrtKernelInfo* info) : constant_(api, info, kWeight) {}
 
-  void compute(const Context& context) {
-    const Tensor projected = context.input(0), weight = context.input(1), bias = context.input(2);
-    const Tensor state = context.input(3), attended = context.input(4), rows = context.input(5);
-    expect_rank(projected, "GatedConv: projected", 3);
-    expect_rank(state, "GatedConv: state", 3);
-    GatedConvProblem problem = {};
-    problem.batch = projected.shape[0];
-    problem.tokens = projected.shape[1];
-    problem.width = projected.shape[2] / 3;
-    problem.taps = state.shape[1] + 1;
-    expect_count(projected, "GatedConv: projected", problem.batch * problem.tokens * 3 * problem.width);
-    expect_count(weight, "GatedConv: weight", problem.width * problem.taps);
-    expect_count(state, "GatedConv: state", problem.batch * (problem.taps - 1) * problem.width);
-    expect_count(attended, "GatedConv: attended", problem.batch * problem.tokens);
-    expect_count(rows, "GatedConv: rows", problem.batch * (problem.taps - 1));
-    if (bias.data != nullptr) {
-      expect_count(bias, "GatedConv: bias", problem.width);
+  void compute(const Context& context) const {
+    GatedConvProblem p = prepare({context.input(0), context.input(kWeight), context.input(2), context.input(3),
+                                  context.input(4), context.input(5)});
+    std::vector<float> turned;
+    if (constant_.are(p.width, p.taps)) {
+      p.weight = constant_.data();
+    } else {
+      turned.resize(static_cast<size_t>(p.width * p.taps));
+      turn_taps(p.weight, p.width, p.taps, turned.data());
+      p.weight = turned.data();
     }
-    problem.rows = rows.as<int64_t>();
-    for (int64_t i = 0; i < rows.count(); ++i) {
-      if (problem.rows[i] < 0 || problem.rows[i] >= problem.tokens + problem.taps - 1) {
-        fail("GatedConv: row %" PRId64 " is not there", problem.rows[i]);
-      }
-    }
-    problem.projected = projected.as<float>();
-    const std::shared_ptr<const std::vector<float>> taps = turned(weight.as<float>(), problem.width, problem.taps);
-    problem.weight = taps->data();
-    problem.bias = bias.as<float>();
-    problem.state = state.as<float>();
-    problem.attended = attended.as<float>();
-    problem.out = context.output({problem.batch, problem.tokens, problem.width});
-    problem.present = context.output(state.shape, 1);
-    run_gated_conv(problem, best_conv_kernels(), context.pool());
+    const int64_t out[] = {p.batch, p.tokens, p.width}, present[] = {p.batch, p.taps - 1, p.width};
+    p.out = context.output(out, 3);
+    p.present = context.output(present, 3, 1);
+    run_gated_conv(p, best_conv_kernels(), context.pool());
   }
 
  private:
-  // weight [width, taps] as [taps, width]; made once, as it is an initializer.
-  std::shared_ptr<const std::vector<float>> turned(const float* weight, int64_t width, int64_t taps) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (turned_ == nullptr || turned_from_ != weight) {
-      auto made = std::make_shared<std::vector<float>>(width * taps);
-      for (int64_t i = 0; i < width * taps; ++i) {
-        (*made)[i % taps * width + i / taps] = weight[i];
-      }
-      turned_ = made;
-      turned_from_ = weight;
-    }
-    return turned_;
-  }
-
-  std::mutex mutex_;
-  std::shared_ptr<const std::vector<float>> turned_;
-  const float* turned_from_ = nullptr;
+  static constexpr size_t kWeight = 1;
+  ConstantTaps constant_;
 };
 
 template <bool kInt8>
@@ -85,76 +82,22 @@ class Attention {
   static constexpr int kOutputs[] = {ort::kFloat, kCache, kCache};
 
   Attention(const OrtApi* api, const OrtKernelInfo* info)
-      : heads_(attribute(api, info, "num_heads")), kv_heads_(attribute(api, info, "kv_num_heads")) {
-    check(ort::KernelInfoGetAttributeFloat::of(api)(info, "epsilon", &eps_));
-    if (kv_heads_ < 1 || heads_ < 1 || heads_ % kv_heads_ != 0) {
-      fail("%s: %" PRId64 " heads for %" PRId64 " of the cache", kName, heads_, kv_heads_);
-    }
+      : attributes_{kName, attribute(api, info, "num_heads"), attribute(api, info, "kv_num_heads"),
+                    float_attribute(api, info, "epsilon"), kInt8} {
+    check(attributes_);
   }
 
   void compute(const Context& context) const {
-    const Tensor q = context.input(0), k = context.input(1), v = context.input(2), q_norm = context.input(3);
-    const Tensor k_norm = context.input(4), past_key = context.input(5), past_value = context.input(6);
-    const Tensor last = context.input(7), mask = context.input(8), cos = context.input(9), sin = context.input(10);
-    const Tensor position_ids = context.input(11);
-    expect_rank(q, "Attention: q", 3);
-    expect_rank(mask, "Attention: attention_mask", 2);
-    expect_rank(past_key, "Attention: past_key", 4);
-    AttentionProblem p = {};
-    p.batch = q.shape[0];
-    p.tokens = q.shape[1];
-    p.total = mask.shape[1];
-    p.heads = heads_;
-    p.kv_heads = kv_heads_;
-    p.head_dim = q.shape[2] / heads_;
-    p.eps = eps_;
-    p.is_int8 = kInt8;
-    if (p.head_dim < kLaneKeys || p.head_dim % kLaneKeys != 0 || p.head_dim > kMostHeadDim) {
-      fail("Attention: head_dim %" PRId64 " is not a multiple of %d up to %d", p.head_dim, kLaneKeys, kMostHeadDim);
-    }
-    const int64_t past = past_key.shape[2], row = kInt8 ? p.head_dim + 4 : p.head_dim;
-    p.capacity = std::max(past, p.total);
-    if (p.total < p.tokens) {
-      fail("Attention: %" PRId64 " tokens, but a mask of %" PRId64 " positions", p.tokens, p.total);
-    }
-    expect_count(q, "Attention: q", p.batch * p.tokens * heads_ * p.head_dim);
-    expect_count(k, "Attention: k", p.batch * p.tokens * kv_heads_ * p.head_dim);
-    expect_count(v, "Attention: v", p.batch * p.tokens * kv_heads_ * p.head_dim);
-    expect_count(q_norm, "Attention: q_norm", p.head_dim);
-    expect_count(k_norm, "Attention: k_norm", p.head_dim);
-    expect_count(past_key, "Attention: past_key", p.batch * kv_heads_ * past * row);
-    expect_count(past_value, "Attention: past_value", p.batch * kv_heads_ * past * row);
-    expect_count(last, "Attention: seqlens_k", p.batch);
-    expect_count(mask, "Attention: attention_mask", p.batch * p.total);
-    expect_count(position_ids, "Attention: position_ids", p.batch * p.tokens);
-    p.positions = cos.count() / (p.head_dim / 2);
-    if (p.positions < 1) {
-      fail("Attention: cos holds no position");
-    }
-    expect_count(cos, "Attention: cos", p.positions * (p.head_dim / 2));
-    expect_count(sin, "Attention: sin", p.positions * (p.head_dim / 2));
-    p.last = last.as<int32_t>();
-    for (int64_t i = 0; i < p.batch; ++i) {
-      if (p.last[i] < 0 || p.last[i] >= p.total) {
-        fail("Attention: seqlens_k %d of %" PRId64 " positions", p.last[i], p.total);
-      }
-    }
-    p.q = q.as<float>();
-    p.k = k.as<float>();
-    p.v = v.as<float>();
-    p.q_norm = q_norm.as<float>();
-    p.k_norm = k_norm.as<float>();
-    p.cos = cos.as<float>();
-    p.sin = sin.as<float>();
-    p.position_ids = position_ids.as<int64_t>();
-    p.mask = mask.as<int64_t>();
-    p.out = context.output(q.shape);
-    const std::vector<int64_t> present = {p.batch, kv_heads_, p.capacity, row};
-    p.key = context.output<uint8_t>(present, 1);
-    p.value = context.output<uint8_t>(present, 2);
-    const int64_t bytes = cache_row_bytes(p.head_dim, kInt8);
-    carry_over(past_key, p.batch * kv_heads_, past * bytes, p.capacity * bytes, p.key);
-    carry_over(past_value, p.batch * kv_heads_, past * bytes, p.capacity * bytes, p.value);
+    const AttentionOperands operands = {
+        context.input(0), context.input(1), context.input(2), context.input(3), context.input(4),  context.input(5),
+        context.input(6), context.input(7), context.input(8), context.input(9), context.input(10), context.input(11)};
+    AttentionProblem p = prepare(attributes_, operands);
+    const int64_t present[] = {p.batch, p.kv_heads, p.capacity, operands.past_key.sizes[3]};
+    p.out = context.output(operands.q.sizes, operands.q.rank);
+    p.key = context.output<uint8_t>(present, 4, 1);
+    p.value = context.output<uint8_t>(present, 4, 2);
+    carry_over(operands.past_key, p, p.key);
+    carry_over(operands.past_value, p, p.value);
     if (p.batch * p.tokens > 0) {
       const ThreadPool pool = context.pool();
       run_attention(p, best_attention_kernels(), pool, scratch_of(attention_scratch_bytes(p, pool.workers)));
@@ -162,18 +105,23 @@ class Attention {
   }
 
  private:
-  static void carry_over(const Tensor& past, int64_t heads, int64_t held, int64_t room, uint8_t* present) {
+  // What no token fills of a longer cache is zero, not what lay there before.
+  static void carry_over(const Operand& past, const AttentionProblem& p, uint8_t* present) {
     if (past.data == present) {
       return;
     }
-    for (int64_t head = 0; head < heads && held > 0; ++head) {
-      std::memcpy(present + head * room, past.as<uint8_t>() + head * held, held);
+    const int64_t row = cache_row_bytes(p.head_dim, kInt8), held = past.sizes[2] * row, room = p.capacity * row;
+    for (int64_t head = 0; head < p.batch * p.kv_heads && room > 0; ++head) {
+      if (held > 0) {
+        std::memcpy(present + head * room, past.as<uint8_t>() + head * held, held);
+      }
+      if (p.tokens != p.total) {
+        std::memset(present + head * room + held, 0, room - held);
+      }
     }
   }
 
-  int64_t heads_;
-  int64_t kv_heads_;
-  float eps_ = 0.0f;
+  AttentionAttributes attributes_;
 };
 
 }  // namespace

@@ -24,8 +24,8 @@ FeedForwardScratch take_feed_forward(Arena& arena, const FeedForwardProblem& pro
 // One group of inner inputs of all tokens.
 void gate_up(const FeedForwardProblem& problem, const RowKernels& kernels, const RowActivations& x,
              const RowActivations& inner, int64_t group) {
-  const size_t count = x.tokens * kGroupInputs;
-  auto* gate = static_cast<float*>(thread_scratch(Use::kGateUp, 2 * count * sizeof(float)));
+  const int64_t count = x.tokens * kGroupInputs;  // of kPassTokens at most
+  auto* gate = static_cast<float*>(thread_scratch(Use::kGateUp, 2 * count * static_cast<int64_t>(sizeof(float))));
   float* up = gate + count;
   multiply(kernels, problem.gate.part(group * kGroupInputs, kGroupInputs), x, gate, kGroupInputs);
   multiply(kernels, problem.up.part(group * kGroupInputs, kGroupInputs), x, up, kGroupInputs);

@@ -84,7 +84,7 @@ struct RowActivations {
 constexpr int64_t kFewTokens = 8;
 
 // Bytes that `RowKernels::block` needs for a matrix of so many columns (in groups of at least 32), 64-byte aligned.
-constexpr int64_t block_scratch_bytes(int64_t columns) {
+constexpr int64_t block_scratch_bytes(int64_t columns) {  // of kMostSize at most
   return kBlockRows * (columns + columns / kGroupInputs * 8);
 }
 

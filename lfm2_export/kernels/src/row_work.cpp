@@ -14,10 +14,11 @@ constexpr int64_t kTogether = 4;    // rows that some kernels take at once
 
 class Grown {
  public:
-  void* at_least(size_t bytes) {
+  void* at_least(int64_t bytes) {
     if (size_ < bytes) {
       size_ = 0;
-      memory_.reset(std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment));
+      const int64_t rounded = round_up(bytes, kAlignment);
+      memory_.reset(rounded == kTooMany ? nullptr : std::aligned_alloc(kAlignment, static_cast<size_t>(rounded)));
       if (memory_ == nullptr) {
         throw std::bad_alloc();
       }
@@ -31,22 +32,22 @@ class Grown {
     void operator()(void* memory) const { std::free(memory); }
   };
   std::unique_ptr<void, Free> memory_;
-  size_t size_ = 0;
+  int64_t size_ = 0;
 };
 
 }  // namespace
 
-void* thread_scratch(Use use, size_t bytes) {
+void* thread_scratch(Use use, int64_t bytes) {
   thread_local Grown grown[4];
   return grown[static_cast<int>(use)].at_least(bytes);
 }
 
 RowActivations take_activations(Arena& arena, int64_t tokens, const RowMatrix& w) {
-  const int64_t padded = ceil_div(w.columns, kPadding) * kPadding;
+  const int64_t padded = round_up(w.columns, kPadding);
   RowActivations found = {};
-  found.codes = arena.take<int8_t>(tokens * padded);
-  found.scales = arena.take<float>(tokens * (padded / kGroupInputs));
-  found.sums = arena.take<float>(tokens * (padded / kGroupInputs));
+  found.codes = arena.take<int8_t>(times(tokens, padded));
+  found.scales = arena.take<float>(times(tokens, padded / kGroupInputs));
+  found.sums = arena.take<float>(times(tokens, padded / kGroupInputs));
   found.tokens = tokens;
   found.padded = padded;
   found.bits = w.bits;

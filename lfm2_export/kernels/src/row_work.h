@@ -23,8 +23,8 @@ void multiply(const RowKernels& kernels, const RowMatrix& w, const RowActivation
 // Rows of a task, where so many are shared out among all workers.
 int64_t rows_of_a_task(int64_t all, const RowActivations& x, const ThreadPool& pool);
 
-// Memory of this thread, kept from call to call; each `Use` has its own. 64-byte aligned.
+// Memory of this thread, kept from call to call; each `Use` has its own. 64-byte aligned. Throws std::bad_alloc.
 enum class Use { kBlock, kGateUp, kAttention, kWindow };
-void* thread_scratch(Use use, size_t bytes);
+void* thread_scratch(Use use, int64_t bytes);
 
 }  // namespace lfm2

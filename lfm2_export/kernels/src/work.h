@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <new>
 
+#include "sizes.h"
+
 namespace lfm2 {
 
 constexpr size_t kAlignment = 64;
@@ -27,23 +29,27 @@ struct ThreadPool {
 // Everything on the calling thread: for work of a few microseconds, which is what waking another one takes.
 constexpr ThreadPool kNoPool = {1, nullptr, nullptr};
 
-// Hands out aligned pieces of the scratch memory; without memory it only counts bytes.
+// Hands out aligned pieces of the scratch memory; without memory it only counts bytes. What no memory could hold throws
+// std::bad_alloc, when it is counted already.
 class Arena {
  public:
   explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
 
   template <typename T>
   T* take(int64_t count) {
-    char* at = base_ == nullptr ? nullptr : base_ + used_;
-    used_ += (count * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
-    return reinterpret_cast<T*>(at);
+    const int64_t bytes = round_up(times(count, sizeof(T)), kAlignment), at = used_;
+    used_ = plus(used_, bytes);
+    if (used_ == kTooMany) {
+      throw std::bad_alloc();
+    }
+    return base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + at);
   }
 
-  size_t used() const { return used_; }
+  size_t used() const { return static_cast<size_t>(used_); }
 
  private:
   char* base_;
-  size_t used_ = 0;
+  int64_t used_ = 0;
 };
 
 // step(0) .. step(tasks - 1), each once, by all workers. A worker begins with a share of its own, in order, so that what

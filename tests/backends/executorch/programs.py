@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lfm2_export.backends.eager import EagerRunner
-from lfm2_export.backends.executorch import export
+from lfm2_export.backends.executorch import SCHEMES, export
 from lfm2_export.backends.executorch.runner import ExecutorchRunner
 from lfm2_export.backends.executorch.stored import StoredWeights
 from lfm2_export.backends.program import ExportedProgram, ExportRequest
@@ -67,10 +67,11 @@ def request(checkpoint: Checkpoint, scheme: str, **options: Any) -> ExportReques
     return ExportRequest(
         checkpoint=checkpoint,
         scheme=get_scheme(scheme),
+        file_name=SCHEMES[scheme],
         folder=folder,
         algorithm="round",
         progress=lambda nbytes: None,
-        **{"max_context": MAX_CONTEXT, **options},
+        options={"max_context": MAX_CONTEXT, **options},
     )
 
 

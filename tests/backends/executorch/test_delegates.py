@@ -15,7 +15,7 @@ from lfm2_export.backends.executorch.spill import Spill
 from lfm2_export.backends.executorch.trace import ExecutorchProgram, buffer_positions, quiet
 from lfm2_export.backends.executorch.weights import WeightReader
 from lfm2_export.cache import CacheSpec
-from lfm2_export.models import get_family
+from lfm2_export.models import get_net
 from lfm2_export.quant.algorithms import get_algorithm
 from lfm2_export.quant.schemes import get_scheme
 from lfm2_export.support import DELEGATES
@@ -29,7 +29,7 @@ def lowered(model_type: str, scheme: str, partitioner: object, *, is_static: boo
     reader = WeightReader(checkpoint, plan, get_algorithm("round"), lambda nbytes: None)
     with Spill(scratch()) as spill, torch.no_grad(), quiet():
         with torch.device("meta"):
-            model = get_family(model_type).ForCausalLM(checkpoint.config).eval()
+            model = get_net(model_type)(checkpoint.config).eval()
         Lowering(checkpoint.config, reader, buffer_positions(MAX_CONTEXT), spill).lower_(model)
         cache = CacheSpec.from_config(checkpoint.config, "float32")
         program = ExecutorchProgram(model, cache, buffer_positions(MAX_CONTEXT)).eval()

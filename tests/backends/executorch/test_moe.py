@@ -15,7 +15,7 @@ from lfm2_export.backends.executorch.moe import StockExperts, lowered_experts
 from lfm2_export.backends.executorch.plan import MoeOp, make_plan
 from lfm2_export.backends.executorch.spill import Spill
 from lfm2_export.backends.executorch.weights import WeightReader
-from lfm2_export.models._common import Recorder
+from lfm2_export.models.decoder import Recorder
 from lfm2_export.models.lfm2_moe import ROUTING_EPS, SparseMoeBlock
 from lfm2_export.models.loading import load_model
 from lfm2_export.quant.algorithms import get_algorithm

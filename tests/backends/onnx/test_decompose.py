@@ -15,7 +15,7 @@ from lfm2_export.backends.onnx.decompose import decompose_
 from lfm2_export.backends.onnx.graphs import make_graphs
 from lfm2_export.backends.onnx.plan import make_plan
 from lfm2_export.cache import CacheSpec
-from lfm2_export.models import get_family
+from lfm2_export.families import get_family
 from lfm2_export.quant.schemes import get_scheme
 from tests.checkpoints import tiny_config
 

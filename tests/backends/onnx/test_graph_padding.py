@@ -17,7 +17,8 @@ import torch
 from lfm2_export.backends.onnx import variants
 from lfm2_export.checkpoint import open_checkpoint
 from lfm2_export.errors import ExportError
-from lfm2_export.models._common import DecoderForCausalLM
+from lfm2_export.models import get_net
+from lfm2_export.models.decoder import DecoderForCausalLM
 from tests.checkpoints import tiny_config, write_random_checkpoint
 from tests.graphs import Graph, State, pad
 
@@ -119,7 +120,7 @@ class Case:
 
 def eager_logits(checkpoint: Path) -> Logits:
     opened = open_checkpoint(checkpoint)
-    model: DecoderForCausalLM = opened.family.ForCausalLM.from_pretrained(checkpoint)
+    model: DecoderForCausalLM = get_net(opened.config.model_type).from_pretrained(checkpoint)
 
     def logits(ids: np.ndarray) -> np.ndarray:
         with torch.inference_mode():

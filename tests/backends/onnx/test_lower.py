@@ -17,11 +17,13 @@ from onnx import helper
 
 import lfm2_export
 from lfm2_export.artifact import Artifact
+from lfm2_export.backends import get_backend
 from lfm2_export.backends.onnx.lower import Lowering, OnnxAttention
 from lfm2_export.backends.onnx.plan import make_plan
 from lfm2_export.checkpoint import open_checkpoint
-from lfm2_export.models import _common as eager
-from lfm2_export.models import get_family, lfm2_moe
+from lfm2_export.families import get_family
+from lfm2_export.models import decoder as eager
+from lfm2_export.models import get_net, lfm2_moe
 from lfm2_export.quant.schemes import get_scheme
 from tests.checkpoints import tiny_config, write_random_checkpoint
 from tests.conftest import SCHEMES
@@ -81,7 +83,7 @@ def test_every_layer_became_its_operator(artifact: Exported, checkpoint, scheme)
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("checkpoint", FAMILIES)
 def test_inputs_and_outputs_are_the_contracts(artifact: Exported, checkpoint, scheme):
-    path = artifact(checkpoint) / "onnx" / get_scheme(scheme).file_name
+    path = artifact(checkpoint) / "onnx" / get_backend("onnx").SCHEMES[scheme]
     config, kind = open_checkpoint(checkpoint).config, "tensor(float16)" if "16" in scheme else "tensor(float)"
     inputs = {
         "input_ids": ("tensor(int64)", ["batch_size", "sequence_length"]),
@@ -143,7 +145,7 @@ def test_no_leaf_of_the_eager_model_is_left(model_type):
     config = get_family(model_type).parse_config(tiny_config(model_type))
     plan = make_plan(config, get_scheme("q4"))
     with torch.device("meta"):
-        model = get_family(model_type).ForCausalLM(config)
+        model = get_net(model_type)(config)
         count = Lowering(config, plan).lower_(model)
     leaves = (torch.nn.Linear, torch.nn.Embedding, eager.RMSNorm, eager.CausalConv, eager.GroupedQueryAttention)
     assert not [name for name, module in model.named_modules() if isinstance(module, leaves)]
@@ -185,7 +187,7 @@ def test_routing_is_exact_where_all_scores_are_faint(tmp_path, monkeypatch, norm
     if "q8" in schemes:  # of experts alone, so that the routers see what they see in fp32
         rest = ("*_proj.weight", "model.embed_tokens.weight")
         lfm2_export.export(checkpoint, scheme="q8", exclude=rest, output=tmp_path / "artifact")
-    model = open_checkpoint(checkpoint).family.ForCausalLM.from_pretrained(checkpoint)
+    model = get_net(open_checkpoint(checkpoint).config.model_type).from_pretrained(checkpoint)
     ids = np.random.default_rng(0).integers(0, raw["vocab_size"], (1, 64))
     with torch.inference_mode():
         out = model(torch.from_numpy(ids), output_router_logits=True)

@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lfm2_export.backends.onnx.plan import EMBEDDING, HEAD, Layout, WeightPlan, make_plan
+from lfm2_export.backends.onnx.plan import Layout, WeightPlan, make_plan
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import QuantizationError
-from lfm2_export.models import get_family
+from lfm2_export.families import get_family
 from lfm2_export.quant.formats import FloatFormat, IntFormat
 from lfm2_export.quant.schemes import get_scheme
 from tests.checkpoints import tiny_config
 
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 SCHEMES = ("fp32", "fp16", "q8", "q4", "q4f16")
 EXPERTS = "model.layers.1.feed_forward.experts"
 WIDE = {"hidden_size": 256, "intermediate_size": 384, "moe_intermediate_size": 256}
@@ -41,7 +42,7 @@ def test_every_tensor_is_stored_once(model_type, tied, scheme):
     config = config_of(model_type, tie_word_embeddings=tied, conv_bias=True)
     plan = plan_of(config, scheme)
     found = Counter(name for weight in plan.values() if weight.same_bytes_as is None for name in weight.sources)
-    shapes = get_family(model_type).tensor_shapes(config)
+    shapes = {name: tensor.shape for name, tensor in get_family(model_type).tensors(config).items()}
     assert found == Counter(list(shapes))
     stored = sum(prod(weight.shape) for weight in plan.values() if weight.same_bytes_as is None)
     assert stored == sum(map(prod, shapes.values()))

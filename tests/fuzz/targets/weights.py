@@ -12,8 +12,8 @@ from itertools import islice
 
 from lfm2_export.backends import get_backend
 from lfm2_export.config import ModelConfig
+from lfm2_export.families import get_family
 from lfm2_export.manifest import Manifest, Program
-from lfm2_export.models import get_family
 from tests.fuzz.findings import attempt
 from tests.fuzz.mutation import json_mutator
 from tests.fuzz.targets import FOLDER

@@ -4,10 +4,10 @@ In: token ids (or embeddings), an attention mask, and the cache that the previou
 logits, and the new cache: a dict from ``StateTensor.past_name`` to tensor, as ``CacheSpec`` describes it. Nothing is
 kept inside the modules, so a call can be repeated, batched, snapshotted and traced.
 
-Backends lower a model by replacing its leaf modules (those of ``_layers.py``, ``nn.Linear``, ``nn.Embedding`` and a
+Backends lower a model by replacing its leaf modules (those of ``layers.py``, ``nn.Linear``, ``nn.Embedding`` and a
 family's own) by ones with the same signature; the forward passes in this file are written once for all of them.
 
-Shape suffixes as in ``_layers.py``; V vocabulary.
+Shape suffixes as in ``layers.py``; V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from lfm2_export.cache import CacheSpec
 from lfm2_export.config import ModelConfig
-from lfm2_export.errors import CheckpointError
-from lfm2_export.models._layers import (
+from lfm2_export.models.layers import (
     MLP,
     Attention,
     CausalConv,
@@ -36,6 +35,7 @@ from lfm2_export.models._layers import (
     ShortConv,
     rope_tables,
 )
+from lfm2_export.models.loading import load_pretrained
 
 __all__ = [
     "MLP",
@@ -314,16 +314,7 @@ class DecoderForCausalLM(nn.Module):
             CheckpointError: it cannot be found or read, is damaged, or is of another family than this class.
             ConfigError: its config is not supported.
         """
-        from lfm2_export.checkpoint import open_checkpoint
-        from lfm2_export.models.loading import load_model
-
-        checkpoint = open_checkpoint(name_or_path, revision=revision, offline=offline)
-        if not issubclass(checkpoint.family.ForCausalLM, cls):
-            raise CheckpointError(
-                f"{name_or_path}: model_type={checkpoint.config.model_type} is loaded by "
-                f"{checkpoint.family.ForCausalLM.__name__}, not by {cls.__name__}"
-            )
-        model = load_model(checkpoint, dtype=dtype)
+        model = load_pretrained(cls, name_or_path, dtype=dtype, revision=revision, offline=offline)
         assert isinstance(model, cls)
         return model
 

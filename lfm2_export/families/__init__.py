@@ -1,0 +1,114 @@
+"""The families, found by ``model_type``: what a checkpoint of each is, without torch.
+
+A family is an object (here: one module of this package, imported when it is asked for) with ``parse_config``,
+``tensors`` and ``fused_tensors``. The net of the same name is in ``models``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lfm2_export.errors import CheckpointError
+from lfm2_export.messages import shown
+from lfm2_export.registry import Registry
+
+if TYPE_CHECKING:
+    from lfm2_export.config import ModelConfig
+    from lfm2_export.families.tensors import FusedTensor, ModelTensor
+
+
+class Family(Protocol):
+    """What a family offers. ``ARCHITECTURES``: the classes that config.json may name for its decoder."""
+
+    ARCHITECTURES: tuple[str, ...]
+
+    def parse_config(self, raw: Mapping[str, Any]) -> ModelConfig:
+        """A checked config from the contents of config.json."""
+
+    def tensors(self, config: ModelConfig) -> dict[str, ModelTensor]:
+        """Every tensor of a published checkpoint by its name, in the published order."""
+
+    def fused_tensors(self, config: ModelConfig) -> dict[str, FusedTensor]:
+        """Tensors in which other tools store several of the published ones, by their names there."""
+
+
+_WORDS = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])")
+
+FAMILIES: Registry[Family] = Registry(
+    {
+        "lfm2": "lfm2_export.families.lfm2",
+        "lfm2_moe": "lfm2_export.families.lfm2_moe",
+    }
+)
+
+
+# What else is published under names like ours, by a word of its class or model_type: what it is, in a message.
+_OTHERS = {
+    "bidirectional": "an encoder (attention in both directions)",
+    "draftmodel": "a drafter for speculative decoding, which is of no use without its model",
+    "vl": "a model of images and text",
+    "audio": "a model of audio",
+    "omni": "a model of audio, images and text",
+    "sequenceclassification": "a classifier",
+    "tokenclassification": "a classifier",
+    "reward": "a reward model",
+}
+
+
+def find_family(raw_config: Mapping[str, Any], place: str) -> Family:
+    """The family of a checkpoint, by its ``model_type`` and its ``architectures``.
+
+    Args:
+        raw_config: the contents of config.json.
+        place: the file, for messages.
+
+    Raises:
+        CheckpointError: the model_type is missing or none of ours, or the class is no decoder of the family: an encoder
+            that goes by ``lfm2`` would otherwise be exported as a decoder.
+    """
+    if "model_type" not in raw_config:
+        raise CheckpointError(f"{place}: model_type is missing; expected one of {', '.join(FAMILIES)}")
+    named = raw_config.get("architectures")
+    classes = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    model_type = raw_config["model_type"]
+    if other := _other(model_type, classes):
+        raise CheckpointError(
+            f"{place}: {shown(classes or model_type)} is {other}; only decoders of text are exported: "
+            f"{', '.join(_known_classes())}"
+        )
+    family = get_family(model_type)
+    if classes and not set(classes) & set(family.ARCHITECTURES):
+        raise CheckpointError(
+            f"{place}: architectures={shown(classes)} is no class of {model_type}; expected "
+            f"{' or '.join(family.ARCHITECTURES)}, or leave architectures out if the weights are a decoder's"
+        )
+    return family
+
+
+def _other(model_type: object, classes: list[str]) -> str | None:
+    """What a class that is no decoder is, where its name tells."""
+    if set(classes) & set(_known_classes()):
+        return None
+    words = [*classes, model_type] if isinstance(model_type, str) else classes
+    parts = {part.lower() for word in words for part in _WORDS.findall(word)}
+    text = " ".join(word.lower() for word in words)
+    return next((what for word, what in _OTHERS.items() if word in parts or (len(word) > 5 and word in text)), None)
+
+
+def _known_classes() -> list[str]:
+    return [name for family in FAMILIES.values() for name in family.ARCHITECTURES]
+
+
+def get_family(model_type: object) -> Family:
+    """The family of a ``model_type``.
+
+    Raises:
+        CheckpointError: it is none of ours; the message lists those that are.
+    """
+    if model_type not in FAMILIES:
+        raise CheckpointError(
+            f"config.json: model_type={shown(model_type)} is not supported; known families: {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[str(model_type)]

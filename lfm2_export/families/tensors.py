@@ -1,0 +1,169 @@
+"""What a checkpoint's tensors are: their published names, shapes, and what each is to the model.
+
+In: a ``ModelConfig``. Out: ``ModelTensor``s in the published order. The checkpoint reader matches files against them,
+schemes choose formats by ``kind``, plans, parity, inspection and benchmarks ask ``part``, ``layer``, ``expert`` and
+``matrix``; nobody else looks at a name to find out what it means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from lfm2_export.config import FULL_ATTENTION, ModelConfig
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+class TensorClass(StrEnum):
+    """What a weight is to a scheme. ``SMALL``: norms, conv kernels and biases."""
+
+    LINEAR = "linear"
+    EXPERTS = "experts"
+    EMBEDDING = "embedding"
+    HEAD = "head"
+    ROUTER = "router"
+    EXPERT_BIAS = "expert_bias"
+    SMALL = "small"
+
+
+class Part(StrEnum):
+    """The part of the model that a weight belongs to, in the order of reports."""
+
+    EMBEDDING = "embedding"
+    HEAD = "head"
+    CONVOLUTIONS = "convolutions"
+    ATTENTION = "attention"
+    MLPS = "dense MLPs"
+    EXPERTS = "experts"
+    ROUTERS = "routers"
+    NORMS = "norms"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelTensor:
+    """One tensor of a published checkpoint.
+
+    ``layer`` and ``expert`` are None where it belongs to none. ``matrix``: which one of its block it is ("w1",
+    "q_proj", "in_proj", ...), None for what is no matrix of a block.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: TensorClass
+    part: Part
+    layer: int | None = None
+    expert: int | None = None
+    matrix: str | None = None
+
+
+Tensors = Mapping[str, ModelTensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedPart:
+    """Where one published tensor lies in a fused one: ``fused[expert, start:stop]``."""
+
+    expert: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedTensor:
+    """A tensor as transformers 5 saves it, [experts, rows, columns], and the published tensors inside it."""
+
+    shape: tuple[int, int, int]
+    parts: Mapping[str, FusedPart]
+
+
+def by_name(tensors: Iterable[ModelTensor]) -> dict[str, ModelTensor]:
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def expert_stacks(tensors: Tensors) -> dict[int, dict[tuple[int, str], ModelTensor]]:
+    """The matrices of each layer's experts by (expert, matrix), in the published order; empty in a dense model."""
+    stacks: dict[int, dict[tuple[int, str], ModelTensor]] = {}
+    for tensor in tensors.values():
+        if tensor.layer is not None and tensor.expert is not None and tensor.matrix is not None:
+            stacks.setdefault(tensor.layer, {})[tensor.expert, tensor.matrix] = tensor
+    return stacks
+
+
+def block_prefix(layer: int) -> str:
+    """How the published names of a layer begin."""
+    return f"model.layers.{layer}."
+
+
+def feed_forward_prefix(layer: int) -> str:
+    """How the published names of a layer's feed-forward begin."""
+    return f"{block_prefix(layer)}feed_forward."
+
+
+def backbone(config: ModelConfig) -> Iterator[ModelTensor]:
+    """Embedding, norms, convs, attention and head: all but the feed-forward blocks."""
+    width = config.hidden_size
+    table = (config.vocab_size, width)
+    yield ModelTensor(name=EMBEDDING, shape=table, kind=TensorClass.EMBEDDING, part=Part.EMBEDDING)
+    yield _norm("model.embedding_norm.weight", width)
+    for layer in range(config.num_hidden_layers):
+        for norm in ("operator_norm", "ffn_norm"):
+            yield _norm(f"{block_prefix(layer)}{norm}.weight", width, layer)
+        yield from _attention(config, layer) if config.layer_types[layer] == FULL_ATTENTION else _conv(config, layer)
+    if not config.tie_word_embeddings:
+        yield ModelTensor(name=HEAD, shape=table, kind=TensorClass.HEAD, part=Part.HEAD)
+
+
+def _norm(name: str, width: int, layer: int | None = None) -> ModelTensor:
+    return ModelTensor(name=name, shape=(width,), kind=TensorClass.SMALL, part=Part.NORMS, layer=layer)
+
+
+def _attention(config: ModelConfig, layer: int) -> Iterator[ModelTensor]:
+    width, head_dim = config.hidden_size, config.head_dim
+    q_width, kv_width = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    prefix = f"{block_prefix(layer)}self_attn."
+    shapes = {
+        "q_proj": (q_width, width),
+        "k_proj": (kv_width, width),
+        "v_proj": (kv_width, width),
+        "out_proj": (width, q_width),
+    }
+    for matrix, shape in shapes.items():
+        yield _linear(prefix, matrix, shape, Part.ATTENTION, layer)
+    for norm in ("q_layernorm", "k_layernorm"):
+        yield _norm(f"{prefix}{norm}.weight", head_dim, layer)
+
+
+def _conv(config: ModelConfig, layer: int) -> Iterator[ModelTensor]:
+    width, prefix = config.hidden_size, f"{block_prefix(layer)}conv."
+
+    def small(name: str, shape: tuple[int, ...]) -> ModelTensor:
+        return ModelTensor(
+            name=f"{prefix}{name}", shape=shape, kind=TensorClass.SMALL, part=Part.CONVOLUTIONS, layer=layer
+        )
+
+    yield _linear(prefix, "in_proj", (3 * width, width), Part.CONVOLUTIONS, layer)
+    yield small("conv.weight", (width, 1, config.conv_L_cache))
+    yield _linear(prefix, "out_proj", (width, width), Part.CONVOLUTIONS, layer)
+    if config.conv_bias:
+        for part, size in {"in_proj": 3 * width, "conv": width, "out_proj": width}.items():
+            yield small(f"{part}.bias", (size,))
+
+
+def _linear(prefix: str, matrix: str, shape: tuple[int, ...], part: Part, layer: int) -> ModelTensor:
+    return ModelTensor(
+        name=f"{prefix}{matrix}.weight", shape=shape, kind=TensorClass.LINEAR, part=part, layer=layer, matrix=matrix
+    )
+
+
+def swiglu_shapes(width: int, inner: int) -> dict[str, tuple[int, int]]:
+    """w1 and w3 [inner, width], w2 [width, inner]."""
+    return {"w1": (inner, width), "w3": (inner, width), "w2": (width, inner)}
+
+
+def mlp(config: ModelConfig, layer: int) -> Iterator[ModelTensor]:
+    """A dense SwiGLU block."""
+    prefix = feed_forward_prefix(layer)
+    for matrix, shape in swiglu_shapes(config.hidden_size, config.intermediate_size).items():
+        yield _linear(prefix, matrix, shape, Part.MLPS, layer)

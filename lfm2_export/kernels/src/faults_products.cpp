@@ -1,0 +1,137 @@
+// What can be wrong with the operators that multiply with quantized matrices.
+
+#include <cmath>
+
+#include "checks.h"
+#include "layout.h"
+
+namespace lfm2 {
+
+void check(const ProductAttributes& a) {
+  const Checks checks(a.op);
+  checks.format("", a.format);
+  checks.size("K", a.columns);
+  for (int i = 0; i < a.count; ++i) {
+    checks.size("N", a.rows[i]);
+  }
+}
+
+MatMulProblems prepare(const ProductAttributes& a, const ProductOperands& operands) {
+  check(a);
+  const Checks checks(a.op);
+  const int64_t tokens = checks.tokens(operands.x, a.columns);
+  MatMulProblems problems = {};
+  for (int i = 0; i < a.count; ++i) {
+    static constexpr const char* kNames[] = {"w", "w of N1", "w of N2"};
+    problems[i].x = operands.x.as<float>();
+    problems[i].w = checks.matrix(kNames[i], operands.w[i], a.format, a.rows[i], a.columns);
+    problems[i].tokens = tokens;
+  }
+  checks.optional(operands.bias, "bias", Kind::kFloat, a.rows[0]);
+  problems[0].bias = operands.bias.is_there ? operands.bias.as<float>() : nullptr;
+  return problems;
+}
+
+void check(const FeedForwardAttributes& a) {
+  const Checks checks(a.op);
+  checks.format("", a.format);
+  checks.format("down_", a.down);
+  checks.size("inner", a.inner);
+  if (a.inner % kGroupInputs != 0) {
+    refuse("%s: inner width %" PRId64 " is not a multiple of %d", a.op, a.inner, kGroupInputs);
+  }
+}
+
+FeedForwardProblem prepare(const FeedForwardAttributes& a, const FeedForwardOperands& operands) {
+  check(a);
+  const Checks checks(a.op);
+  const int64_t width = operands.x.last();
+  FeedForwardProblem problem = {};
+  problem.tokens = checks.tokens(operands.x, width);
+  problem.x = operands.x.as<float>();
+  problem.gate = checks.matrix("w1", operands.gate, a.format, a.inner, width);
+  problem.up = checks.matrix("w3", operands.up, a.format, a.inner, width);
+  problem.down = checks.matrix("w2", operands.down, a.down, width, a.inner);
+  return problem;
+}
+
+void check(const RoutingAttributes& a) {
+  const Checks checks(a.op);
+  checks.size("top_k", a.top_k);
+  if (!std::isfinite(a.scale)) {
+    refuse("%s: the routed scaling factor is not finite", a.op);
+  }
+}
+
+void check(const RoutingAttributes& a, const Format& format) {
+  check(a);
+  Checks(a.op).format("", format);
+}
+
+namespace {
+
+Routing routing_of(const RoutingAttributes& a, const RoutingOperands& operands, int64_t tokens) {
+  const Checks checks(a.op);
+  checks.tensor(operands.logits, "router_logits", Kind::kFloat);
+  const int64_t experts = operands.logits.last();
+  if (experts < 1 || experts > kMostExperts || a.top_k > experts) {
+    refuse("%s: %" PRId64 " of %" PRId64 " experts: there may be %" PRId64, a.op, a.top_k, experts, kMostExperts);
+  }
+  checks.counted(operands.logits, "router_logits", Kind::kFloat, times(tokens, experts));
+  checks.optional(operands.expert_bias, "expert_bias", Kind::kFloat, experts);
+  const float* bias = operands.expert_bias.is_there ? operands.expert_bias.as<float>() : nullptr;
+  return {operands.logits.as<float>(), bias, experts, a.top_k, a.normalize, a.scale};
+}
+
+void check_widths(const char* op, int64_t width, int64_t inner) {
+  if (width % kGroupInputs != 0 || inner < 1 || inner > kMostSize || inner % kGroupInputs != 0) {
+    refuse("%s: widths %" PRId64 " and %" PRId64 " are not multiples of %d", op, width, inner, kGroupInputs);
+  }
+}
+
+}  // namespace
+
+RowMoeProblem prepare(const RoutingAttributes& a, const Format& format, const RowMoeOperands& operands) {
+  check(a, format);
+  const Checks checks(a.op);
+  const int64_t width = operands.x.last();
+  RowMoeProblem problem = {};
+  problem.tokens = checks.tokens(operands.x, width);
+  problem.x = operands.x.as<float>();
+  problem.routing = routing_of(a, operands.router, problem.tokens);
+  const int64_t experts = problem.routing.experts;
+  // No attribute says how wide an expert is inside: what the last matrix has of codes does.
+  checks.tensor(operands.down.codes, {"down", "codes"}, Kind::kByte);
+  const int64_t rows = times(experts, width), inner = times(operands.down.codes.count, 8) / times(rows, format.bits);
+  check_widths(a.op, width, inner);
+  problem.gate_up = checks.matrix("gate_up", operands.gate_up, format, times(experts, 2, inner), width);
+  problem.down = checks.matrix("down", operands.down, format, rows, inner);
+  return problem;
+}
+
+MoeProblem prepare(const RoutingAttributes& a, const MoeOperands& operands) {
+  check(a);
+  const Checks checks(a.op);
+  const Operand &x = operands.x, &logits = operands.router.logits;
+  MoeProblem problem = {};
+  problem.width = x.last();
+  problem.tokens = checks.tokens(x, problem.width);
+  problem.x = x.as<float>();
+  problem.routing = routing_of(a, operands.router, problem.tokens);
+  for (int64_t axis = 0; axis < x.rank; ++axis) {
+    if (logits.rank != x.rank || (axis + 1 < x.rank && logits.sizes[axis] != x.sizes[axis])) {
+      refuse("%s: x and router_logits are of different shapes", a.op);
+    }
+  }
+  checks.ranked(operands.down, "down", Kind::kByte, 4);
+  problem.inner = times(operands.down.sizes[2], kGroup);
+  check_widths(a.op, problem.width, problem.inner);
+  const int64_t experts = problem.routing.experts, groups = problem.width / kGroup, inner = problem.inner / kGroup;
+  checks.shaped(operands.gate_up, "gate_up", Kind::kByte, {experts, 2 * inner, groups, kTileBytes});
+  checks.shaped(operands.down, "down", Kind::kByte, {experts, groups, inner, kTileBytes});
+  problem.gate_up = operands.gate_up.as<uint8_t>();
+  problem.down = operands.down.as<uint8_t>();
+  return problem;
+}
+
+}  // namespace lfm2

@@ -1,0 +1,59 @@
+"""``architectures`` decides together with ``model_type``: nothing but a decoder of text is taken for one."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lfm2_export.checkpoint import open_checkpoint
+from lfm2_export.cli import main
+from lfm2_export.errors import CheckpointError
+from lfm2_export.source import ASSETS
+
+OTHERS = {
+    "an encoder for retrieval": ("lfm2", "Lfm2BidirectionalModel", "an encoder"),
+    "an encoder for masked text": ("lfm2", "Lfm2BidirectionalForMaskedLM", "an encoder"),
+    "a drafter": ("qwen3", "Lfm2DSparkDraftModel", "a drafter"),
+    "vision": ("lfm2_vl", "Lfm2VlForConditionalGeneration", "images and text"),
+    "vision, by its class alone": ("lfm2", "Lfm2VLForConditionalGeneration", "images and text"),
+    "vision, by its type alone": ("lfm3_vl", None, "images and text"),
+    "audio": ("lfm2_audio", "Lfm2AudioForConditionalGeneration", "audio"),
+    "omni": ("lfm3_omni", None, "audio, images and text"),
+    "a classifier": ("lfm2", "Lfm2ForSequenceClassification", "a classifier"),
+    "another family": ("llama", "LlamaForCausalLM", "model_type='llama' is not supported; known families: lfm2"),
+    "a class of another family": ("lfm2", "Lfm2MoeForCausalLM", "is no class of lfm2; expected Lfm2ForCausalLM"),
+    "an unknown class": ("lfm2", "FooForBar", "is no class of lfm2"),
+}
+
+
+def checkpoint(folder: Path, model_type: str, architectures: object) -> Path:
+    shutil.copytree(ASSETS / "tiny-dense", folder)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**raw, "model_type": model_type, "architectures": architectures}))
+    return folder
+
+
+@pytest.mark.parametrize(("model_type", "name", "text"), OTHERS.values(), ids=OTHERS)
+def test_what_is_no_decoder_is_refused_and_said(tmp_path, capsys, model_type, name, text):
+    folder = checkpoint(tmp_path / "c", model_type, None if name is None else [name])
+    assert main(["export", str(folder), "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    print(error)
+    assert text in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("architectures", [None, [], ["Lfm2ForCausalLM"], ["Lfm2Model"], "Lfm2ForCausalLM", [3]])
+def test_a_decoder_is_taken_whether_its_class_stands_there_or_not(tmp_path, architectures):
+    assert open_checkpoint(checkpoint(tmp_path / "c", "lfm2", architectures)).config.model_type == "lfm2"
+
+
+def test_a_missing_model_type_is_named(tmp_path):
+    folder = checkpoint(tmp_path / "c", "lfm2", None)
+    raw = json.loads((folder / "config.json").read_text())
+    del raw["model_type"]
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match=r"config\.json: model_type is missing; expected one of lfm2, lfm2_moe"):
+        open_checkpoint(folder)
