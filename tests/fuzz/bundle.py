@@ -2,8 +2,11 @@
 
     === config.json
     {"model_type": "lfm2"}
-    === chat_template.jinja -> /etc/passwd
+    === chat_template.jinja -> ../outside
     === LICENSE (fifo)
+
+Inputs are made at random, so that putting them on the disk must be as safe as reading them is meant to be: nothing is
+written through a link or over a file, and a link leads to no place but this folder's surroundings and ``SAFE_DEVICES``.
 
 A file ends before the line break of the next header. Of a .safetensors file that begins with "{" only the header is
 written here: its length is put in front, and as many zeros behind as its entries speak of.
@@ -22,6 +25,8 @@ _HEADER = re.compile(rb"^=== ([^\n]*)\n?", re.MULTILINE)
 _MOST_FILES = 64
 # Sparse, so they cost no disk. More than any part of a small model; reading them takes no second.
 _MOST_ZEROS = 64 << 20
+# Reading them never ends, and writing to them changes nothing.
+SAFE_DEVICES = ("/dev/zero",)
 
 
 @dataclass(frozen=True)
@@ -48,28 +53,46 @@ def join(parts: Iterable[Part]) -> bytes:
     return b"\n".join(b"=== " + part.title + b"\n" + part.content for part in parts)
 
 
-def write(folder: Path, data: bytes) -> None:
-    """Puts the parts into ``folder``. One whose name is no relative path, or cannot be made, is left out."""
+def write(folder: Path, data: bytes, *, root: Path) -> None:
+    """Puts the parts into ``folder``, whose links may lead to anything in ``root``. Left out are parts whose name is no
+    relative path, cannot be made or is taken, and links that would lead elsewhere."""
     for part in split(data)[:_MOST_FILES]:
         name = os.fsdecode(part.name)
         if name and not set(name.split("/")) & {"", ".", ".."}:
             try:
-                _write(folder / name, part)
+                _write(folder / name, part, folder.resolve(), root.resolve())
             except (OSError, ValueError):  # too long, a NUL, a file where a folder would have to be
                 continue
 
 
-def _write(path: Path, part: Part) -> None:
+def _write(path: Path, part: Part, folder: Path, root: Path) -> None:
+    if not _real(path.parent).is_relative_to(folder):  # a link stands where a folder would have to be
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     if part.title.endswith(b" (fifo)"):
         os.mkfifo(path)
     elif b" -> " in part.title:
-        os.symlink(os.fsdecode(part.title.partition(b" -> ")[2]), path)
-    elif path.suffix == ".safetensors" and part.content.startswith(b"{"):
-        path.write_bytes(len(part.content).to_bytes(8, "little") + part.content)
-        os.truncate(path, path.stat().st_size + _zeros(part.content))
+        _link(path, os.fsdecode(part.title.partition(b" -> ")[2]), root)
     else:
-        path.write_bytes(part.content)
+        _new_file(path, part.content)
+
+
+def _link(path: Path, target: str, root: Path) -> None:
+    if target in SAFE_DEVICES or _real(path.parent / target).is_relative_to(root):
+        os.symlink(target, path)
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))
+
+
+def _new_file(path: Path, content: bytes) -> None:
+    with open(path, "xb") as file:  # "x" follows no link and takes no name that is there
+        if path.suffix == ".safetensors" and content.startswith(b"{"):
+            file.write(len(content).to_bytes(8, "little") + content)
+            file.truncate(file.tell() + _zeros(content))
+        else:
+            file.write(content)
 
 
 def _zeros(header: bytes) -> int:

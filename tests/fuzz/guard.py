@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.fuzz.bundle import SAFE_DEVICES
+
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 # Events that change a file or a folder, and which of their arguments are its places.
 _CHANGES = {
@@ -33,8 +35,6 @@ _CHANGES = {
 _PROGRAMS = ("subprocess.Popen", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "pty.spawn")
 _FORBIDDEN = ("socket.connect", "socket.getaddrinfo", "pickle.find_class")
 _HARMLESS = ("/dev/null", "/dev/tty")
-# What inputs link to, and nobody else opens.
-SECRETS = ("/etc/passwd", "/dev/zero")
 
 
 class Finding(BaseException):
@@ -48,6 +48,7 @@ class _Watch:
         self.active = False
         self.installed = False
         self.input_folder = self.scratch = "/nonexistent"
+        self.outside: tuple[str, ...] = ()
         self.broken: list[str] = []
 
     def hook(self, event: str, args: tuple[Any, ...]) -> None:
@@ -72,7 +73,7 @@ class _Watch:
             return None if self._may_write(path) else f"opened {path!r} for writing"
         name = os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else ""
         real = os.path.realpath(name) if name.startswith(self.input_folder) else name
-        if real in SECRETS or (real != name and not real.startswith(self.input_folder)):
+        if real in self.outside or (real != name and not real.startswith(self.input_folder)):
             return f"opened {real!r}, outside of its input, by a link"
         return None
 
@@ -86,9 +87,10 @@ class _Watch:
 _watch = _Watch()
 
 
-def install(input_folder: Path, scratch: Path) -> None:
-    """From now on ``watching`` watches, for readers of what lies in ``input_folder``."""
+def install(input_folder: Path, scratch: Path, outside: Path) -> None:
+    """From now on ``watching`` watches, for readers of what lies in ``input_folder``; none may open ``outside``."""
     _watch.input_folder, _watch.scratch = str(input_folder.resolve()), str(scratch.resolve())
+    _watch.outside = (str(outside.resolve()), *SAFE_DEVICES)
     if not _watch.installed:
         sys.addaudithook(_watch.hook)
         _watch.installed = True

@@ -11,8 +11,7 @@ from fnmatch import fnmatch
 from random import Random
 
 from tests.fuzz import bundle
-from tests.fuzz.bundle import Part
-from tests.fuzz.guard import SECRETS
+from tests.fuzz.bundle import SAFE_DEVICES, Part
 from tests.fuzz.json_mutation import mutate_json
 
 Mutator = Callable[[bytes, Random], bytes]
@@ -89,7 +88,7 @@ def _for(part: Part, by_name: Mapping[str, Mutator]) -> Mutator:
 def _change_parts(parts: list[Part], index: int, rng: Random, titles: Sequence[str]) -> None:
     """A file left out, put in another's place, or turned into a link, a pipe or a folder."""
     part, other = parts[index], rng.choice(parts)
-    targets = [*(secret.encode() for secret in SECRETS), b"../outside", b".", b"x" * 300]
+    targets = [*(device.encode() for device in SAFE_DEVICES), b"../outside", b"../../outside", b".", b"x" * 300]
     made_into = rng.choice([*(b" -> " + target for target in targets), b" (fifo)", b"/x"])
     match rng.randrange(5):
         case 0:

@@ -89,7 +89,7 @@ def _write_checkpoints(scratch: Path) -> None:
     older = {**_config("lfm2", layer_types=None), "full_attn_idxs": [1], "rope_parameters": {"rope_type": "default"}}
     files = {"config.json": json.dumps(older), "model.safetensors": _header(scratch / "dense" / "model.safetensors")}
     _put("checkpoint", "older_names", _bundle(files))
-    pickled = {"config.json": json.dumps(_config("lfm2")), "pytorch_model.bin": "x", "LICENSE -> /etc/passwd": ""}
+    pickled = {"config.json": json.dumps(_config("lfm2")), "pytorch_model.bin": "x", "LICENSE -> ../../outside": ""}
     _put("checkpoint", "pickled", _bundle(pickled))
     _write_shards()
 

@@ -58,12 +58,37 @@ def test_a_folder_comes_back_from_its_parts(tmp_path: Path) -> None:
     ]
     data = bundle.join(parts)
     assert bundle.split(data) == parts
-    bundle.write(tmp_path, data)
-    assert (tmp_path / "config.json").read_bytes() == (tmp_path / "link").read_bytes() == b"{}\n"
-    shard = (tmp_path / "sub" / "model.safetensors").read_bytes()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    bundle.write(folder, data, root=tmp_path)
+    assert (folder / "config.json").read_bytes() == (folder / "link").read_bytes() == b"{}\n"
+    shard = (folder / "sub" / "model.safetensors").read_bytes()
     assert shard == len(header).to_bytes(8, "little") + header + bytes(8)
-    assert (tmp_path / "pipe").is_fifo()
-    assert not (tmp_path.parent / "outside").exists()
+    assert (folder / "pipe").is_fifo()
+    assert not (tmp_path / "outside").exists()
+
+
+def test_no_folder_writes_outside_of_itself(tmp_path: Path) -> None:
+    """Whatever the parts say: through a link, through a folder that is one, by a name that climbs, over a pipe."""
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    for path in (root / "folder", elsewhere):
+        path.mkdir(parents=True)
+    (elsewhere / "file").write_bytes(b"kept")
+    (root / "outside").write_bytes(b"kept")
+    titles = [
+        *(f"a -> {elsewhere}/file", "a", f"b -> {elsewhere}", "b/file", "b/new", "c -> ../../elsewhere", "c/file"),
+        *("d -> ../outside", "d", "e -> ..", "e/outside", "e/new", "f -> d", "f", "g (fifo)", "g", "../outside"),
+        *(f"{elsewhere}/file", "h -> ../missing", "h", "i -> /dev/zero", "i", "j/../../outside", "k -> k", "k"),
+    ]
+    data = bundle.join(Part(title.encode(), b"overwritten") for title in titles)
+    bundle.write(root / "folder", data, root=root)
+    assert (elsewhere / "file").read_bytes() == (root / "outside").read_bytes() == b"kept"
+    made = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
+    beside = {name for name in made if not name.startswith("root/folder/")}
+    assert beside == {"elsewhere", "elsewhere/file", "root", "root/folder", "root/outside"}
+    links = {path.name for path in (root / "folder").iterdir() if path.is_symlink()}
+    print(f"links made: {sorted(links)}")
+    assert not links & {"a", "b", "c"}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from lfm2_export.generation_config import GenerationConfig
 from lfm2_export.inspection import inspect
 from lfm2_export.runners import load_runner
 from lfm2_export.text import Tokenizer
-from tests.fuzz import bundle
 from tests.fuzz.findings import attempt, attempt_command
 from tests.fuzz.mutation import bundle_mutator, json_mutator, mutate_bytes
 from tests.fuzz.template_mutation import mutate_template
@@ -38,7 +37,7 @@ def fuzz_one(data: bytes) -> None:
     parent = workspace().empty()
     folder = parent / "artifact"
     folder.mkdir()
-    bundle.write(parent, data)
+    workspace().put_bundle(parent, data)
     attempt(inspect, folder)
     attempt_command("inspect", str(folder))
     attempt(Artifact.open, folder, verify=False)

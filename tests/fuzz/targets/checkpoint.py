@@ -8,7 +8,6 @@ from lfm2_export import companions
 from lfm2_export.checkpoint import Checkpoint, open_checkpoint
 from lfm2_export.inspection import inspect
 from lfm2_export.manifest import CheckpointRecord
-from tests.fuzz import bundle
 from tests.fuzz.findings import attempt, attempt_command
 from tests.fuzz.mutation import bundle_mutator, json_mutator, mutate_bytes
 from tests.fuzz.template_mutation import mutate_template
@@ -49,7 +48,7 @@ mutate = bundle_mutator(
 def fuzz_one(data: bytes) -> None:
     folder = workspace().empty() / "checkpoint"
     folder.mkdir()
-    bundle.write(folder, data)
+    workspace().put_bundle(folder, data)
     if attempt(inspect, folder) is None:
         return
     attempt_command("inspect", str(folder))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cache
 
 from lfm2_export.text import Tokenizer
-from tests.fuzz import bundle
 from tests.fuzz.findings import attempt
 from tests.fuzz.mutation import bundle_mutator, json_mutator, mutate_bytes
 from tests.fuzz.targets import FOLDER
@@ -48,9 +47,8 @@ def _good_tokenizer() -> bytes:
 
 def fuzz_one(data: bytes) -> None:
     folder = workspace().empty()
-    bundle.write(folder, data)
-    (folder / "tokenizer.json").unlink(missing_ok=True)
-    workspace().put("tokenizer.json", _good_tokenizer())
+    workspace().put("tokenizer.json", _good_tokenizer())  # the bundle's own, where it has one, finds its name taken
+    workspace().put_bundle(folder, data)
     tokenizer = attempt(Tokenizer.from_dir, folder)
     if tokenizer is not None:
         use(tokenizer)
