@@ -11,7 +11,8 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,24 +23,23 @@ from lfm2_export import files, paths
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import CheckpointError
 from lfm2_export.families import find_family
-from lfm2_export.families.tensors import EMBEDDING, HEAD, FusedTensor, ModelTensor, Part
+from lfm2_export.families.tensors import EMBEDDING, HEAD, ModelTensor, Part
 from lfm2_export.hashing import sha256_files
-from lfm2_export.messages import MESSAGE_LIMIT, listed
+from lfm2_export.matching import match_tensors, with_prefix
+from lfm2_export.messages import listed, shown
 from lfm2_export.safetensors_file import TensorInfo, read_float32, read_row_blocks, read_stored
 from lfm2_export.source import Source, resolve
 from lfm2_export.weight_files import open_weights
 
 logger = logging.getLogger(__name__)
 
-# name -> (shape as stored, shape that the config asks for)
-WrongShapes = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
-
+GENERATION_CONFIG = "generation_config.json"
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
-    "generation_config.json",
+    GENERATION_CONFIG,
 )
 # The names go into the artifact and its model card.
 _LICENCE = re.compile(r"LICENSE[^`/\\:]{0,57}")
@@ -48,8 +48,6 @@ _MOST_LICENCES = 16
 _CONFIG_LIMIT = 1 << 20
 # Bytes of a head that is compared with the embedding it repeats: 128,000 tokens of 8,192 float32 values.
 _HEAD_LIMIT = 4 << 30
-# Characters around the names of a list in a message: "100000 missing: " and " and 99999 more; ".
-_COUNTS = 36
 _BF16_INFINITY = 0x7F80  # every bit pattern above it is a NaN
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # Facts about the file, not about the model: they differ between two downloads of the same weights.
@@ -83,8 +81,8 @@ class Checkpoint:
         self.family = find_family(self.raw_config, paths.shown(self.path / "config.json"))
         self.config: ModelConfig = self.family.parse_config(self.raw_config)
         self._shards = {shard.path: shard for shard in open_weights(self.path)}
-        stored = {name: info for shard in self._shards.values() for name, info in shard.tensors.items()}
-        self._drop_tied_head(stored)
+        stored = with_prefix({name: info for shard in self._shards.values() for name, info in shard.tensors.items()})
+        self._settle_head(stored)
         self.model_tensors: Mapping[str, ModelTensor] = self.family.tensors(self.config)
         fused = self.family.fused_tensors(self.config)
         self.tensors: Mapping[str, TensorInfo] = match_tensors(self.path, self.model_tensors, fused, stored)
@@ -156,6 +154,28 @@ class Checkpoint:
         return [path for name in chosen if _is_no_folder(path := self.path / name)]
 
     @cached_property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a reply, for every runtime alike: generation_config.json's where it names any, else
+        config.json's, as transformers fills the one from the other.
+
+        Raises:
+            CheckpointError: generation_config.json is damaged, or names something else than token ids.
+        """
+        path = self.path / GENERATION_CONFIG
+        if not paths.exists(path, CheckpointError):
+            return self.config.eos_token_id
+        stated = files.read_json_object(path, self.path, CheckpointError).get("eos_token_id")
+        if stated is None:
+            return self.config.eos_token_id
+        tokens = stated if isinstance(stated, list) else [stated]
+        for token in tokens:
+            if type(token) is not int or token < 0:
+                raise CheckpointError(
+                    f"{paths.shown(path)}: eos_token_id={shown(token)} is no token id; correct the file"
+                )
+        return tuple(token for token in tokens if token < self.config.vocab_size)
+
+    @cached_property
     def config_sha256(self) -> str:
         """SHA-256 of config.json's meaning: spacing, order of keys and the writing library's version do not count."""
         meaning = {key: value for key, value in self.raw_config.items() if key not in _VOLATILE_KEYS}
@@ -182,20 +202,32 @@ class Checkpoint:
                 )
         return {path.name: digest for path, digest in sorted(digests.items())}
 
-    def _drop_tied_head(self, stored: dict[str, TensorInfo]) -> None:
-        """Some tools store a tied head a second time. A copy is left out; a head of its own contradicts the config."""
-        if not self.config.tie_word_embeddings or HEAD not in stored or EMBEDDING not in stored:
+    def _settle_head(self, stored: dict[str, TensorInfo]) -> None:
+        """What transformers makes of a head that is stored though config.json ties it to the embedding: a copy is left
+        out, one that differs is taken for what it is, and one without an embedding stands for both."""
+        if not self.config.tie_word_embeddings or HEAD not in stored:
             return
-        head, embedding = stored[HEAD], stored[EMBEDDING]
-        if embedding.shape != (self.config.vocab_size, self.config.hidden_size) or embedding.nbytes > _HEAD_LIMIT:
+        head, embedding = stored[HEAD], stored.get(EMBEDDING)
+        if embedding is None:
+            stored[EMBEDDING] = replace(stored.pop(HEAD), name=EMBEDDING)
+            return
+        shape = (self.config.vocab_size, self.config.hidden_size)
+        is_readable = head.is_readable and embedding.is_readable
+        if not is_readable or {head.shape, embedding.shape} != {shape} or embedding.nbytes > _HEAD_LIMIT:
             return  # then the head is left over, and what is wrong is said with it
-        if not self._same_values(head, embedding):
-            raise CheckpointError(
-                f"{paths.shown(head.file)}: {HEAD} differs from {EMBEDDING}, but config.json says "
-                "tie_word_embeddings=true; set it to false to use the stored head, or remove the head"
-            )
-        logger.info("%s: %s repeats the tied %s and is left out", head.file, HEAD, EMBEDDING)
-        del stored[HEAD]
+        if self._same_values(head, embedding):
+            logger.info("%s: %s repeats the tied %s and is left out", paths.shown(head.file), HEAD, EMBEDDING)
+            del stored[HEAD]
+            return
+        logger.warning(
+            "%s: %s differs from %s, though config.json ties them; both are used, as by transformers (say "
+            "%s=false there to state it)",
+            paths.shown(head.file),
+            HEAD,
+            EMBEDDING,
+            "tie_embedding" if "tie_embedding" in self.raw_config else "tie_word_embeddings",
+        )
+        self.config = replace(self.config, tie_word_embeddings=False)
 
     def _same_values(self, left: TensorInfo, right: TensorInfo) -> bool:
         if left.shape != right.shape:
@@ -248,62 +280,20 @@ def _is_no_folder(path: Path) -> bool:
     return paths.exists(path, CheckpointError) and not paths.is_folder(path, CheckpointError)
 
 
+def _without_config(folder: Path) -> CheckpointError:
+    place, adapter = paths.shown(folder), folder / "adapter_config.json"
+    if not paths.exists(adapter, CheckpointError):
+        return CheckpointError(f"{place}: has no config.json; give a checkpoint's own folder")
+    settings = files.read_json_object(adapter, folder, CheckpointError, limit=_CONFIG_LIMIT)
+    base, kind = settings.get("base_model_name_or_path"), settings.get("peft_type")
+    return CheckpointError(
+        f"{place}: is an adapter ({shown(kind)}) for {shown(base)}, not a model; merge it into its base first (peft: "
+        "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)), then export that"
+    )
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not paths.exists(path, CheckpointError):
-        raise CheckpointError(f"{paths.shown(folder)}: has no {path.name}; give a checkpoint's own folder")
+        raise _without_config(folder)
     return files.read_json_object(path, folder, CheckpointError, limit=_CONFIG_LIMIT)
-
-
-def match_tensors(
-    path: Path,
-    model_tensors: Mapping[str, ModelTensor],
-    fused_tensors: Mapping[str, FusedTensor],
-    stored: Mapping[str, TensorInfo],
-) -> dict[str, TensorInfo]:
-    """The family's tensors found among the stored ones; fused tensors are taken apart by offset.
-
-    Raises:
-        CheckpointError: lists every tensor that is missing, left over, or of another shape than the config says.
-    """
-    found, wrong = _take_fused_apart(fused_tensors, stored)
-    for name, tensor in model_tensors.items():
-        if name in found and found[name].shape != tensor.shape:
-            wrong[name] = (found[name].shape, tensor.shape)
-    missing = [name for name in model_tensors if name not in found]
-    left_over = [name for name in found if name not in model_tensors]
-    _raise_mismatch(path, missing, left_over, wrong)
-    return {name: found[name] for name in model_tensors}
-
-
-def _take_fused_apart(
-    fused_tensors: Mapping[str, FusedTensor], stored: Mapping[str, TensorInfo]
-) -> tuple[dict[str, TensorInfo], WrongShapes]:
-    """The stored tensors with every fused one replaced by its parts, and the fused ones of a wrong shape."""
-    found = dict(stored)
-    wrong: WrongShapes = {}
-    for name, fused in fused_tensors.items():
-        if name not in stored or any(part in stored for part in fused.parts):
-            continue  # not stored so, or stored twice: then the fused name stays behind as left over
-        info = found.pop(name)
-        if info.shape != fused.shape:
-            wrong[name] = (info.shape, fused.shape)
-        _, rows, columns = fused.shape
-        for part, place in fused.parts.items():
-            shape = (place.stop - place.start, columns)
-            found[part] = info.part(part, shape, (place.expert * rows + place.start) * columns)
-    return found, wrong
-
-
-def _raise_mismatch(path: Path, missing: Collection[str], left_over: Collection[str], wrong: WrongShapes) -> None:
-    shapes = [f"{name} is {list(is_)}, config.json asks for {list(asked)}" for name, (is_, asked) in wrong.items()]
-    lists: dict[str, Collection[str]] = {"missing": missing, "left over": left_over, "wrong shape": shapes}
-    lists = {kind: names for kind, names in lists.items() if names}
-    if not lists:
-        return
-    start = f"{paths.shown(path)}: the weights do not fit config.json; "
-    remedy = "; use the config.json of these weights"
-    room = (MESSAGE_LIMIT - len(start + remedy)) // len(lists) - _COUNTS
-    problems = [f"{len(names)} {kind}: {listed(names, room=room, longest=160)}" for kind, names in lists.items()]
-    details = [f"{kind}: {name}" for kind, names in lists.items() for name in names]
-    raise CheckpointError(f"{start}{'; '.join(problems)}{remedy}", details=details)

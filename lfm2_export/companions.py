@@ -75,20 +75,27 @@ def carry_over(checkpoint: Checkpoint, writer: ArtifactWriter) -> None:
     for name, value in _objects(checkpoint).items():
         if json_values.not_plain(value):
             writer.write_json(name, value)
-    if not _has(checkpoint, GENERATION_CONFIG):
-        config = checkpoint.config
-        settings = {
-            "bos_token_id": config.bos_token_id,
-            "eos_token_id": list(config.eos_token_id),
-            "pad_token_id": config.pad_token_id,
-        }
-        writer.write_json(GENERATION_CONFIG, settings)
+    _write_generation_config(checkpoint, writer)
     if not _has(checkpoint, TOKENIZER):
         logger.warning(
             "%s: has no %s, so the artifact takes token ids only; add one to use `run` and `chat`",
             checkpoint.path,
             TOKENIZER,
         )
+
+
+def _write_generation_config(checkpoint: Checkpoint, writer: ArtifactWriter) -> None:
+    """Every runtime finds the tokens that end a reply in it: where the checkpoint has no such file, or one that names
+    none, they are config.json's."""
+    config, stops = checkpoint.config, list(checkpoint.stop_token_ids)
+    if not _has(checkpoint, GENERATION_CONFIG):
+        tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": stops, "pad_token_id": config.pad_token_id}
+        writer.write_json(GENERATION_CONFIG, tokens)
+        return
+    settings = _objects(checkpoint)[GENERATION_CONFIG]
+    stated = settings.get("eos_token_id")
+    if (stated if isinstance(stated, list) else [stated]) != stops:
+        writer.write_json(GENERATION_CONFIG, {**settings, "eos_token_id": stops})
 
 
 def _has(checkpoint: Checkpoint, name: str) -> bool:
@@ -102,12 +109,19 @@ def _check_generation(checkpoint: Checkpoint) -> None:
         settings = GenerationConfig.from_file(path)
     except GenerationError as error:
         raise CheckpointError(f"{error}; correct the file") from error
-    for token in settings.stop_token_ids:
-        if token >= vocab_size:
-            raise CheckpointError(
-                f"{paths.shown(path)}: eos_token_id={shown(token)} is not in the vocabulary of {vocab_size}; "
-                "correct the file"
-            )
+    beyond = [token for token in settings.stop_token_ids if token >= vocab_size]
+    if beyond and len(beyond) == len(settings.stop_token_ids):
+        raise CheckpointError(
+            f"{paths.shown(path)}: eos_token_id={shown(beyond[0])} is not in the vocabulary of {vocab_size}; "
+            "correct the file"
+        )
+    if beyond:
+        logger.warning(
+            "%s: eos_token_id names %s beyond the vocabulary of %d, which no reply can end with; left out",
+            paths.shown(path),
+            listed(list(map(str, beyond))),
+            vocab_size,
+        )
 
 
 def _check_tokenizer(checkpoint: Checkpoint) -> None:

@@ -6,6 +6,7 @@ Out: ``ModelConfig``, every value resolved and checked once, so that nothing dow
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from functools import cached_property
 from typing import Any
 
 from lfm2_export.errors import ConfigError
-from lfm2_export.messages import shown
+from lfm2_export.messages import listed, shown
+
+logger = logging.getLogger(__name__)
 
 CONV = "conv"
 FULL_ATTENTION = "full_attention"
@@ -118,13 +121,20 @@ class Fields:
         return value
 
     def token_id(self, key: str, default: int | None, vocab_size: int) -> int | None:
+        """A token, or None where there is none; tools write -1 for that, too."""
         value = self.raw.get(key, default)
-        return None if value is None else self._token(key, value, vocab_size)
+        return None if value is None or (type(value) is int and value == -1) else self._token(key, value, vocab_size)
 
     def token_ids(self, key: str, default: int, vocab_size: int) -> tuple[int, ...]:
         value = self.raw.get(key, default)
-        values = value if isinstance(value, list) else [] if value is None else [value]
-        return tuple(self._token(key, v, vocab_size) for v in values)
+        if not isinstance(value, list):
+            return () if value is None else (self._token(key, value, vocab_size),)
+        beyond = [v for v in value if type(v) is int and v >= vocab_size]
+        if beyond:  # no text can end with them
+            logger.warning(
+                "%s: %s names %s beyond the vocabulary of %d, left out", self.place, key, shown(beyond), vocab_size
+            )
+        return tuple(self._token(key, v, vocab_size) for v in value if v not in beyond)
 
     def _token(self, key: str, value: object, vocab_size: int) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < vocab_size:
@@ -194,9 +204,11 @@ def rope_theta(fields: Fields, default: float) -> float:
         factor = source.raw.get("partial_rotary_factor")
         if factor is not None and factor != 1.0:
             raise source.fail("partial_rotary_factor", factor, "1.0")
-    for key in parameters:
-        if key not in _ROPE_KEYS:
-            raise inner.fail(key, parameters[key], f"only {', '.join(_ROPE_KEYS)}")
+    for key, value in parameters.items():
+        if isinstance(value, Mapping):  # parameters per kind of layer, which these families do not have
+            raise inner.fail(key, value, f"only {', '.join(_ROPE_KEYS)}")
+    if idle := [key for key in parameters if key not in _ROPE_KEYS]:
+        logger.warning("%s: %s has no effect with plain RoPE and is left out", inner.place, listed(idle))
     if parameters.get("rope_theta") is not None:
         return inner.number("rope_theta", default)
     return fields.number("rope_theta", default)
@@ -270,8 +282,12 @@ def refuse_unsupported(fields: Fields, common: Mapping[str, object]) -> None:
         "return_dict": True,
         "tie_last_hidden_states": True,
         "per_layer_config": None,
-        "quantization_config": None,
     }
+    if fields.raw.get("quantization_config") is not None:
+        raise ConfigError(
+            f"{fields.place}: quantization_config says that the weights are quantized already; export the checkpoint "
+            "that they were made of, with a --scheme of ours"
+        )
     for key, only in supported.items():
         value = fields.raw.get(key)
         if value is not None and value != only:

@@ -33,7 +33,19 @@ MAX_HEADER_BYTES = 16 << 20
 _MOST_AXES = 8
 
 # bfloat16 has no numpy dtype: its bits are read as uint16.
-STORED_DTYPES: dict[str, np.dtype[Any]] = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
+STORED_DTYPES: dict[str, np.dtype[Any]] = {
+    "BF16": np.dtype("<u2"),
+    "F16": np.dtype("<f2"),
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+}
+# Bits of a value in every dtype of the format: tensors that the model does not use may have any.
+_BITS = {
+    **{name: 8 * dtype.itemsize for name, dtype in STORED_DTYPES.items()},
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U16": 16, "I16": 16, "U32": 32, "I32": 32},
+    **{"U64": 64, "I64": 64, "C64": 64},
+}
 
 # 512 KiB of bf16 and its 1 MiB of fp32 stay in a core's cache: twice as fast as whole tensors.
 _BLOCK_BYTES = 1 << 19
@@ -41,7 +53,7 @@ _BLOCK_BYTES = 1 << 19
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """Where one tensor lies. ``offset`` counts from the start of ``file``; ``dtype`` is BF16, F16 or F32."""
+    """Where one tensor lies. ``offset`` counts from the start of ``file``; ``dtype`` is the format's name for it."""
 
     name: str
     dtype: str
@@ -55,8 +67,18 @@ class TensorInfo:
         return math.prod(self.shape)
 
     @property
+    def is_readable(self) -> bool:
+        """Whether its values are floats of a kind that is read."""
+        return self.dtype in STORED_DTYPES
+
+    @property
     def stored_dtype(self) -> np.dtype[Any]:
         return STORED_DTYPES[self.dtype]
+
+    @property
+    def raw_dtype(self) -> np.dtype[Any]:
+        """What ``read_stored`` gives: the stored dtype, but float32 for float64."""
+        return STORED_DTYPES["F32" if self.dtype == "F64" else self.dtype]
 
     def rows(self, rows: slice | None) -> TensorInfo:
         """The part that holds a range of the first axis."""
@@ -69,9 +91,9 @@ class TensorInfo:
 
     def part(self, name: str, shape: tuple[int, ...], first_element: int) -> TensorInfo:
         """The contiguous tensor of ``shape`` that starts ``first_element`` values into this one."""
-        itemsize = self.stored_dtype.itemsize
-        offset = self.offset + first_element * itemsize
-        return replace(self, name=name, shape=shape, offset=offset, nbytes=math.prod(shape) * itemsize)
+        bits = _BITS[self.dtype]
+        offset = self.offset + first_element * bits // 8
+        return replace(self, name=name, shape=shape, offset=offset, nbytes=math.prod(shape) * bits // 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +111,7 @@ def read_shard(path: Path) -> Shard:
     """Reads and checks a file's header.
 
     Raises:
-        CheckpointError: the file is missing, truncated, altered, or holds dtypes other than BF16, F16 and F32.
+        CheckpointError: the file is missing, truncated or altered.
     """
     real = files.inside(path, path.parent, CheckpointError)
     with files.open_regular(path, path.parent, CheckpointError, real=real) as file:
@@ -101,15 +123,15 @@ def read_shard(path: Path) -> Shard:
 
 
 def read_stored(shard: Shard, info: TensorInfo) -> np.ndarray:
-    """The tensor as stored; bfloat16 as its bits in uint16.
+    """The tensor as stored; bfloat16 as its bits in uint16, float64 as float32 (what does not fit becomes infinite).
 
     Raises:
         CheckpointError: the file changed since its header was read.
     """
-    out = np.empty(info.shape, info.stored_dtype)
+    out = np.empty(info.shape, info.raw_dtype)
     flat = out.reshape(-1)
     done = 0
-    for block in _blocks(shard, info, _BLOCK_BYTES):
+    for block in map(_narrowed, _blocks(shard, info, _BLOCK_BYTES)):
         flat[done : done + block.size] = block
         done += block.size
     return out
@@ -123,7 +145,7 @@ def read_row_blocks(shard: Shard, info: TensorInfo, rows: int) -> Iterator[np.nd
         CheckpointError: the file changed since its header was read.
     """
     row_bytes = math.prod(info.shape[1:]) * info.stored_dtype.itemsize
-    for block in _blocks(shard, info, rows * row_bytes):
+    for block in map(_narrowed, _blocks(shard, info, rows * row_bytes)):
         yield block.reshape(-1, *info.shape[1:])
 
 
@@ -137,7 +159,7 @@ def read_float32(shard: Shard, info: TensorInfo) -> np.ndarray:
     flat = out.reshape(-1)
     bits = flat.view(np.uint32)
     done = 0
-    for block in _blocks(shard, info, _BLOCK_BYTES):
+    for block in map(_narrowed, _blocks(shard, info, _BLOCK_BYTES)):
         if info.dtype == "BF16":
             part = bits[done : done + block.size]
             part[...] = block
@@ -146,6 +168,14 @@ def read_float32(shard: Shard, info: TensorInfo) -> np.ndarray:
             flat[done : done + block.size] = block
         done += block.size
     return out
+
+
+def _narrowed(block: np.ndarray) -> np.ndarray:
+    """float64 as float32."""
+    if block.dtype != np.float64:
+        return block
+    with np.errstate(over="ignore"):  # a value that does not fit is infinite, and refused as such
+        return block.astype(np.float32)
 
 
 def _blocks(shard: Shard, info: TensorInfo, block_bytes: int) -> Iterator[np.ndarray]:
@@ -241,14 +271,12 @@ def _tensor_info(path: Path, name: str, entry: object, data_start: int) -> Tenso
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise _damaged(path, f"the header's entry {named(name)} is damaged ({shown(entry)})")
-    if dtype not in STORED_DTYPES:
-        raise CheckpointError(
-            f"{paths.shown(path)}: {named(name)} is stored as {named(dtype)}; only BF16, F16 and F32 are read: "
-            "use the unquantized checkpoint"
-        )
+    if dtype not in _BITS:
+        raise _damaged(path, f"{named(name)} is stored as {named(dtype)}, which the format does not know")
     begin, end = offsets
-    needed = math.prod(shape) * STORED_DTYPES[dtype].itemsize
-    if end - begin != needed:
+    bits = math.prod(shape) * _BITS[dtype]
+    needed = bits // 8
+    if end - begin != needed or bits % 8:
         raise _damaged(
             path,
             f"{named(name)} has data_offsets {offsets} ({end - begin} bytes), its shape {shown(shape)} in {dtype} "

@@ -61,7 +61,7 @@ def test_the_weights_of_these_tests_are_refused_where_they_are_read(checkpoint: 
         ),
         (
             "generation_config.json",
-            b'{"eos_token_id": [2, 131]}',
+            b'{"eos_token_id": [131]}',
             "eos_token_id=131 is not in the vocabulary of 131; cor",
         ),
         ("tokenizer_config.json", b"{", "is not JSON (Expecting property name"),

@@ -6,7 +6,7 @@ In: an ``ExportRequest``. Out: files under ``executorch/`` of its folder and an 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -156,7 +156,8 @@ def _export_one(request: ExportRequest, plan: WeightPlan, cache: CacheSpec, cont
     with Spill(folder) as spill:
         Lowering(plan.config, weights, buffer_positions(context), spill).lower_(causal_lm)
         interrupts.check()
-        program = make_pte(causal_lm, plan.config, cache, context, spill)
+        told = replace(plan.config, eos_token_id=request.checkpoint.stop_token_ids)
+        program = make_pte(causal_lm, told, cache, context, spill)
         interrupts.check()
         with open(folder / name, "wb") as file:
             program.manager.write_to_file(file)

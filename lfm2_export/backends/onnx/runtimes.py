@@ -34,7 +34,7 @@ def write(checkpoint: Checkpoint, writer: ArtifactWriter) -> None:
     programs = [program for program in writer.programs if program.backend == "onnx"]
     config = checkpoint.config
     generation = _read_object(checkpoint.path, "generation_config.json") or {}
-    writer.write_json("genai_config.json", genai_config(config, generation, programs[0]))
+    writer.write_json("genai_config.json", genai_config(config, generation, checkpoint.stop_token_ids, programs[0]))
     writer.write_json("config.json", transformers_js_config(checkpoint.raw_config, config, programs))
     _embed_chat_template(checkpoint.path, writer)
 
@@ -53,10 +53,12 @@ def _read_object(folder: Path, name: str) -> dict[str, Any] | None:
     return files.read_json_object(folder / name, folder, CheckpointError)
 
 
-def genai_config(config: ModelConfig, generation: Mapping[str, Any], program: Program) -> dict[str, Any]:
+def genai_config(
+    config: ModelConfig, generation: Mapping[str, Any], stop_token_ids: Sequence[int], program: Program
+) -> dict[str, Any]:
     """``genai_config.json``: the graph with the fast CPU kernels, in-place KV buffers, the model's sampling
     defaults."""
-    eos = list(_eos(config, generation))
+    eos = list(stop_token_ids)
     return {
         "model": {
             "type": config.model_type,
@@ -91,16 +93,11 @@ def _names(side: str) -> dict[str, str]:
     return {f"{side}_{key}_names": names[index] for key, names in templates.items()}
 
 
-def _eos(config: ModelConfig, generation: Mapping[str, Any]) -> tuple[int, ...]:
-    found = generation.get("eos_token_id")
-    if found is None:
-        return config.eos_token_id
-    return tuple(found) if isinstance(found, list) else (found,)
-
-
 def _search(config: ModelConfig, generation: Mapping[str, Any]) -> dict[str, Any]:
     defaults = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
     chosen = {key: value if generation.get(key) is None else generation[key] for key, value in defaults.items()}
+    # transformers takes all of the vocabulary where top_k is beyond it; genai fails at the first token.
+    chosen["top_k"] = min(chosen["top_k"], config.vocab_size)
     return {
         "max_length": min(config.max_position_embeddings, GENAI_MAX_LENGTH),
         "min_length": 0,
