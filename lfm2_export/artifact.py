@@ -11,7 +11,7 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -45,23 +45,30 @@ _NOTE, _NOTE_BYTES = "checkpoint.json", 16 << 20
 Arguments = ParamSpec("Arguments")
 
 
-def _blaming_interruption(check: Callable[Arguments, None]) -> Callable[Arguments, None]:
-    """A check whose refusals say so where an interrupted export explains them."""
+@contextlib.contextmanager
+def _blaming_interruption(folder: Path) -> Iterator[None]:
+    """Refusals of what a folder holds say so where an interrupted export explains them."""
+    try:
+        yield
+    except ArtifactError as error:
+        if unfinished(folder) is None:
+            raise
+        fault = str(error).rpartition("; ")[0]
+        raise ArtifactError(
+            f"{fault}; an export into the folder was interrupted or is under way: give the same export command again, "
+            "or wait for it"
+        ) from error
+
+
+def _checking(check: Callable[Arguments, None]) -> Callable[Arguments, None]:
+    """A method of ``Artifact`` that refuses as above."""
 
     @functools.wraps(check)
     def checked(*args: Arguments.args, **options: Arguments.kwargs) -> None:
-        try:
+        (artifact, *_) = args
+        assert isinstance(artifact, Artifact)
+        with _blaming_interruption(artifact.path):
             check(*args, **options)
-        except ArtifactError as error:
-            artifact = args[0]
-            assert isinstance(artifact, Artifact)
-            if unfinished(artifact.path) is None:
-                raise
-            fault = str(error).rpartition("; ")[0]
-            raise ArtifactError(
-                f"{fault}; an export into the folder was interrupted or is under way: give the same export command "
-                "again, or wait for it"
-            ) from error
 
     return checked
 
@@ -97,12 +104,13 @@ class Artifact:
             )
         if (workspace := unfinished(folder)) is not None:
             _warn_of_unfinished(workspace, folder)
-        artifact = cls(path=folder, manifest=_read_manifest(folder))
+        with _blaming_interruption(folder):
+            artifact = cls(path=folder, manifest=_read_manifest(folder))
         if verify:
             artifact.verify()
         return artifact
 
-    @_blaming_interruption
+    @_checking
     def verify(self, *programs: Program, hashes: bool = True) -> None:
         """Checks that the files of ``programs`` (default: of all) and the shared ones are what was exported.
 

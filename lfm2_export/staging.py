@@ -142,11 +142,11 @@ class Staging:
             with Folder.open(self.folder) as folder:
                 for name in self._into:
                     check_folder(folder, name, self._base)
-                with contextlib.suppress(OSError):
-                    folder.remove(DRAFT)  # of figures that were being recorded
         lock = self._opened.enter_context(held_lock(self._base, self._place.lock, self.folder))
         self._take_up(lock.owner)
         self._owner = lock.owner
+        with contextlib.suppress(OSError):
+            (self.folder / DRAFT).unlink()  # of figures that were being recorded by a killed process
         self._was_empty = not contents(self.folder)
 
     def _take_up(self, owner: int) -> None:

@@ -541,6 +541,10 @@ def test_figures_are_not_recorded_through_a_link(world: World) -> None:
     artifact.update(readme="figures")
     assert (world.outside / "victim").read_text() == VICTIM
     assert sorted(os.listdir(world.out)) == ["README.md", "config.json", MANIFEST, "onnx"]
+    (world.out / ".lfm2-export.draft").symlink_to(world.outside / "victim")
+    write_artifact(world.out, {"fp32": "new"})
+    assert (world.outside / "victim").read_text() == VICTIM
+    assert sorted(os.listdir(world.out)) == ["README.md", "config.json", MANIFEST, "onnx"]
 
 
 def test_figures_leave_what_a_killed_export_did(world: World) -> None:
