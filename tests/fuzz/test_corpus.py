@@ -12,20 +12,9 @@ from tests.fuzz.targets import FOLDER, TARGETS, kept
 
 # As many as take a second or so: a graph is opened by onnxruntime, a manifest's weights are all read.
 _MUTATIONS = {"onnx_graph": 40, "weights": 80, "checkpoint": 150, "artifact": 150}
-_MOST_BYTES = 300_000
+_MOST_BYTES = 320_000
 # Readers with findings that are not fixed yet.
-_PENDING = (
-    "artifact",
-    "chat_template",
-    "checkpoint",
-    "generation_config",
-    "manifest",
-    "onnx_graph",
-    "pte",
-    "tokenizer",
-    "tokenizer_config",
-    "weights",
-)
+_PENDING = ("chat_template", "onnx_graph", "pte", "tokenizer_config", "weights")
 _ALL = [
     pytest.param(target, marks=pytest.mark.xfail(reason="pending") if target in _PENDING else ()) for target in TARGETS
 ]
@@ -49,6 +38,7 @@ def test_the_fuzzer_starts_reaches_the_reader_and_finds_nothing_at_once(target: 
 
 
 def test_the_corpus_stays_small() -> None:
-    sizes = [path.stat().st_size for path in FOLDER.glob("*/**/*") if path.is_file() and path.suffix != ".pyc"]
+    folders = [FOLDER / kind for kind in ("base", "corpus", "crashes")]
+    sizes = [path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file()]
     print(f"{sum(sizes)} bytes in {len(sizes)} files")
     assert sum(sizes) < _MOST_BYTES
