@@ -11,7 +11,7 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -23,12 +23,15 @@ from lfm2_export.folders import Folder, UnexpectedKindError, is_plain_name
 from lfm2_export.hashing import sha256_files
 from lfm2_export.journal import Index
 from lfm2_export.ledger import discard_unlisted
-from lfm2_export.manifest import MANIFEST, MANIFEST_LIMIT, CheckpointRecord, FileEntry, Manifest, Program
+from lfm2_export.manifest import MANIFEST, MANIFEST_LIMIT, MODEL, CheckpointRecord, FileEntry, Manifest, Program
 from lfm2_export.messages import one_line
 from lfm2_export.preference import preference
 from lfm2_export.staging import Staging, alone, contents, unfinished
 
 logger = logging.getLogger(__name__)
+
+# Of a text file: the largest tokenizer.json, with a vocabulary of 128,000, has 17 MB.
+_TEXT_LIMIT = 64 << 20
 
 _CARD = "README.md"
 # People edit the model card; a changed one is no damage.
@@ -91,11 +94,11 @@ class Artifact:
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = True) -> Artifact:
-        """Reads the manifest and, with ``verify``, checks every file that it names. Changes nothing; where an export
-        into the folder was interrupted in its last step, a warning says so, and what is whole can be used.
+        """Reads the manifest and, with ``verify``, checks every file of it that is there. Changes nothing; where an
+        export into the folder was interrupted in its last step, a warning says so, and what is whole can be used.
 
         Raises:
-            ArtifactError: the folder or its manifest is missing or damaged, or a file is missing or was changed.
+            ArtifactError: the folder or its manifest is missing or damaged, or a program's file was changed.
         """
         folder = Path(path)
         if not paths.is_folder(folder, ArtifactError):
@@ -112,28 +115,72 @@ class Artifact:
 
     @_checking
     def verify(self, *programs: Program, hashes: bool = True) -> None:
-        """Checks that the files of ``programs`` (default: of all) and the shared ones are what was exported.
+        """Checks that the files of ``programs`` are what was exported, and that the shared ones can be read.
 
-        Sizes are always compared; SHA-256 with ``hashes``, where a file that was checked before and has not been
-        touched since costs nothing.
+        A download may lack graphs that nobody opens: of a program, its data files and at least one graph must be there.
+        Without ``programs`` whatever is there of any is checked. Sizes are always compared; SHA-256 with ``hashes``,
+        where a file that was checked before and has not been touched since costs nothing. Shared files (config,
+        tokenizer, licence) are their owner's to edit: a changed one must still be text, or JSON where its name says so.
 
         Raises:
-            ArtifactError: names the first file that is missing, has another size, or another content.
+            ArtifactError: names the first file that is missing, has another size or content, or cannot be read.
         """
-        entries = dict(self.manifest.files)
+        entries: dict[str, FileEntry] = {}
         for program in programs or self.manifest.programs:
-            entries |= program.files
+            here = {name: entry for name, entry in program.files.items() if self._has(name)}
+            if programs:
+                self._check_complete(program, here)
+            entries |= here
         for name, entry in entries.items():
             self._check_size(name, entry)
         if hashes:
             self._check_hashes(entries)
+        for name in self.edited():
+            _check_text(self.path / name, self.path)
+
+    def _has(self, name: str) -> bool:
+        return paths.exists(self.path / name, ArtifactError)
+
+    def _check_complete(self, program: Program, here: Collection[str]) -> None:
+        """Of several graphs one is enough; the data files belong to all of them."""
+        graphs = set(program.graphs.values())
+        missing = [name for name in program.files if name not in here and name not in graphs]
+        if not graphs & set(here):
+            missing.insert(0, program.graphs[MODEL])
+        if missing:
+            raise ArtifactError(
+                f"{paths.shown(self.path / missing[0])}: is missing, but {MANIFEST} names it for {program}; bring it "
+                "back or export again"
+            )
+
+    def present(self, program: Program) -> Program:
+        """The program with those of its graphs that are here."""
+        return replace(program, graphs={role: name for role, name in program.graphs.items() if self._has(name)})
+
+    def is_here(self, program: Program) -> bool:
+        """Whether all that it takes to open the program in some way is in the folder."""
+        try:
+            self._check_complete(program, [name for name in program.files if self._has(name)])
+        except ArtifactError:
+            return False
+        return True
+
+    def missing(self) -> list[str]:
+        """The files that the folder lacks, without those of programs that cannot be opened here anyway."""
+        wanted = [self.manifest.files, *(program.files for program in self.programs if self.is_here(program))]
+        return sorted({name for names in wanted for name in names if not self._has(name)})
+
+    def edited(self) -> list[str]:
+        """The shared files whose bytes are no longer those of the export. They are their owner's: this is no damage.
+
+        Raises:
+            ArtifactError: one cannot be read, or is no regular file of the folder.
+        """
+        here = {name: entry for name, entry in self.manifest.files.items() if self._has(name)}
+        return edited(self.path, here)
 
     def _check_size(self, name: str, entry: FileEntry) -> None:
         path = self.path / name
-        if not paths.exists(path, ArtifactError):
-            raise ArtifactError(
-                f"{paths.shown(path)}: is missing, but {MANIFEST} names it; export again or bring it back"
-            )
         with files.open_regular(path, self.path, ArtifactError) as file:
             size = os.fstat(file.fileno()).st_size
         if size != entry.bytes:
@@ -162,9 +209,10 @@ class Artifact:
         Raises:
             ArtifactError: there is none; the message lists those that there are.
         """
-        for program in self.programs:
-            if backend in (None, program.backend) and scheme in (None, program.scheme):
-                return program
+        fitting = [p for p in self.programs if backend in (None, p.backend) and scheme in (None, p.scheme)]
+        # A download may hold one of several; where it holds none of those asked for, opening says what is missing.
+        for program in (*(p for p in fitting if self.is_here(p)), *fitting):
+            return program
         asked = " ".join(word for word in (backend, scheme) if word is not None) or "any"
         there = one_line(", ".join(map(str, self.programs)), 120) or "none"
         raise ArtifactError(
@@ -192,6 +240,27 @@ class Artifact:
                 folder.write(_CARD, readme.encode())
             folder.write(MANIFEST, manifest.to_json().encode())
         return replace(self, manifest=manifest)
+
+
+def edited(folder: Path, entries: Mapping[str, FileEntry]) -> list[str]:
+    """The files of ``folder`` whose bytes are others than those of ``entries``; all of them are there.
+
+    Raises:
+        ArtifactError: one cannot be read, or is no regular file of the folder.
+    """
+    for name in entries:
+        with files.open_regular(folder / name, folder, ArtifactError):
+            pass
+    digests = sha256_files((folder / name for name in entries), remembered=True)
+    return sorted(name for name, entry in entries.items() if digests[folder / name] != entry.sha256)
+
+
+def _check_text(path: Path, folder: Path) -> None:
+    """Refuses what is neither JSON, where the name says so, nor text."""
+    if path.suffix == ".json":
+        files.read_json_object(path, folder, ArtifactError, limit=_TEXT_LIMIT)
+    else:
+        files.read_text(path, folder, ArtifactError, limit=_TEXT_LIMIT)
 
 
 def _with_parity(manifest: Manifest, parity: Mapping[tuple[str, str], Mapping[str, Any]], folder: Path) -> Manifest:
@@ -378,12 +447,29 @@ class ArtifactWriter:
 
     def commit(self) -> Artifact:
         """Puts the files into place; call it once, as the last step."""
+        self._keep_edited()
         manifest = self._manifest()
         text = manifest.to_json()
         Manifest.from_json(text)  # what cannot be read back must not replace what can
         self.write_text(MANIFEST, text)
         self._staging.commit()
         return Artifact(path=self.folder, manifest=manifest)
+
+    def _keep_edited(self) -> None:
+        """What its owner changed since the last export stays as it is: this export's version of it is dropped."""
+        if self.existing is None:
+            return
+        ours = {
+            name: entry
+            for name, entry in self.existing.files.items()
+            if (self._staging.files / name).is_file() and paths.is_file(self.folder / name, ArtifactError)
+        }
+        for name in edited(self.folder, ours):
+            logger.warning(
+                "%s: was edited since the last export and stays as it is; to have it made anew, delete it first",
+                paths.shown(self.folder / name),
+            )
+            (self._staging.files / name).unlink()
 
     def _manifest(self) -> Manifest:
         claimed = {name for program in self._added.values() for name in program.files}

@@ -60,11 +60,13 @@ def _artifact(artifact: Artifact) -> dict[str, Any]:
         "name": as_unicode(str(artifact.path)),
         "family": record.model_type,
         "checkpoint": str(record),
-        "programs": [_program(program) for program in artifact.programs],
+        "programs": [_program(program, artifact) for program in artifact.programs],
+        "edited_files": [as_unicode(name) for name in artifact.edited()],
+        "missing_files": [as_unicode(name) for name in artifact.missing()],
     }
 
 
-def _program(program: Program) -> dict[str, Any]:
+def _program(program: Program, artifact: Artifact) -> dict[str, Any]:
     dtypes: Counter[str] = Counter()
     for tensor in program.tensors:
         dtypes[tensor.dtype] += math.prod(tensor.shape)
@@ -73,6 +75,7 @@ def _program(program: Program) -> dict[str, Any]:
         "backend": program.backend,
         "scheme": program.scheme,
         "graphs": dict(program.graphs),
+        "here": artifact.is_here(program),
         "bytes": sum(entry.bytes for entry in program.files.values()),
         "weights_by_dtype": dict(dtypes),
         "largest_error": None if worst is None else {"tensor": worst.name, "relative_error": worst.error},

@@ -40,4 +40,4 @@ def load_runner(
     artifact = path if isinstance(path, Artifact) else Artifact.open(path, verify=False)
     program = artifact.program(backend, scheme)
     artifact.verify(program)
-    return get_backend(program.backend).load_runner(artifact.path, program, options)
+    return get_backend(program.backend).load_runner(artifact.path, artifact.present(program), options)

@@ -444,7 +444,8 @@ def state_to_readers(folder: Path, old: dict[str, bytes], new: dict[str, bytes])
         assert "; an export into the folder was interrupted or is under way: give the same export command again" in said
         return "interrupted"
     state, expected = ("old", old) if before[f"{folder.name}/{MANIFEST}"] == old[MANIFEST] else ("new", new)
-    assert {name: before[f"{folder.name}/{name}"] for name in expected} == expected
+    weights = {name: data for name, data in expected.items() if name.startswith("onnx/")}
+    assert {name: before[f"{folder.name}/{name}"] for name in weights} == weights
     return state
 
 
@@ -471,7 +472,7 @@ def test_an_export_killed_at_any_step_is_finished_by_the_same_command(out: Path)
     print(seen)
     assert not killed
     assert [state for i, state in enumerate(seen) if state not in seen[:i]] == ["old", "interrupted", "new"]
-    assert seen.count("interrupted") >= 4
+    assert seen.count("interrupted") >= 2
 
 
 def test_another_command_finishes_what_was_interrupted_first(out: Path) -> None:
@@ -615,7 +616,7 @@ def test_opening_what_is_no_artifact(out: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["onnx/model_q4.onnx_data", "onnx/model_q4.onnx", "config.json"])
+@pytest.mark.parametrize("name", ["onnx/model_q4.onnx_data", "onnx/model_q4.onnx"])
 def test_names_a_changed_byte_a_wrong_size_and_a_missing_file(out: Path, name: str) -> None:
     write_artifact(out)
     path = out / name
@@ -629,9 +630,24 @@ def test_names_a_changed_byte_a_wrong_size_and_a_missing_file(out: Path, name: s
         ArtifactError, Artifact.open, out
     )
     path.unlink()
-    assert f"{path}: is missing, but {MANIFEST} names it" in refusal(ArtifactError, Artifact.open, out)
+    artifact = Artifact.open(out)
+    assert f"{path}: is missing, but {MANIFEST} names it" in refusal(
+        ArtifactError, artifact.verify, artifact.program("onnx", "q4")
+    )
     path.write_bytes(data)
-    Artifact.open(out)
+    Artifact.open(out).verify(artifact.program("onnx", "q4"))
+
+
+def test_shared_files_are_their_owners(out: Path) -> None:
+    write_artifact(out)
+    config = out / "config.json"
+    assert Artifact.open(out).edited() == []
+    config.write_text(config.read_text().replace("\n", "\r\n") + "\r\n")
+    assert Artifact.open(out).edited() == ["config.json"]
+    config.write_text("{")
+    assert f"{config}: is not JSON" in refusal(ArtifactError, Artifact.open, out)
+    config.unlink()
+    assert Artifact.open(out).missing() == ["config.json"]
 
 
 def test_a_changed_model_card_is_no_damage(out: Path) -> None:
@@ -645,7 +661,8 @@ def test_one_program_can_be_checked_alone(out: Path) -> None:
     (out / "onnx/model.onnx_data").unlink()
     artifact = Artifact.open(out, verify=False)
     artifact.verify(artifact.program(scheme="q4"))
-    assert "onnx/model.onnx_data: is missing" in refusal(ArtifactError, artifact.verify)
+    whole = artifact.program(scheme="fp32")
+    assert "onnx/model.onnx_data: is missing" in refusal(ArtifactError, artifact.verify, whole)
     (out / "onnx/model.onnx_data").write_text("WEIGHTS fp32")
     artifact.verify(hashes=False)
     assert "onnx/model.onnx_data: was changed" in refusal(ArtifactError, artifact.verify)

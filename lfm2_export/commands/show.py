@@ -8,6 +8,7 @@ from typing import Any
 
 from lfm2_export import console
 from lfm2_export.commands.base import add_json, add_source, given
+from lfm2_export.messages import listed
 from lfm2_export.resources import human_bytes
 
 
@@ -53,8 +54,16 @@ def _print_artifact(found: dict[str, Any]) -> None:
     console.print_table(
         f"{found['name']}: {found['family']}, made of {found['checkpoint']}",
         ("program", "file", "size", "weights", "largest error", "state bytes per token"),
-        [_program_row(program) for program in found["programs"]],
+        [_program_row(program) for program in found["programs"] if program["here"]],
     )
+    absent = [f"{program['backend']} {program['scheme']}" for program in found["programs"] if not program["here"]]
+    for note, names in (
+        ("not in this folder", absent),
+        ("edited since the export", found["edited_files"]),
+        ("missing", found["missing_files"]),
+    ):
+        if names:
+            print(f"{note}: {listed(names)}")
 
 
 def _program_row(program: dict[str, Any]) -> tuple[str, ...]:

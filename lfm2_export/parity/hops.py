@@ -54,6 +54,7 @@ def measure(
     check_origin(artifact, opened)
     programs = _choose(artifact, backend, schemes)
     artifact.verify(*programs)
+    programs = tuple(artifact.present(program) for program in programs)
     context_length = min(program.context_length for program in programs)
     sample = read_sample(opened, text, max_tokens=max_tokens, context_length=context_length)
     check_memory(_memory_needed(opened, programs, sample), purpose="parity")

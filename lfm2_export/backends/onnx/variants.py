@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lfm2_export.backends.base import Kernels, KvCache, RunnerOptions
 from lfm2_export.cache import CacheSpec
-from lfm2_export.errors import RunnerError
+from lfm2_export.errors import ArtifactError, RunnerError
 from lfm2_export.kernels import build
 from lfm2_export.manifest import MODEL, Program
 
@@ -59,6 +59,11 @@ def choose(folder: Path, program: Program, options: RunnerOptions | None = None)
 
 
 def _variant(folder: Path, program: Program, role: str, scoring: str, library: Path | None) -> Variant:
+    if role not in program.graphs:
+        raise ArtifactError(
+            f"{folder}: of {program}, the graph for the kernels that can be had here is missing; bring back "
+            "onnx/model*.onnx, or export again"
+        )
     named = program.graphs.get(scoring)
     return Variant(
         path=folder / program.graphs[role],
