@@ -7,6 +7,7 @@ end separately; a row that has ended is dropped from the runner's state, so it c
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from lfm2_export.backends.arguments import check_fits, check_rows
 from lfm2_export.backends.base import Runner, TokenRows
+from lfm2_export.backends.guard import guard_of
 from lfm2_export.errors import GenerationError
 from lfm2_export.generation_config import GenerationConfig
 from lfm2_export.messages import shown
@@ -91,13 +93,51 @@ def continue_from(
 
     ``histories``: all tokens of each row so far, for the repetition penalty. The last token of each row is chosen but
     not fed to the runner. Where several rows end at different times, the runner keeps the rows that ended last.
+
+    Raises:
+        GenerationError: while it is iterated over, where the runner was used for something else meanwhile, in this
+            thread or another.
     """
+    return _steps(runner, logits_BV, histories, config, first_row, _Turn(runner))
+
+
+class _Turn:
+    """The state that a generation relies on: as it was left by its last call."""
+
+    def __init__(self, runner: Runner):
+        self._guard = guard_of(runner)
+        self._uses = self._guard.uses
+        self._steps = 0
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """No other thread uses the runner in the ``with`` block, and none did since the last one."""
+        with self._guard.lock:
+            if self._guard.uses != self._uses:
+                raise GenerationError(
+                    f"the runner was used for something else after {self._steps} steps of this generation; read one to "
+                    "its end before the next, or give each thread a runner of its own"
+                )
+            yield
+            self._steps += self._guard.uses != self._uses
+            self._uses = self._guard.uses
+
+
+def _steps(
+    runner: Runner,
+    logits_BV: np.ndarray,
+    histories: TokenRows,
+    config: GenerationConfig,
+    first_row: int,
+    turn: _Turn,
+) -> Iterator[TokenEvent]:
     samplers = [
         Sampler(config, runner.vocab_size, history, row) for row, history in enumerate(histories, start=first_row)
     ]
     active = list(range(len(samplers)))
     for step in range(1, config.max_new_tokens + 1):
-        lengths = runner.lengths
+        with turn.held():
+            lengths = runner.lengths
         tokens = [samplers[row].choose(logits) for row, logits in zip(active, logits_BV, strict=True)]
         reasons = [
             _finish_reason(token, step, int(held), runner.context_length, config)
@@ -108,10 +148,11 @@ def continue_from(
         going_on = [i for i, reason in enumerate(reasons) if reason is None]
         if not going_on:
             return
-        if len(going_on) < len(active):
-            runner.reorder(going_on)
-            active = [active[i] for i in going_on]
-        logits_BV = runner.decode([tokens[i] for i in going_on])
+        with turn.held():
+            if len(going_on) < len(active):
+                runner.reorder(going_on)
+                active = [active[i] for i in going_on]
+            logits_BV = runner.decode([tokens[i] for i in going_on])
 
 
 def _finish_reason(
@@ -131,10 +172,11 @@ def _start(
     config: GenerationConfig,
     chunk_size: int | None,
 ) -> Iterator[TokenEvent]:
-    runner.reset(len(rows))
     token_rows = [row.tolist() for row in rows]
-    logits_BV = runner.prefill(token_rows, chunk_size=chunk_size)
-    return continue_from(runner, logits_BV, token_rows, config, first_row=first_row)
+    with guard_of(runner).lock:
+        runner.reset(len(rows))
+        logits_BV = runner.prefill(token_rows, chunk_size=chunk_size)
+        return continue_from(runner, logits_BV, token_rows, config, first_row=first_row)
 
 
 def _run_groups(

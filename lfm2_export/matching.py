@@ -57,7 +57,7 @@ def match_tensors(
     _raise_mismatch(path, missing, [name for name in left_over if name not in idle], wrong)
     if idle:
         logger.warning(
-            "%s: holds %d tensors that generating text does not use, and they are left out: %s",
+            "%s: tensors that generating text does not use are left out (%d): %s",
             paths.shown(path),
             len(idle),
             listed(idle, room=160),

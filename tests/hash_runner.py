@@ -12,6 +12,7 @@ import numpy as np
 
 import lfm2_export
 from lfm2_export.backends.base import Mark, Snapshot, check_batch_size, check_fits, check_indices, check_rows
+from lfm2_export.backends.guard import guarded
 from lfm2_export.cache import CacheSpec
 from lfm2_export.errors import RunnerError
 from lfm2_export.text import Tokenizer
@@ -19,6 +20,7 @@ from lfm2_export.text import Tokenizer
 TOKENIZER = Tokenizer.from_dir(Path(lfm2_export.__file__).parent / "assets" / "tiny-moe")
 
 
+@guarded
 class HashRunner:
     """The Runner protocol; ``rows`` are the tokens held, ``prefilled`` the lengths of all prefills so far."""
 

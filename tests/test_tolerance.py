@@ -77,7 +77,7 @@ def test_what_is_left_out_is_said_once(tmp_path: Path, caplog: pytest.LogCapture
     with caplog.at_level(logging.WARNING):
         open_checkpoint(folder)
     assert [record.getMessage() for record in caplog.records] == [
-        f"{folder}: holds 2 tensors that generating text does not use, and they are left out: "
+        f"{folder}: tensors that generating text does not use are left out (2): "
         "v_head.summary.bias, v_head.summary.weight"
     ]
 

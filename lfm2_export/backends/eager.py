@@ -32,6 +32,7 @@ from lfm2_export.backends.arguments import (
     short_of_memory,
 )
 from lfm2_export.backends.base import Mark, Snapshot, TokenRows, check_snapshot
+from lfm2_export.backends.guard import guarded
 from lfm2_export.cache import CacheSpec, StateTensor
 from lfm2_export.errors import RunnerError
 from lfm2_export.models.decoder import Cache, DecoderForCausalLM, empty_cache
@@ -48,6 +49,7 @@ class _Row:
     cache: Cache
 
 
+@guarded
 class EagerRunner:
     """The Runner protocol (backends/base.py) for an eager model.
 

@@ -40,6 +40,7 @@ from lfm2_export.backends.executorch.session import (
     load_kernels,
     version,
 )
+from lfm2_export.backends.guard import guarded
 from lfm2_export.cache import CacheSpec, StateTensor
 from lfm2_export.errors import RunnerError
 from lfm2_export.kernels.build import KernelBuildError
@@ -57,6 +58,7 @@ _X86 = ("x86_64", "AMD64")
 _X86_SLOWDOWN = 100
 
 
+@guarded
 class ExecutorchRunner:
     """The Runner protocol (backends/base.py) for ``executorch/*.pte``: one row.
 

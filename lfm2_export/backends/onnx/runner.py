@@ -35,6 +35,7 @@ from lfm2_export.backends.arguments import (
     short_of_memory,
 )
 from lfm2_export.backends.base import Mark, RunnerOptions, Snapshot, TokenRows, check_snapshot
+from lfm2_export.backends.guard import guarded
 from lfm2_export.backends.onnx.buffers import StateBuffers, as_ortvalue
 from lfm2_export.backends.onnx.session import check_program, open_session
 from lfm2_export.backends.onnx.variants import choose
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 DEFAULT_CHUNK_SIZE = 512
 
 
+@guarded
 class OnnxRunner:
     """The Runner protocol (backends/base.py) for ``onnx/*.onnx``.
 
