@@ -12,18 +12,37 @@ from typing import Any
 
 import pytest
 
+from lfm2_export.checkpoint import open_checkpoint
 from lfm2_export.errors import Lfm2ExportError
 from lfm2_export.messages import MESSAGE_LIMIT
+from tests.checkpoints import tiny_config, write_random_checkpoint
 
 # Of work: a process that waits is what the tests' timeout is for.
 SECONDS = 5.0
 
 Damage = Callable[[Path], object]
 
+CONFIG, SHARD, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "LICENSE")
+LONG = "x" * 900_000
+
 
 def case(name: str, damage: Any, *words: str) -> Any:
     """A parameter set: the damage and the words that its refusal must have."""
     return pytest.param(damage, words, id=name)
+
+
+def write_originals(folder: Path) -> None:
+    """Good checkpoints to damage: one file of weights, and two."""
+    small = tiny_config("lfm2", vocab_size=2660, intermediate_size=16)
+    write_random_checkpoint(folder / "single", small, seed=1, tokenizer_from="tiny-moe")
+    write_random_checkpoint(folder / "sharded", small, seed=1, shards=2)
+    (folder / "single" / "LICENSE").write_text("a licence")
+
+
+def raw(text: str | bytes) -> Damage:
+    """A file of these bytes."""
+    return lambda path: path.write_bytes(text.encode() if isinstance(text, str) else text)
 
 
 def link(target: str) -> Damage:
@@ -120,6 +139,11 @@ def refusal(kind: type[Lfm2ExportError], folder: Path, call: Callable[[], object
     assert seconds < SECONDS
     assert listing(folder.parent) == before
     return message
+
+
+def refused(folder: Path, words: tuple[str, ...], kind: type[Lfm2ExportError] = Lfm2ExportError) -> None:
+    """Opening the checkpoint raises a line with these words."""
+    assert_words(refusal(kind, folder, lambda: open_checkpoint(folder)), words)
 
 
 def assert_readable(message: str) -> None:

@@ -20,7 +20,7 @@ from lfm2_export.manifest import MANIFEST
 from lfm2_export.runners import load_runner
 from tests import hostile
 from tests.artifacts import write_artifact
-from tests.hostile import SPECIAL, assert_words, case, link, refusal
+from tests.hostile import LONG, SPECIAL, assert_words, case, link, raw, refusal
 
 pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="links, FIFOs and devices"),
@@ -28,7 +28,6 @@ pytestmark = [
 ]
 
 DATA, GRAPH = "onnx/model_q4.onnx_data", "onnx/model_q4.onnx"
-LONG = "x" * 900_000
 Change = Callable[[dict[str, Any]], object]
 
 
@@ -54,10 +53,6 @@ def refused(folder: Path, words: tuple[str, ...]) -> None:
 
 
 # The manifest's bytes
-
-
-def raw(text: str | bytes) -> Callable[[Path], object]:
-    return lambda path: path.write_bytes(text.encode() if isinstance(text, str) else text)
 
 
 BYTES = [
