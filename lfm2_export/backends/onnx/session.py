@@ -16,8 +16,8 @@ from lfm2_export.errors import ArtifactError, RunnerError
 
 # The first release whose CPU kernels cover every operator that our programs use (QMoE's accuracy_level among them).
 MIN_ONNXRUNTIME = (1, 31)
-# onnxruntime logs a warning for every initializer that its optimizer leaves unused, which nobody could act on, and every
-# error that it also raises, which we say ourselves.
+# onnxruntime logs a warning for every initializer that its optimizer leaves unused, which nobody could act on, and each
+# error that it raises too, which we say ourselves.
 _LOG_FATAL_ONLY = 4
 
 
