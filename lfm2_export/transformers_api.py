@@ -29,7 +29,7 @@ from lfm2_export.manifest import Program
 from lfm2_export.messages import shown
 from lfm2_export.runners import load_runner
 from lfm2_export.transformers_cache import ExportedCache, StateDesk
-from lfm2_export.transformers_config import changed_config, generation_settings, own_config
+from lfm2_export.transformers_config import changed_config, fields_of, generation_settings, own_config
 from lfm2_export.transformers_inputs import all_logits, attended, check_positions, kept, loss_of, only_last
 from lfm2_export.transformers_module import ProgramModule
 from lfm2_export.transformers_options import (
@@ -73,6 +73,7 @@ class ExportedModelForCausalLM(ProgramModule, GenerationMixin):
         program: Program | None = None,
     ):
         self.config = config
+        self.name_or_path = config.name_or_path
         self.generation_config = generation_config or GenerationConfig.from_model_config(config)
         self.dtype = dtype
         self.program = program
@@ -123,10 +124,9 @@ class ExportedModelForCausalLM(ProgramModule, GenerationMixin):
         artifact = Artifact.open(_folder(pretrained_model_name_or_path, subfolder), verify=False)
         program = artifact.program(_word("backend", backend), _word("scheme", scheme))
         own = own_config(artifact.path)
-        fields = own.to_dict()
-        known = load_options([program.scheme for program in artifact.programs], fields)
-        changes = {name: options.pop(name) for name in options.keys() & (fields.keys() - known.keys())}
-        check_options("from_pretrained", options, known, {*signature(cls.from_pretrained).parameters, *fields})
+        changes = {name: options.pop(name) for name in fields_of(own, options)}
+        known = load_options([program.scheme for program in artifact.programs])
+        check_options("from_pretrained", options, known, {*signature(cls.from_pretrained).parameters, *own.to_dict()})
         check_device(device_map, "device_map")
         if options.get("trust_remote_code"):
             logger.info("trust_remote_code: whatever it says, nothing from an artifact is ever run")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,12 @@ def own_config(folder: Path) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except _REFUSALS as error:
         raise _not_taken(path, error) from error
+
+
+def fields_of(own: PreTrainedConfig, options: Iterable[str]) -> list[str]:
+    """Those of ``options`` that transformers takes for a field of the configuration, outputs aside."""
+    public = [name for name in options if not name.startswith("_") and name not in OUTPUTS]
+    return [name for name in public if hasattr(own, name) and not callable(getattr(own, name))]
 
 
 def changed_config(own: PreTrainedConfig, asked: object, values: Mapping[str, Any]) -> PreTrainedConfig:

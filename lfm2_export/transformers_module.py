@@ -58,11 +58,12 @@ _REASONS = {
 class ProgramModule:
     """The base of ``ExportedModelForCausalLM``.
 
-    ``config``: the checkpoint's; ``dtype``: the program's activations; ``program``: its entry in the manifest, None
-    where it is not known.
+    ``config``: the checkpoint's; ``name_or_path``: the artifact's folder; ``dtype``: the program's activations;
+    ``program``: its entry in the manifest, None where it is not known.
     """
 
     config: PreTrainedConfig
+    name_or_path: str
     dtype: torch.dtype
     program: Program | None
     _desk: StateDesk
@@ -80,11 +81,6 @@ class ProgramModule:
     @property
     def device(self) -> torch.device:
         return CPU
-
-    @property
-    def name_or_path(self) -> str:
-        """The artifact's folder."""
-        return self.config.name_or_path
 
     @property
     def vocab_size(self) -> int:

@@ -156,6 +156,7 @@ _LOAD_OPTIONS: Mapping[str, Option] = {
     **{name: Option(taken=_anything) for name in _LOADING},
     **{name: Option(taken=_nothing, reason=reason) for name, reason in _REFUSED.items()},
     # These give what the program gives, whichever is chosen.
+    "_attn_implementation": Option(taken=_one_of("eager", "sdpa"), reason=_ATTENTION),
     "attn_implementation": Option(taken=_one_of("eager", "sdpa"), reason=_ATTENTION),
     "experts_implementation": Option(
         taken=_one_of("eager", "batched_mm", "grouped_mm"),
@@ -167,18 +168,15 @@ _LOAD_OPTIONS: Mapping[str, Option] = {
 }
 
 
-def load_options(schemes: Collection[str], fields: Collection[str]) -> dict[str, Option]:
-    """What ``from_pretrained`` knows beside its own parameters and the configuration's fields.
-
-    Args:
-        schemes: those that the artifact has.
-        fields: the configuration's; some are settings of ``generate`` as well.
-    """
-    generation = [name for name in vars(GenerationConfig()) if name not in fields and not name.startswith("_")]
+def load_options(schemes: Collection[str]) -> dict[str, Option]:
+    """What ``from_pretrained`` knows beside its own parameters and the configuration's fields; ``schemes``: those that
+    the artifact has."""
+    here = ", ".join(schemes)
     named = {
-        name: Option(taken=option.taken, reason=option.reason.format(schemes=", ".join(schemes)))
+        name: Option(taken=option.taken, reason=option.reason.format(schemes=here))
         for name, option in _LOAD_OPTIONS.items()
     }
+    generation = (name for name in vars(GenerationConfig()) if not name.startswith("_"))
     return {name: Option(taken=_nothing, reason=_GENERATION) for name in generation} | named
 
 

@@ -57,6 +57,7 @@ TRANSFORMERS_TAKES = [
     {"adapter_kwargs": {}, "adapter_name": "default", "gguf_file": None, "tp_plan": None, "tp_size": 1},
     {"use_kernels": False, "kernel_config": None, "fusion_config": None, "disable_mmap": False},
     {"use_cache": True, "return_dict": True, "pad_token_id": 0, "num_hidden_layers": 6, "initializer_range": 0.5},
+    {"num_labels": 3, "problem_type": None, "id2label": {0: "a"}, "bos_token_id": 1, "eos_token_id": [7, 2]},
 ]
 
 
@@ -134,6 +135,7 @@ def test_a_subfolder_is_where_the_artifact_lies(folder, runner, opened):
         ({"device_map": {"": 0}}, r"device_map=\{'': 0\}"),
         ({"device_map": {"model": "cpu", "lm_head": "disk"}}, r"device_map=\{'model': 'cpu', 'lm_head': 'disk'\}"),
         ({"attn_implementation": "flash_attention_2"}, r"attn_implementation='flash_attention_2': how attention is"),
+        ({"_attn_implementation": "flash_attention_2"}, r"_attn_implementation='flash_attention_2': how attention"),
         ({"attn_implementation": "someone/kernel"}, r"attn_implementation='someone/kernel'"),
         ({"experts_implementation": "deepgemm"}, r"experts_implementation='deepgemm'"),
         ({"load_in_4bit": True}, r"load_in_4bit=True: .* choose one with scheme, here q4, q8, fp16, fp32, q4f16$"),
@@ -152,6 +154,7 @@ def test_a_subfolder_is_where_the_artifact_lies(folder, runner, opened):
         ({"session_options": object()}, r"session_options=<object .*: the runner makes its own session"),
         ({"export": True}, r"export=True: lfm2_export\.export"),
         ({"temperature": 0.3}, r"temperature=0\.3: pass it to generate"),
+        ({"to_dict": True}, r"there is no option 'to_dict'"),
         ({"output_hidden_states": True}, r"output_hidden_states=True: an exported program gives logits only"),
         ({"generation_config": {"top_k": 1}}, r"generation_config=\{'top_k': 1\}: pass a transformers\.Generation"),
         ({"scheme": "q3"}, r"has no q3 program"),
