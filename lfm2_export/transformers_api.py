@@ -11,34 +11,42 @@ Shape suffixes: B rows, T new columns (tokens and padding), V vocabulary.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, GenerationConfig, GenerationMixin, PreTrainedConfig
-from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from lfm2_export.artifact import Artifact
 from lfm2_export.backends.base import Runner
-from lfm2_export.errors import GenerationError, RunnerError
+from lfm2_export.errors import GenerationError
+from lfm2_export.manifest import Program
+from lfm2_export.messages import shown
 from lfm2_export.runners import load_runner
 from lfm2_export.transformers_cache import ExportedCache, StateDesk
+from lfm2_export.transformers_config import changed_config, fields_of, generation_settings, own_config
+from lfm2_export.transformers_inputs import all_logits, attended, check_positions, kept, loss_of, only_last
+from lfm2_export.transformers_module import ProgramModule
+from lfm2_export.transformers_options import (
+    CPU,
+    FORWARD_OPTIONS,
+    IDS_ONLY,
+    check_device,
+    check_options,
+    load_options,
+    refuse,
+    served_dtype,
+)
 
 logger = logging.getLogger(__name__)
 
-_CPU = torch.device("cpu")
-# What a program's activations can stand in for: bfloat16 and float16 are what checkpoints are published in.
-_SERVED = {
-    torch.float32: (torch.float32, torch.float16, torch.bfloat16),
-    torch.float16: (torch.float16, torch.bfloat16),
-}
-_IDS_ONLY = "an exported program starts at token ids; pass input_ids"
-_LOGITS_ONLY = "an exported program gives logits only"
 
-
-class ExportedModelForCausalLM(GenerationMixin):
+class ExportedModelForCausalLM(ProgramModule, GenerationMixin):
     """A causal language model that runs an exported program.
 
     Args:
@@ -46,6 +54,7 @@ class ExportedModelForCausalLM(GenerationMixin):
         config: the checkpoint's configuration.
         generation_config: defaults of ``generate``.
         dtype: the program's activations.
+        program: its entry in the manifest, for what the model says of itself.
     """
 
     main_input_name = "input_ids"
@@ -61,82 +70,86 @@ class ExportedModelForCausalLM(GenerationMixin):
         generation_config: GenerationConfig | None = None,
         *,
         dtype: torch.dtype = torch.float32,
+        program: Program | None = None,
     ):
         self.config = config
+        self.name_or_path = config.name_or_path
         self.generation_config = generation_config or GenerationConfig.from_model_config(config)
         self.dtype = dtype
+        self.program = program
         self._desk = StateDesk(runner)
 
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | Path,
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *,
+        config: PreTrainedConfig | str | os.PathLike[str] | None = None,
+        generation_config: GenerationConfig | None = None,
         device_map: object = None,
-        dtype: str | torch.dtype | None = None,
+        dtype: object = None,
+        torch_dtype: object = None,
+        subfolder: str | None = None,
+        output_loading_info: bool = False,
         scheme: str | None = None,
         backend: str | None = None,
         threads: int | None = None,
-        **unknown: Any,
+        kernels: str | None = None,
+        kv_cache: str | None = None,
+        **options: Any,
     ) -> ExportedModelForCausalLM:
-        """Opens an artifact.
+        """Opens an artifact. Nothing is fetched, unpickled or run from it, whatever is asked for.
 
         Args:
             pretrained_model_name_or_path: its folder.
-            device_map: None, "auto" or "cpu".
+            config: to use instead of the artifact's, where it describes the same model.
+            generation_config: defaults of ``generate`` to use instead of the artifact's.
+            device_map: None, "auto", "cpu", or a mapping of parts to the CPU.
             dtype: "auto", None, or a float type that the program's activations can stand in for; the program's own
                 type is used in any case, since it is part of it.
+            torch_dtype: the older name of ``dtype``.
+            subfolder: where the artifact lies in the folder.
+            output_loading_info: also return, as transformers does, what was missing in its files: nothing.
             scheme: which program; default: the preferred one that is there.
             backend: "onnx" or "executorch"; default: the first one that is there.
             threads: default: every core that this process may use.
+            kernels, kv_cache: as in ``load_runner``.
+            options: transformers' and optimum's other ones, and fields of the configuration: taken where they change
+                nothing (``trust_remote_code``, ``low_cpu_mem_usage``, ``attn_implementation="sdpa"``, ...).
 
         Raises:
-            GenerationError: an option that an exported program cannot follow.
+            GenerationError: an option that there is not, or that an exported program cannot follow.
             ArtifactError: the folder is not a whole artifact, or has no such program.
         """
-        if unknown:
-            raise GenerationError(
-                f"from_pretrained: {', '.join(sorted(unknown))} cannot be set on an exported program; "
-                "known options: device_map, dtype, scheme, backend, threads"
-            )
-        _check_device(device_map, "device_map")
-        runner = load_runner(pretrained_model_name_or_path, scheme=scheme, backend=backend, threads=threads)
-        folder = str(pretrained_model_name_or_path)
-        return cls(
-            runner,
-            AutoConfig.from_pretrained(folder, local_files_only=True),
-            _generation_config(folder),
-            dtype=_check_dtype(dtype, _activation_dtype(runner)),
+        artifact = Artifact.open(_folder(pretrained_model_name_or_path, subfolder), verify=False)
+        program = artifact.program(_word("backend", backend), _word("scheme", scheme))
+        own = own_config(artifact.path)
+        changes = {name: options.pop(name) for name in fields_of(own, options)}
+        known = load_options([program.scheme for program in artifact.programs])
+        check_options("from_pretrained", options, known, {*signature(cls.from_pretrained).parameters, *own.to_dict()})
+        check_device(device_map, "device_map")
+        if options.get("trust_remote_code"):
+            logger.info("trust_remote_code: whatever it says, nothing from an artifact is ever run")
+        activations = served_dtype(torch_dtype if dtype is None else dtype, _activation_dtype(program))
+        settings = generation_settings(artifact.path, generation_config)
+        described = changed_config(own, config, changes)
+        described.dtype = activations
+        runner = load_runner(
+            artifact,
+            scheme=program.scheme,
+            backend=program.backend,
+            threads=threads,
+            kernels=kernels,
+            kv_cache=kv_cache,
         )
-
-    @property
-    def device(self) -> torch.device:
-        return _CPU
-
-    @property
-    def runner(self) -> Runner:
-        """The runner below; using it directly takes the state from whoever holds it."""
-        return self._desk.runner
-
-    def to(self, device: str | torch.device) -> ExportedModelForCausalLM:
-        """Does nothing, for code that moves models; a GenerationError for another device than the CPU."""
-        _check_device(device, "to")
-        return self
-
-    def eval(self) -> ExportedModelForCausalLM:
-        """Does nothing: a program has no training mode."""
-        return self
-
-    @classmethod
-    def can_generate(cls) -> bool:
-        return True
-
-    def is_remote_code(self) -> bool:
-        return False
-
-    def get_experts_implementation(self) -> dict[str, str]:
-        """Nothing to choose: how experts are computed is part of the program."""
-        return {}
+        model = cls(runner, described, settings, dtype=activations, program=program)
+        if isinstance(attention := options.get("attn_implementation"), str):
+            model.set_attn_implementation(attention)
+        if device_map is not None:
+            model.hf_device_map = {"": CPU}
+        if output_loading_info:  # as in transformers, whose signature leaves it out too
+            return model, _nothing_missing()  # type: ignore[return-value]
+        return model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)
@@ -148,17 +161,20 @@ class ExportedModelForCausalLM(GenerationMixin):
             inputs: token ids [B, T], or a BatchEncoding (any mapping) with input_ids and attention_mask.
             args, kwargs: as in transformers; it refuses what it does not know by name.
         """
-        if kwargs.pop("trust_remote_code", None) or isinstance(kwargs.get("custom_generate"), str):
+        kwargs.pop("trust_remote_code", None)
+        if isinstance(kwargs.get("custom_generate"), str):
             raise GenerationError(
                 "generate: custom_generate with code from a repository is not supported; pass a callable"
             )
-        _refuse("inputs_embeds", kwargs.get("inputs_embeds") is not None, _IDS_ONLY)
+        refuse("inputs_embeds", kwargs.get("inputs_embeds") is not None, IDS_ONLY)
         if isinstance(inputs, Mapping):
             if both := sorted(inputs.keys() & kwargs.keys()):
                 raise GenerationError(f"generate: {', '.join(both)} was given twice; pass it once")
             return super().generate(None, *args, **inputs, **kwargs)
         return super().generate(inputs, *args, **kwargs)
 
+    # Traced, it would be slower: what there is to compile is compiled.
+    @torch.compiler.disable(reason="an exported program is compiled already; leave torch.compile out")
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -169,9 +185,9 @@ class ExportedModelForCausalLM(GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        **options: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """One forward pass over [B, T] new columns.
 
@@ -183,29 +199,33 @@ class ExportedModelForCausalLM(GenerationMixin):
             labels: int64 [B, T], -100 where there is none; gives ``loss``, in which padding predicts nothing.
             use_cache: return the state (default: as the config says).
             logits_to_keep: 1 gives each row's last *token*, whatever padding follows; 0 all columns, zero at padding.
+            return_dict: False gives a tuple (default: as the config says).
+            num_items_in_batch: what the loss is divided by, where it is not the number of labels.
+            options: transformers' other ones, taken where they change nothing.
 
         Raises:
             GenerationError: an input that the program cannot follow.
         """
-        _refuse("inputs_embeds", inputs_embeds is not None, _IDS_ONLY)
-        _refuse("output_attentions", bool(output_attentions), _LOGITS_ONLY)
-        _refuse("output_hidden_states", bool(output_hidden_states), _LOGITS_ONLY)
+        refuse("inputs_embeds", inputs_embeds is not None, IDS_ONLY)
+        if options:
+            check_options("forward", options, FORWARD_OPTIONS, signature(self.forward).parameters)
         if input_ids is None or input_ids.ndim != 2 or input_ids.shape[1] == 0:
             raise GenerationError(
                 "forward: input_ids with shape [batch, tokens] expected; pass what the tokenizer returns"
             )
         cache = self._check_cache(past_key_values)
-        only_last = labels is None and (input_ids.shape[1] == 1 or _is_one(logits_to_keep))
+        short = labels is None and (input_ids.shape[1] == 1 or only_last(logits_to_keep))
         with self._desk.lock:
-            logits = self._advance(cache, input_ids, attention_mask, position_ids, only_last)
-        loss = None if labels is None else _loss(logits, labels, attention_mask)
+            logits = self._advance(cache, input_ids, attention_mask, position_ids, short)
+        loss = None if labels is None else loss_of(logits, labels, attention_mask, num_items_in_batch)
         keep = self.config.use_cache if use_cache is None else use_cache
         output = CausalLMOutputWithPast(
             loss=loss,
-            logits=logits if only_last else _keep(logits, logits_to_keep),
+            logits=logits if short else kept(logits, logits_to_keep),
             past_key_values=cache if keep else None,
         )
-        return output.to_tuple() if return_dict is False else output
+        as_said = self.config.return_dict if return_dict is None else return_dict
+        return output if as_said else output.to_tuple()
 
     def _check_cache(self, past_key_values: object) -> ExportedCache:
         if past_key_values is None:
@@ -223,20 +243,20 @@ class ExportedModelForCausalLM(GenerationMixin):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
-        only_last: bool,
+        short: bool,
     ) -> torch.Tensor:
-        """Runs the new tokens; logits float32 [B, 1, V] or [B, T, V]."""
+        """Runs the new tokens; logits float32 [B, 1, V] (``short``) or [B, T, V]."""
         runner, (batch_size, columns) = self._desk.runner, input_ids.shape
         lengths = cache.lengths if cache.columns else np.zeros(batch_size, dtype=np.int64)
-        attended_BT = _attended(attention_mask, lengths, cache.columns, batch_size, columns)
-        _check_positions(position_ids, attended_BT, lengths)
+        attended_BT = attended(attention_mask, lengths, cache.columns, batch_size, columns)
+        check_positions(position_ids, attended_BT, lengths)
         rows = [ids[mask] for ids, mask in zip(input_ids.cpu().numpy(), attended_BT, strict=True)]
         self._desk.bring_in(cache, batch_size)
-        if only_last:
+        if short:
             logits = runner.prefill(rows, chunk_size=cache.chunk_size)[:, None]
         else:
             logits = np.zeros((batch_size, columns, runner.vocab_size), dtype=np.float32)
-            for row, (mask, scores) in enumerate(zip(attended_BT, _all_logits(runner, rows), strict=True)):
+            for row, (mask, scores) in enumerate(zip(attended_BT, all_logits(runner, rows), strict=True)):
                 logits[row, mask] = scores
         cache.appended(columns)
         return torch.from_numpy(logits)
@@ -276,122 +296,44 @@ class ExportedModelForCausalLM(GenerationMixin):
             logger.warning("generation ends after %d tokens, where the program's context is full", limit)
             generation_config.max_length = limit
 
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        raise GenerationError("generate_batch: an exported program has no paged cache; pass generate a padded batch")
 
-def _loss(logits_BTV: torch.Tensor, labels_BT: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """transformers' loss, without the labels that would be predicted from padding: nothing was computed there."""
-    if labels_BT.shape != logits_BTV.shape[:2]:
-        raise GenerationError(f"labels have shape {list(labels_BT.shape)}; {list(logits_BTV.shape[:2])} expected")
-    if attention_mask is not None:
-        padding = attention_mask[:, -labels_BT.shape[1] :][:, :-1] == 0
-        labels_BT = torch.cat([labels_BT[:, :1], labels_BT[:, 1:].masked_fill(padding, -100)], dim=1)
-    return ForCausalLMLoss(logits=logits_BTV, labels=labels_BT, vocab_size=logits_BTV.shape[-1])
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
+
+    def load_custom_generate(self, *args: Any, **kwargs: Any) -> Any:
+        raise GenerationError("load_custom_generate: code from a repository is never run; pass generate a callable")
 
 
-def _all_logits(runner: Runner, rows: list[np.ndarray]) -> list[np.ndarray]:
-    """The logits after every new token, [T_b, V] per row, from the scoring graph or token by token without one."""
-    if runner.can_score:
-        return runner.prefill_scored(rows)
-    if len({len(row) for row in rows}) > 1:
-        raise RunnerError("logits of every position in padded rows need the scoring graph; export the scheme again")
-    steps = [runner.prefill(step[:, None]) for step in np.stack(rows).T]
-    return list(np.stack(steps, axis=1))
+class ExportedConfig(PreTrainedConfig):
+    """Stands for exported programs in transformers' list of models that generate text, where ``pipeline`` looks."""
+
+    model_type = "lfm2_export"
 
 
-def _attended(
-    attention_mask: torch.Tensor | None, lengths: np.ndarray, past: int, batch_size: int, columns: int
-) -> np.ndarray:
-    """Which of the new columns are tokens, bool [B, T]."""
-    if len(lengths) != batch_size:
-        raise GenerationError(
-            f"input_ids has {batch_size} rows, but past_key_values has {len(lengths)}; they must agree"
-        )
-    if attention_mask is None:
-        return np.ones((batch_size, columns), dtype=bool)
-    if tuple(attention_mask.shape) != (batch_size, past + columns):
-        raise GenerationError(
-            f"attention_mask has shape {list(attention_mask.shape)}; [{batch_size}, {past + columns}] expected: "
-            "the columns of past_key_values and the new ones"
-        )
-    mask = attention_mask.cpu().numpy() != 0
-    if (mask[:, :past].sum(axis=1) != lengths).any():
-        raise GenerationError(
-            "attention_mask differs from the one that past_key_values was made with; keep its columns"
-        )
-    new = mask[:, past:]
-    if not new.any(axis=1).all():
-        row = int(np.argmin(new.any(axis=1)))
-        raise GenerationError(
-            f"attention_mask: row {row} has no token among the {columns} new columns; pass more columns at once"
-        )
-    # More than one beginning of a run of tokens: there is padding in between.
-    if ((np.diff(new.astype(np.int8), axis=1, prepend=0) == 1).sum(axis=1) > 1).any():
-        raise GenerationError("attention_mask: padding between tokens of one row is not possible; put it at an end")
-    return new
+AutoModelForCausalLM.register(ExportedConfig, ExportedModelForCausalLM)
 
 
-def _check_positions(position_ids: torch.Tensor | None, attended_BT: np.ndarray, lengths: np.ndarray) -> None:
-    if position_ids is None:
-        return
-    usual_BT = lengths[:, None] + attended_BT.cumsum(axis=1) - 1
-    given_BT = np.broadcast_to(position_ids.cpu().numpy(), usual_BT.shape)
-    if (given_BT != usual_BT)[attended_BT].any():
-        raise GenerationError("position_ids: an exported program counts each row's tokens itself; leave them out")
+def _folder(path: str | os.PathLike[str], subfolder: str | None) -> Path:
+    inner = "" if subfolder is None else subfolder
+    for name, value in {"pretrained_model_name_or_path": path, "subfolder": inner}.items():
+        if not isinstance(value, str | os.PathLike):
+            raise GenerationError(f"from_pretrained: {name}={shown(value)}: give a folder's name")
+    return Path(path, inner)
 
 
-def _keep(logits_BTV: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    if isinstance(logits_to_keep, int):
-        return logits_BTV[:, -logits_to_keep:] if logits_to_keep else logits_BTV
-    if logits_to_keep.ndim == 1:
-        return logits_BTV[:, logits_to_keep]
-    if logits_to_keep.dtype == torch.bool:
-        return logits_BTV[logits_to_keep]
-    return torch.take_along_dim(logits_BTV, logits_to_keep[..., None], dim=1)
+def _nothing_missing() -> dict[str, Any]:
+    """transformers' report on a checkpoint that has what its model needs."""
+    return {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
 
 
-def _is_one(logits_to_keep: int | torch.Tensor) -> bool:
-    return isinstance(logits_to_keep, int) and logits_to_keep == 1
+def _word(name: str, value: object) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise GenerationError(f"from_pretrained: {name}={shown(value)}: give a name")
+    return value
 
 
-def _refuse(name: str, given: bool, reason: str) -> None:
-    if given:
-        raise GenerationError(f"{name}: {reason}")
-
-
-def _check_device(device: object, name: str) -> None:
-    if isinstance(device, Mapping) and set(device.values()) <= {"cpu", _CPU}:
-        return
-    if device not in (None, "auto", "cpu", _CPU):
-        raise GenerationError(f'{name}={device!r}: exported programs run on the CPU; pass None, "auto" or "cpu"')
-
-
-def _check_dtype(asked: str | torch.dtype | None, own: torch.dtype) -> torch.dtype:
-    """The program's own type, if it can stand in for the one asked for."""
-    if asked is None or asked == "auto":
-        return own
-    wanted = getattr(torch, asked.removeprefix("torch."), None) if isinstance(asked, str) else asked
-    if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
-        raise GenerationError(f'dtype={asked!r} is not a float type; pass "auto", "float32", "float16" or "bfloat16"')
-    if wanted not in _SERVED[own]:
-        raise GenerationError(
-            f'dtype={asked!r}: this program computes in {_name(own)}; pass dtype="auto" or export another scheme'
-        )
-    if wanted != own:
-        logger.info("dtype=%s was asked for; this program computes in %s", _name(wanted), _name(own))
-    return own
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _activation_dtype(runner: Runner) -> torch.dtype:
+def _activation_dtype(program: Program) -> torch.dtype:
     """The state has the type that the program computes in."""
-    cache = getattr(runner, "cache", None)
-    names = {tensor.dtype for tensor in cache.tensors} if cache else set()
+    names = {tensor.dtype for tensor in program.cache.tensors}
     return torch.float16 if names == {"float16"} else torch.float32
-
-
-def _generation_config(folder: str) -> GenerationConfig | None:
-    if not (Path(folder) / "generation_config.json").is_file():
-        return None
-    return GenerationConfig.from_pretrained(folder, local_files_only=True)

@@ -7,7 +7,6 @@ class's doing. Tests on exported programs follow at the end.
 from __future__ import annotations
 
 import copy
-import re
 import threading
 from pathlib import Path
 
@@ -16,12 +15,14 @@ import pytest
 
 import lfm2_export
 from lfm2_export.backends.base import Mark, Snapshot, check_fits, check_indices, check_rows
-from lfm2_export.errors import ContextLimitError, GenerationError, Lfm2ExportError
+from lfm2_export.errors import ContextLimitError, GenerationError
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from lfm2_export.transformers_api import ExportedModelForCausalLM, _check_dtype  # noqa: E402
+from lfm2_export.transformers_api import ExportedModelForCausalLM  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FOLDER = Path(lfm2_export.__file__).parent / "assets" / "tiny-moe"
 
@@ -80,15 +81,6 @@ class EagerRunner:
 
     def reorder(self, indices) -> None:
         self.caches = [copy.deepcopy(self.caches[i]) for i in check_indices(indices, self.batch_size)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny products only get slower when threads wait for each other, most of all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -352,6 +344,13 @@ def test_loss_equals_transformers(ours, theirs, tokenizer):
     assert found.logits.shape == expected.logits.shape
 
 
+def test_the_loss_is_divided_by_the_items_of_the_batch(ours, theirs, tokenizer):
+    inputs = tokenizer("Return a list of all words", return_tensors="pt")
+    options = {"labels": inputs["input_ids"], "num_items_in_batch": 40}
+    with torch.no_grad():
+        torch.testing.assert_close(ours(**inputs, **options).loss, theirs(**inputs, **options).loss, atol=1e-4, rtol=0)
+
+
 def test_loss_of_a_padded_row_is_that_of_the_row_alone(ours, tokenizer):
     """transformers predicts the first token from the padding before it."""
     text = "Return a list of all words"
@@ -379,6 +378,15 @@ def test_all_logits_without_a_scoring_graph_come_token_by_token(theirs, tokenize
         torch.testing.assert_close(bare(**inputs).logits, theirs(**inputs).logits, atol=1e-4, rtol=0)
 
 
+def test_forward_takes_what_transformers_does_not_read_or_what_changes_nothing(ours, tokenizer):
+    inputs = tokenizer("Return a list", return_tensors="pt")
+    expected = ours(**inputs).logits
+    nothing = {"output_hidden_states": False, "output_attentions": None, "output_router_logits": False}
+    unread = {"token_type_ids": torch.zeros_like(inputs["input_ids"]), "cache_position": torch.arange(4)}
+    found = ours(**inputs, **nothing, **unread, is_causal=True, cu_seq_lens_q=None, return_dict=True).logits
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
+
+
 def test_usual_position_ids_are_accepted_and_others_refused(ours, tokenizer):
     inputs = tokenizer(["a b c d", "a"], return_tensors="pt", padding=True, padding_side="left")
     positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
@@ -391,8 +399,12 @@ def test_usual_position_ids_are_accepted_and_others_refused(ours, tokenizer):
     ("options", "message"),
     [
         ({"inputs_embeds": torch.zeros(1, 2, 4)}, "inputs_embeds: an exported program starts at token ids"),
-        ({"output_attentions": True}, "output_attentions: an exported program gives logits only"),
-        ({"output_hidden_states": True}, "output_hidden_states: an exported program gives logits only"),
+        ({"output_attentions": True}, "output_attentions=True: an exported program gives logits only"),
+        ({"output_hidden_states": True}, "output_hidden_states=True: an exported program gives logits only"),
+        ({"output_router_logits": True}, "output_router_logits=True: an exported program gives logits only"),
+        ({"is_causal": False}, "is_causal=False: an exported program attends to what came before"),
+        ({"cu_seq_lens_q": torch.tensor([0, 3])}, "cu_seq_lens_q=.*: rows packed into one are not possible"),
+        ({"output_hidden_state": True}, r"no option 'output_hidden_state' \(did you mean output_hidden_states\?\)"),
         ({"attention_mask": torch.tensor([[1, 0, 1]])}, "padding between tokens"),
         ({"attention_mask": torch.tensor([[0, 0, 0]])}, "row 0 has no token"),
         ({"attention_mask": torch.tensor([[1, 1]])}, r"attention_mask has shape \[1, 2\]; \[1, 3\] expected"),
@@ -421,7 +433,9 @@ def test_masks_and_batches_must_agree_with_the_cache(ours):
         ({"cache_implementation": "static"}, "cache_implementation='static'"),
         ({"prompt_lookup_num_tokens": 3}, "stateful"),
         ({"custom_generate": "someone/recipe"}, "custom_generate"),
-        ({"trust_remote_code": True}, "custom_generate"),
+        ({"custom_generate": "someone/recipe", "trust_remote_code": True}, "custom_generate"),
+        ({"cache_implementation": "paged"}, "paged"),
+        ({"token_type_ids": torch.zeros(1, 8)}, "token_type_ids"),
         ({"output_hidden_states": True}, "output_hidden_states"),
     ],
     ids=str,
@@ -446,27 +460,6 @@ def test_generation_ends_where_the_context_is_full(theirs, tokenizer, caplog):
     assert "context is full" in caplog.text
     with pytest.raises(ContextLimitError, match=r"do not fit the context limit"):
         small.generate(torch.ones(1, length + 6, dtype=torch.long), max_new_tokens=1)
-
-
-def test_it_behaves_like_a_model(ours):
-    assert ours.device == torch.device("cpu")
-    assert ours.dtype == torch.float32
-    assert ours.to("cpu") is ours
-    assert ours.eval() is ours
-    assert ours.can_generate()
-    assert ours.config.model_type == "lfm2"
-    with pytest.raises(GenerationError, match=re.escape("to='cuda'")):
-        ours.to("cuda")
-
-
-def test_a_pipeline_takes_it(ours, theirs, tokenizer):
-    results = [
-        transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)(
-            "def", max_new_tokens=8, do_sample=False, return_full_text=False
-        )
-        for model in (ours, theirs)
-    ]
-    assert results[0] == results[1]
 
 
 # On an exported program
@@ -576,45 +569,3 @@ def test_logits_of_an_exported_program(program, eager, tokenizer, side):
     padded = found[~mask]
     assert len(padded) > 0
     assert not padded.any()
-
-
-@pytest.mark.parametrize("dtype", [None, "auto", "bfloat16", "float16", "float32", torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("device_map", [None, "auto", "cpu", {"": "cpu"}, torch.device("cpu")], ids=str)
-def test_from_pretrained_takes_what_a_program_can_serve(folder, monkeypatch, program, dtype, device_map):
-    monkeypatch.setattr("lfm2_export.transformers_api.load_runner", lambda *_, **__: program.runner)
-    model = ExportedModelForCausalLM.from_pretrained(str(folder), dtype=dtype, device_map=device_map)
-    assert model.dtype == torch.float32
-    assert model.config.model_type == "lfm2_moe"
-    assert model.generation_config.eos_token_id == [7, 2]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"dtype": "int8"}, r"dtype='int8' is not a float type"),
-        ({"dtype": "nonsense"}, r"dtype='nonsense' is not a float type"),
-        ({"dtype": torch.long}, r"dtype=torch.int64 is not a float type"),
-        ({"dtype": "float64"}, r"dtype='float64': this program computes in float32"),
-        ({"device_map": "cuda"}, r"device_map='cuda': exported programs run on the CPU"),
-        ({"device_map": {"": 0}}, r"device_map=\{'': 0\}"),
-        ({"load_in_4bit": True, "attn_implementation": "x"}, r"attn_implementation, load_in_4bit cannot be set"),
-        ({"scheme": "q3"}, r"has no q3 program"),
-        ({"backend": "tpu"}, r"has no tpu program"),
-        ({"threads": 0}, r"threads=0"),
-    ],
-    ids=str,
-)
-def test_from_pretrained_refuses_by_name(folder, options, message):
-    with pytest.raises(Lfm2ExportError, match=message):
-        ExportedModelForCausalLM.from_pretrained(folder, **options)
-
-
-def test_a_float16_program_does_not_pass_for_float32():
-    assert _check_dtype("bfloat16", torch.float16) == torch.float16
-    with pytest.raises(GenerationError, match=r"dtype='float32': this program computes in float16"):
-        _check_dtype("float32", torch.float16)
-
-
-def test_a_folder_that_is_no_artifact_is_refused(tmp_path):
-    with pytest.raises(Lfm2ExportError, match="no such directory"):
-        ExportedModelForCausalLM.from_pretrained(tmp_path / "nothing")
