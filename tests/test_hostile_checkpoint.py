@@ -130,10 +130,14 @@ CONFIGS = [
     case("40,000 experts in one layer", moe(num_experts=40_000, num_dense_layers=4), "missing: model.layers."),
     case("wider than the weights", config(hidden_size=128), "wrong shape: model.embed_tokens.weight is [2660, 64]"),
     case("a vocabulary of 2^31", config(vocab_size=2**31 - 1), "wrong shape: model.embed_tokens.weight is [2660"),
-    case("a rope of 10,000 keys", config(rope_scaling={f"k{i}": 1 for i in range(10**4)}), "k0=1 is not supported"),
-    case("a key of 900 kB", config(rope_scaling={LONG: 1}), CONFIG, "is not supported"),
-    case("a quantization of 900 kB", config(quantization_config={"a": LONG}), "quantization_config={'a': 'xxx"),
-    case("tokens beyond the vocabulary", config(eos_token_id=[10**30] * 10**4), "eos_token_id=1000"),
+    case("a rope of 10,000 keys", config(rope_scaling={f"k{i}": {} for i in range(10**4)}), "k0={} is not supported"),
+    case("a key of 900 kB", config(rope_scaling={LONG: {}}), CONFIG, "is not supported"),
+    case(
+        "a quantization of 900 kB",
+        config(quantization_config={"a": LONG}),
+        "quantization_config says that the weights are quantized already",
+    ),
+    case("tokens beyond the vocabulary", config(eos_token_id=[-(10**30)] * 10**4), "eos_token_id=-1000"),
     case("tokens of tokens", config(eos_token_id=[[[2]]]), "eos_token_id=[[2]] is not supported"),
 ]
 

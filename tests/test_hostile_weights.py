@@ -213,7 +213,8 @@ HEADERS = [
     case("no offsets", header(lambda found: found[NORM].pop("data_offsets")), DAMAGED),
     case("a dtype of 900 kB", entry(dtype=LONG), f"{NORM} is stored as xxx"),
     case("a dtype of terminal codes", entry(dtype="\x1b[2J"), f"{NORM} is stored as \\x1b[2J"),
-    case("integers", entry(dtype="I64"), f"{NORM} is stored as I64; only BF16, F16 and F32"),
+    case("integers", entry(dtype="I16"), f"{NORM} is stored as I16, which is no floating-point type"),
+    case("a dtype of nobody", entry(dtype="Q5_K"), f"{NORM} is stored as Q5_K, which the format does not know"),
     case("a number as dtype", entry(dtype=16), DAMAGED),
     case("a row of nothing", entry(shape=[1, 0]), "its shape [1, 0] in BF16 needs 0 bytes"),
     case("10,000 axes", entry(shape=[1] * 10**4), DAMAGED),
@@ -241,15 +242,15 @@ HEADERS = [
     case("a hole", entry(data_offsets=[10**12, 10**12 + 128]), "leaves a hole before it"),
     case("two rows of nothing, tied", empty_tied(2), "; 1 left over: lm_head.weight; 1 wrong shape: model.embed"),
     case("2^62 rows of nothing, tied", empty_tied(2**62), "1 left over: lm_head.weight; 1 wrong shape: model.embed"),
-    case("nothing at the end", one_more("a.b"), "1 left over: a.b"),
-    case("2^62 rows of nothing", one_more("a.b", shape=[2**62, 0, 2**62]), "1 left over: a.b"),
-    case("a number that is no digit", one_more("²"), "1 left over: ²"),
+    case("nothing at the end", one_more("model.b"), "1 left over: model.b"),
+    case("2^62 rows of nothing", one_more("model.b", shape=[2**62, 0, 2**62]), "1 left over: model.b"),
+    case("a number that is no digit", one_more("model.²"), "1 left over: model.²"),
     case("superscripts in a name", one_more("model.layers.².w"), "1 left over: model.layers.².w"),
-    case("a name of 10^5 digits", one_more("9" * 10**5), "1 left over: 999"),
-    case("a name of 900 kB", one_more(LONG), "1 left over: xxx"),
-    case("a name of terminal codes", one_more("\x1b[2J\n"), "1 left over: \\x1b[2J"),
-    case("half a character as name", one_more("\ud800"), "1 left over: \\ud800"),
-    case("no name", one_more(""), "1 left over: "),
+    case("a name of 10^5 digits", one_more("model." + "9" * 10**5), "1 left over: model.999"),
+    case("a name of 900 kB", one_more(f"model.{LONG}"), "1 left over: model.xxx"),
+    case("a name of terminal codes", one_more("model.\x1b[2J\n"), "1 left over: model.\\x1b[2J"),
+    case("half a character as name", one_more("model.\ud800"), "1 left over: model.\\ud800"),
+    case("no name of its own", one_more("model."), "1 left over: model."),
     case("bytes after the last", lambda path: path.open("ab").write(b"1"), "has 1 bytes after its last tensor"),
     case("a byte too few", lambda path: os.truncate(path, path.stat().st_size - 1), "is truncated ("),
 ]
@@ -355,3 +356,19 @@ def test_none_takes_700_megabytes_or_five_seconds(originals: Path, tmp_path: Pat
         assert_readable(line)
         assert words in line
         assert seconds < hostile.SECONDS
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a.b", "²", "9" * 10**5, LONG, "\x1b[2J\n", "\ud800", ""],
+    ids=["plain", "no digit", "digits", "long", "terminal codes", "half a character", "empty"],
+)
+def test_what_the_model_does_not_use_is_left_out_whatever_it_is_called(
+    single: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    one_more(name)(single / SHARD)
+    assert "lm_head.weight" not in open_checkpoint(single).tensors
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "tensors that generating text does not use are left out (1): " in said
+    assert said.isprintable()
+    assert len(said) < 400
