@@ -23,7 +23,7 @@ from lfm2_export.backends.executorch import plan as executorch_plan
 from lfm2_export.backends.onnx import plan as onnx_plan
 from lfm2_export.config import ModelConfig
 from lfm2_export.families import get_family
-from lfm2_export.families.tensors import EMBEDDING, ModelTensor, Part, TensorClass
+from lfm2_export.families.tensors import EMBEDDING, HEAD, ModelTensor, Part, TensorClass
 from lfm2_export.quant.schemes import get_scheme
 from lfm2_export.resources import check_disk
 
@@ -127,7 +127,7 @@ def pte_program(folder: Path, raw_config: Mapping[str, Any]) -> Program:
     plan = executorch_plan.make_plan(config, get_scheme(PTE_SCHEME))
     bits = 0.0
     for tensor, count in _used(config):
-        form = plan.head.format if tensor.kind is TensorClass.EMBEDDING else plan.format(tensor.name)
+        form = plan[HEAD if tensor.kind is TensorClass.EMBEDDING else tensor.name].format
         bits += count * form.bits_per_weight
     return _artifact(EXECUTORCH, PTE_SCHEME, path, bits / active_weights(raw_config))
 

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ import lfm2_export
 from lfm2_export import cli, ledger, pipeline, resources
 from lfm2_export.artifact import Artifact
 from lfm2_export.backends.onnx import weights
+from lfm2_export.backends.weights import stream
+from lfm2_export.backends.weights.pieces import Piece
+from lfm2_export.backends.weights.stream import WeightStream
 from lfm2_export.errors import ArtifactError, CheckpointError, Lfm2ExportError, ResourceError
 from lfm2_export.manifest import MANIFEST
 from lfm2_export.progress import Progress
@@ -40,7 +43,7 @@ import os, signal, sys, threading, time
 from pathlib import Path
 import lfm2_export
 from lfm2_export import artifact, folders, ledger
-from lfm2_export.backends.onnx import weights
+from lfm2_export.backends.weights.stream import WeightStream
 
 checkpoint, output, pieces, schemes, end = sys.argv[1:]
 ledger.SYNC_SECONDS = 0.01
@@ -59,7 +62,7 @@ def stop():
         os._exit(1)
     os.kill(os.getpid(), signal.SIGKILL)
 
-def write_piece(self, piece, real=weights.WeightWriter._write_piece):
+def write_piece(self, piece, files, real=WeightStream.write_piece):
     global left
     with lock:
         left -= 1
@@ -68,10 +71,10 @@ def write_piece(self, piece, real=weights.WeightWriter._write_piece):
         stop()
     if mine < -1:  # another thread's piece: one of them stops the process
         time.sleep(600)
-    return real(self, piece)
+    return real(self, piece, files)
 
 lines_before = lines()
-weights.WeightWriter._write_piece = write_piece
+WeightStream.write_piece = write_piece
 if end == "commit":
     artifact.ArtifactWriter.commit = lambda self: stop()
 if end == "manifest":
@@ -142,13 +145,13 @@ def _often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def count_pieces(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Fills with the name of every piece that is read and quantized."""
-    written, real = [], weights.WeightWriter._write_piece
+    written, real = [], WeightStream.write_piece
 
-    def write_piece(self: weights.WeightWriter, piece: weights.Piece) -> Any:
+    def write_piece(self: WeightStream, piece: Piece, files: Sequence[int]) -> Any:
         written.append(piece.weight.name)
-        return real(self, piece)
+        return real(self, piece, files)
 
-    monkeypatch.setattr(weights.WeightWriter, "_write_piece", write_piece)
+    monkeypatch.setattr(WeightStream, "write_piece", write_piece)
     return written
 
 
@@ -404,21 +407,21 @@ def test_a_second_export_is_refused_and_disturbs_nothing(checkpoint, whole, tmp_
 @contextmanager
 def failing_after(pieces: int, out: Path, error: BaseException) -> Iterator[None]:
     """Makes an export into ``out`` raise once so many more pieces are in its ledgers."""
-    left, real = [pieces], weights.WeightWriter._write_piece
+    left, real = [pieces], WeightStream.write_piece
     expected = lines_in(out.parent) + pieces
 
-    def write_piece(self: weights.WeightWriter, piece: weights.Piece) -> Any:
+    def write_piece(self: WeightStream, piece: Piece, files: Sequence[int]) -> Any:
         left[0] -= 1
         if left[0] >= 0:
-            return real(self, piece)
+            return real(self, piece, files)
         until = time.monotonic() + 20
         while lines_in(out.parent) < expected and time.monotonic() < until:
             time.sleep(0.005)
         raise error
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(weights, "usable_cores", lambda: 1)
-        patched.setattr(weights.WeightWriter, "_write_piece", write_piece)
+        patched.setattr(stream, "usable_cores", lambda: 1)
+        patched.setattr(WeightStream, "write_piece", write_piece)
         yield
 
 

@@ -62,9 +62,10 @@ def pack_matrix(tensor: QuantizedTensor) -> ByteArray:
     Raises:
         QuantizationError: the format is not symmetric int4 in groups of 32 with scales that float16 holds.
     """
-    _check_format(tensor)
-    blocks, groups = tensor.shape[0] // TILE_ROWS, tensor.shape[1] // GROUP_SIZE
-    tiles = np.empty((blocks, groups, TILE_BYTES), np.uint8)
+    check_format(tensor.format)
+    _check_values(tensor)
+    tiles = np.empty(tiles_shape(*tensor.shape), np.uint8)
+    blocks, groups, _ = tiles.shape
     scales = np.ascontiguousarray(tensor.scale.astype("<f2").reshape(blocks, TILE_ROWS, groups).swapaxes(1, 2))
     tiles[..., : 2 * TILE_ROWS] = scales.view(np.uint8)
     halves = tensor.qdata.reshape(blocks, TILE_ROWS, groups, 2, 4, 4)
@@ -98,13 +99,25 @@ def unpack_expert(
     )
 
 
-def _check_format(tensor: QuantizedTensor) -> None:
-    form = tensor.format
+def tiles_shape(rows: int, columns: int) -> tuple[int, int, int]:
+    """The shape of a matrix's tiles, uint8."""
+    return rows // TILE_ROWS, columns // GROUP_SIZE, TILE_BYTES
+
+
+def check_format(form: IntFormat) -> None:
+    """Refuses a format that ``lfm2::moe_ffn`` cannot take.
+
+    Raises:
+        QuantizationError: it is not symmetric int4 in groups of 32.
+    """
     if (form.bits, form.group_size, form.symmetric) != (4, GROUP_SIZE, True):
         raise QuantizationError(
             f"experts in {form.to_json()}: lfm2::moe_ffn takes symmetric int4 in groups of {GROUP_SIZE}; "
             "pass --group-size 32 or --moe-op stock"
         )
+
+
+def _check_values(tensor: QuantizedTensor) -> None:
     if tensor.shape[0] % TILE_ROWS:
         raise QuantizationError(f"{tensor.shape[0]} rows are not a multiple of {TILE_ROWS}; pass --moe-op stock")
     if tensor.scale.dtype != np.float16 and np.any(tensor.scale.astype(np.float16) != tensor.scale):

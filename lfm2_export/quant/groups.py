@@ -137,7 +137,7 @@ def quantize_in_chunks(
     if weight.ndim != 2:
         raise QuantizationError(f"{fqn}: has shape {list(weight.shape)}; only a matrix can be quantized in groups")
     workers = threads or usable_cores()
-    out = _empty(weight.shape[0], format.groups(weight.shape[1], fqn), format)
+    out = empty_tensor(weight.shape[0], format.groups(weight.shape[1], fqn), format)
     step = _rows_per_worker(weight.shape, workers)
     starts = range(0, len(weight), step)
     workspaces: SimpleQueue[Workspace] = SimpleQueue()
@@ -150,7 +150,7 @@ def quantize_in_chunks(
         workspace = workspaces.get()
         try:
             chunk = workspace.quantize(values, format, quantize_chunk, fqn=fqn, rows=rows)
-            _store(chunk, out.rows(slice(start, rows.stop)))
+            store_chunk(chunk, out.rows(slice(start, rows.stop)))
         finally:
             workspaces.put(workspace)
 
@@ -216,7 +216,8 @@ def _check_fits(scale_C: FloatArray, least_C: FloatArray, greatest_C: FloatArray
         )
 
 
-def _empty(rows: int, groups: int, format: IntFormat) -> QuantizedTensor:
+def empty_tensor(rows: int, groups: int, format: IntFormat) -> QuantizedTensor:
+    """Room for rows of so many groups, to be filled by ``store_chunk``."""
     scale_dtype = np.float16 if format.scale_dtype == "float16" else np.float32
     return QuantizedTensor(
         qdata=np.empty((rows, groups * format.group_size), np.uint8),
@@ -226,7 +227,7 @@ def _empty(rows: int, groups: int, format: IntFormat) -> QuantizedTensor:
     )
 
 
-def _store(chunk: Chunk, out: QuantizedTensor) -> None:
+def store_chunk(chunk: Chunk, out: QuantizedTensor) -> None:
     """Puts a chunk into the rows that it is made of."""
     np.copyto(out.qdata.reshape(-1, chunk.format.group_size), chunk.codes_GC.T, casting="unsafe")
     out.scale[...] = chunk.scale_C.reshape(out.scale.shape)

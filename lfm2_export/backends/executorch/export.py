@@ -5,15 +5,19 @@ In: an ``ExportRequest``. Out: files under ``executorch/`` of its folder and an 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from lfm2_export import interrupts
-from lfm2_export.backends.executorch.plan import MoeOp, WeightPlan, make_plan
+from lfm2_export.backends.executorch.plan import MoeOp, PtePlan, make_plan
+from lfm2_export.backends.executorch.stream import PteStream, read_bytes
 from lfm2_export.backends.program import Estimate, ExportedProgram, ExportRequest
 from lfm2_export.cache import CacheSpec
 from lfm2_export.config import ModelConfig
@@ -21,7 +25,6 @@ from lfm2_export.errors import ExportError
 from lfm2_export.manifest import MODEL, StoredTensor, TensorSpec
 from lfm2_export.messages import shown
 from lfm2_export.models import get_net
-from lfm2_export.quant.algorithms import get_algorithm
 from lfm2_export.resources import check_memory, export_memory_needed, usable_cores
 
 FOLDER = "executorch"
@@ -38,14 +41,19 @@ def estimate(request: ExportRequest) -> Estimate:
     """
     plans = _plans(request)
     state, tables = _buffer_bytes(request.checkpoint.config, max_context(request))
+    streams = [_stream(request, plan, name, request.folder) for name, plan in plans.items()]
     largest = max(prod(tensor.shape[-2:]) for tensor in request.checkpoint.model_tensors.values())
-    experts = max(plan.spilled_bytes() for plan in plans.values())
-    held = max(plan.nbytes() - plan.spilled_bytes() for plan in plans.values()) + tables
-    # What is held: once as tensors, once in the program that is put together, once more while it is written. The state
-    # is twice there, as buffers and as write_state's arguments, and none of it in the file.
+    at_once = usable_cores() * max(piece.values for stream in streams for piece in stream.pieces)
+    held = max(plan.held_bytes() for plan in plans.values()) + tables
+    share = _Share(request, streams)
+    # Beside what a tensor takes on its way, the weights are held: once as maps of the stream's files, once in the
+    # program that is put together, once more while it is written. The state is twice there, as buffers and as
+    # write_state's arguments, and none of it in the file.
     return Estimate(
-        disk_bytes=sum(plan.nbytes() + tables for plan in plans.values()) + experts,
-        memory_bytes=export_memory_needed(largest, at_once=usable_cores()) + 3 * held + 2 * state,
+        disk_bytes=sum(plan.program_bytes() + tables for plan in plans.values())
+        + sum(map(PteStream.missing_bytes, streams)),
+        memory_bytes=export_memory_needed(max(largest, at_once)) + 3 * held + 2 * state,
+        done_bytes=share.of(sum(read_bytes(stream.done, request.checkpoint) for stream in streams)),
     )
 
 
@@ -64,6 +72,30 @@ def _buffer_bytes(config: ModelConfig, context: int) -> tuple[int, int]:
         2 * state + 3 * tables, purpose=f"a context of {context} (--max-context)", remedy="pass a smaller --max-context"
     )
     return state, tables
+
+
+class _Share:
+    """What was read as a share of the checkpoint, which is what progress is counted in: a tied token table is read
+    twice, and all of it again for each way to run experts. Its calls tell the request of that much more."""
+
+    def __init__(self, request: ExportRequest, streams: Sequence[PteStream]):
+        self._report, self._total = request.progress, request.checkpoint.total_bytes
+        self._planned = sum(read_bytes(stream.pieces, request.checkpoint) for stream in streams)
+        self._read = 0
+
+    def of(self, nbytes: int) -> int:
+        return nbytes * self._total // self._planned
+
+    def __call__(self, nbytes: int) -> None:
+        before = self.of(self._read)
+        self._read += nbytes
+        self._report(self.of(self._read) - before)
+
+
+def _stream(request: ExportRequest, plan: PtePlan, name: str, root: Path) -> PteStream:
+    """The stream of one file; ``root`` is where its files go if the request is not to be continued."""
+    ledger = None if request.ledgers is None else request.ledgers / f"{name}.ledger"
+    return PteStream(plan, request.algorithm, name=name, root=request.ledgers or root, ledger=ledger)
 
 
 def max_context(request: ExportRequest) -> int:
@@ -92,7 +124,10 @@ def export_program(request: ExportRequest) -> ExportedProgram:
     config = request.checkpoint.config
     cache = CacheSpec.from_config(config, "float32")
     (request.folder / FOLDER).mkdir(exist_ok=True)
-    made = {name: _export_one(request, plan, cache, context, name) for name, plan in plans.items()}
+    with _scratch(request) as root:
+        streams = {name: _stream(request, plan, name, root) for name, plan in plans.items()}
+        report = _Share(request, list(streams.values()))
+        made = {name: _export_one(request, stream, report, cache, context, name) for name, stream in streams.items()}
     first = next(iter(made.values()))
     graphs = {_role(index, plan): f"{FOLDER}/{name}" for index, (name, plan) in enumerate(plans.items())}
     return ExportedProgram(
@@ -111,14 +146,14 @@ def export_program(request: ExportRequest) -> ExportedProgram:
     )
 
 
-def _role(index: int, plan: WeightPlan) -> str:
+def _role(index: int, plan: PtePlan) -> str:
     """The first file is what any runtime opens; the other way to run experts is a variant of it."""
     assert index == 0 or plan.moe_op is not None
     return MODEL if index == 0 else str(plan.moe_op)
 
 
 def _options(
-    request: ExportRequest, context: int, plans: Mapping[str, WeightPlan], made: Mapping[str, Made]
+    request: ExportRequest, context: int, plans: Mapping[str, PtePlan], made: Mapping[str, Made]
 ) -> dict[str, Any]:
     """Settings, and per file what was made: its delegates, operators, and where its weights lie."""
     scheme = next(iter(plans.values())).scheme
@@ -143,33 +178,48 @@ class Made:
     places: Mapping[str, Any]
 
 
-def _export_one(request: ExportRequest, plan: WeightPlan, cache: CacheSpec, context: int, name: str) -> Made:
+@contextmanager
+def _scratch(request: ExportRequest) -> Iterator[Path]:
+    """A folder of its own for the streams' files; where the export may be continued they are beside its ledgers."""
+    if request.ledgers is not None:
+        yield request.ledgers
+        return
+    folder = request.folder / FOLDER
+    with tempfile.TemporaryDirectory(prefix="weights.", dir=folder, ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
+def _export_one(
+    request: ExportRequest, stream: PteStream, report: Callable[[int], None], cache: CacheSpec, context: int, name: str
+) -> Made:
     from lfm2_export.backends.executorch.lower import Lowering
     from lfm2_export.backends.executorch.spill import Spill
     from lfm2_export.backends.executorch.trace import buffer_positions, make_pte
-    from lfm2_export.backends.executorch.weights import WeightReader
+    from lfm2_export.backends.executorch.weights import ProgramWeights
 
-    weights = WeightReader(request.checkpoint, plan, get_algorithm(request.algorithm), request.progress)
+    plan = stream.plan
+    tensors = stream.write(request.checkpoint, report)
+    spill = Spill(stream.paths)
+    weights = ProgramWeights(plan, stream.places, spill)
     with torch.device("meta"):
         causal_lm = get_net(plan.config.model_type)(plan.config).eval()
-    folder = request.folder / FOLDER
-    with Spill(folder) as spill:
-        Lowering(plan.config, weights, buffer_positions(context), spill).lower_(causal_lm)
-        interrupts.check()
-        told = replace(plan.config, eos_token_id=request.checkpoint.stop_token_ids)
-        program = make_pte(causal_lm, told, cache, context, spill)
-        interrupts.check()
-        with open(folder / name, "wb") as file:
-            program.manager.write_to_file(file)
+    Lowering(plan.config, weights, buffer_positions(context)).lower_(causal_lm)
+    spill.let_go()
+    interrupts.check()
+    told = replace(plan.config, eos_token_id=request.checkpoint.stop_token_ids)
+    program = make_pte(causal_lm, told, cache, context, spill)
+    interrupts.check()
+    with open(request.folder / FOLDER / name, "wb") as file:
+        program.manager.write_to_file(file)
     return Made(
         delegates=program.delegates,
         operators=program.operators,
-        tensors=weights.records(),
+        tensors=tensors,
         places=weights.places(),
     )
 
 
-def _plans(request: ExportRequest) -> dict[str, WeightPlan]:
+def _plans(request: ExportRequest) -> dict[str, PtePlan]:
     """By file name, the portable way to run experts first."""
     wanted: tuple[MoeOp | None, ...] = (_moe_op(request.options.get("moe_op")),)
     if request.options.get("moe_op") == BOTH:

@@ -1,7 +1,7 @@
 """Replaces the leaf modules of an eager model by ones that ExecuTorch's operators and XNNPACK take.
 
-In: an eager model without weights (on the meta device) and a ``WeightReader``. Out: the same model, in place, with leaf
-modules of the same signatures that hold the weights as the .pte stores them. The model's own forward passes
+In: an eager model without weights (on the meta device) and the weights of a program. Out: the same model, in place,
+with leaf modules of the same signatures that hold the weights as the .pte stores them. The model's own forward passes
 (``models/decoder.py``) are not copied: what is traced is what was validated.
 
 Whatever XNNPACK can take is written so that it takes it, because every operator between two delegates costs a copy out
@@ -24,8 +24,7 @@ from torch import Tensor, nn
 
 from lfm2_export.backends.executorch import ops
 from lfm2_export.backends.executorch.moe import lowered_experts
-from lfm2_export.backends.executorch.spill import Spill
-from lfm2_export.backends.executorch.weights import CONV, Codes, WeightReader
+from lfm2_export.backends.executorch.weights import CONV, Codes, ProgramWeights
 from lfm2_export.config import ModelConfig
 from lfm2_export.models import decoder as eager
 from lfm2_export.models.layers import rope_angles
@@ -177,10 +176,10 @@ class ExecutorchAttention(nn.Module):
 
 
 class Lowering:
-    """One way to lower every kind of leaf module, with the weights of one reader; experts lie in ``spill``."""
+    """One way to lower every kind of leaf module, with the weights of one program."""
 
-    def __init__(self, config: ModelConfig, weights: WeightReader, capacity: int, spill: Spill):
-        self.config, self.weights, self.capacity, self.spill = config, weights, capacity, spill
+    def __init__(self, config: ModelConfig, weights: ProgramWeights, capacity: int):
+        self.config, self.weights, self.capacity = config, weights, capacity
 
     def lower_(self, model: eager.DecoderForCausalLM) -> int:
         """Replaces every leaf module of ``model`` in place; returns how many."""
@@ -206,7 +205,7 @@ class Lowering:
             case nn.Embedding():
                 return ExecutorchEmbedding(self.weights.embedding())
             case SparseMoeBlock():
-                return lowered_experts(name, self.weights, self.spill)
+                return lowered_experts(name, self.weights)
             case nn.Linear():
                 return self._linear(name)
         raise AssertionError(f"{name}: no lowering for {type(module).__name__}")

@@ -1,37 +1,29 @@
 """A sparse mixture-of-experts block as ExecuTorch runs it: by one of three ways, whichever the plan says.
 
-In: a block's name and a ``WeightReader``. Out: a module in place of the eager block, with the same signature, that
-holds the experts as its operator wants them; they are read, quantized and packed one expert at a time.
+In: a block's name and the program's weights. Out: a module in place of the eager block, with the same signature, that
+holds the experts as its operator wants them.
 
 Shape suffixes: T tokens, D hidden_size, I moe_intermediate_size, E experts, k experts per token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lfm2_export.backends.executorch import ops
-from lfm2_export.backends.executorch.packing import pack_stock, stock_bytes
 from lfm2_export.backends.executorch.plan import MoeOp
-from lfm2_export.backends.executorch.spill import Spill
-from lfm2_export.backends.executorch.weights import WeightReader, sha256
-from lfm2_export.background import map_in_threads
+from lfm2_export.backends.executorch.weights import ProgramWeights
 from lfm2_export.config import ModelConfig
 from lfm2_export.models.lfm2_moe import ROUTING_EPS
-from lfm2_export.quant.formats import QuantizedTensor
-from lfm2_export.resources import usable_cores
+from lfm2_export.quant.formats import IntFormat
 
 
 class Router(nn.Module):
     """Scores [1, T, E] and the chosen experts' [1, T, k], as the eager router has them."""
 
-    def __init__(self, name: str, weights: WeightReader):
+    def __init__(self, name: str, weights: ProgramWeights):
         super().__init__()
         self.top_k = weights.plan.config.num_experts_per_tok
         self.weight = nn.Buffer(weights.numbers(f"{name}.gate.weight"))
@@ -54,7 +46,7 @@ class PlainExperts(nn.Module):
     but linear layers, which XNNPACK runs. Picking experts out of a stack instead would copy their weights for each
     token, and plan that memory for the longest prompt."""
 
-    def __init__(self, name: str, weights: WeightReader, spill: Spill):
+    def __init__(self, name: str, weights: ProgramWeights):
         super().__init__()
         self.config: ModelConfig = weights.plan.config
         self.gate = Router(name, weights)
@@ -90,25 +82,16 @@ class StockExperts(nn.Module):
     """llama::quantized_moe_ffn. It divides the chosen scores by their sum, the model by their sum + 1e-6: what it
     returns is multiplied by sum / (sum + 1e-6), so that nothing is left of the difference."""
 
-    def __init__(self, name: str, weights: WeightReader, spill: Spill):
+    def __init__(self, name: str, weights: ProgramWeights):
         super().__init__()
         self.config: ModelConfig = weights.plan.config
-        config, self.gate = self.config, Router(name, weights)
-        inner, width, experts = config.moe_intermediate_size, config.hidden_size, config.num_experts
-        self.group_size = _group_size(name, weights)
+        self.gate = Router(name, weights)
+        form = weights.plan[f"{name}.experts.0.w1.weight"].format
+        assert isinstance(form, IntFormat)
+        self.group_size = form.group_size
         # No bias is a bias of zero; an empty tensor cannot be stored.
-        self.bias = nn.Buffer(torch.zeros(experts)) if self.gate.bias is None else None
-        w13 = spill.empty((experts, stock_bytes(2 * inner, width, self.group_size)))
-        w2 = spill.empty((experts, stock_bytes(width, inner, self.group_size)))
-
-        def pack(expert: int) -> None:
-            one, three, two = _expert(name, expert, weights)
-            w13[expert], w2[expert] = pack_stock(one, three), pack_stock(two)
-
-        _for_each_expert(pack, experts)
-        _note_stock(name, weights, w13, "w1", "w3")
-        _note_stock(name, weights, w2, "w2")
-        self.w13, self.w2 = _buffer(w13, spill), _buffer(w2, spill)
+        self.bias = nn.Buffer(torch.zeros(self.config.num_experts)) if self.gate.bias is None else None
+        self.w13, self.w2 = map(nn.Buffer, weights.experts(f"{name}.experts."))
 
     def forward(self, x_BTD: Tensor, recorder: object) -> Tensor:
         config, bias = self.config, self.gate.bias if self.bias is None else self.bias
@@ -132,28 +115,11 @@ class StockExperts(nn.Module):
 class Lfm2Experts(nn.Module):
     """lfm2::moe_ffn, which does all that follows the router's product."""
 
-    def __init__(self, name: str, weights: WeightReader, spill: Spill):
-        from lfm2_export.kernels.packing import PackedExperts
-
+    def __init__(self, name: str, weights: ProgramWeights):
         super().__init__()
         self.config: ModelConfig = weights.plan.config
-        config, self.gate = self.config, Router(name, weights)
-        packed = PackedExperts(
-            config.num_experts, config.hidden_size, config.moe_intermediate_size, allocate=spill.empty
-        )
-        _for_each_expert(lambda expert: packed.set_expert(expert, *_expert(name, expert, weights)), config.num_experts)
-        for part, tiles, first, step in (
-            ("w1", packed.gate_up, 0, 2),
-            ("w3", packed.gate_up, 1, 2),
-            ("w2", packed.down, 0, 1),
-        ):
-            _note(
-                name,
-                weights,
-                part,
-                {"kind": "lfm2", "data": sha256(tiles), "shape": tiles.shape, "first": first, "step": step},
-            )
-        self.gate_up, self.down = _buffer(packed.gate_up, spill), _buffer(packed.down, spill)
+        self.gate = Router(name, weights)
+        self.gate_up, self.down = map(nn.Buffer, weights.experts(f"{name}.experts."))
 
     def forward(self, x_BTD: Tensor, recorder: object) -> Tensor:
         from lfm2_export.kernels.ops import moe_ffn
@@ -174,45 +140,8 @@ class Lfm2Experts(nn.Module):
 _BY_OP = {MoeOp.PLAIN: PlainExperts, MoeOp.STOCK: StockExperts, MoeOp.LFM2: Lfm2Experts}
 
 
-def lowered_experts(name: str, weights: WeightReader, spill: Spill) -> nn.Module:
-    """What takes the place of the block ``name``; quantized experts lie in ``spill``."""
+def lowered_experts(name: str, weights: ProgramWeights) -> nn.Module:
+    """What takes the place of the block ``name``."""
     op = weights.plan.moe_op
     assert op is not None
-    return _BY_OP[op](name, weights, spill)
-
-
-def _for_each_expert(pack: Callable[[int], None], experts: int) -> None:
-    for _ in map_in_threads(pack, range(experts), threads=usable_cores()):
-        pass
-
-
-def _buffer(array: np.ndarray, spill: Spill) -> nn.Buffer:
-    spill.let_go(array)
-    return nn.Buffer(torch.from_numpy(array))
-
-
-def _expert(name: str, expert: int, weights: WeightReader) -> tuple[QuantizedTensor, QuantizedTensor, QuantizedTensor]:
-    """w1, w3 and w2 of one expert."""
-    one, three, two = (weights.expert(f"{name}.experts.{expert}.{part}.weight") for part in ("w1", "w3", "w2"))
-    return one, three, two
-
-
-def _group_size(name: str, weights: WeightReader) -> int:
-    form: Any = weights.plan.format(f"{name}.experts.0.w1.weight")
-    return int(form.group_size)
-
-
-def _note_stock(name: str, weights: WeightReader, blobs: np.ndarray, *parts: str) -> None:
-    """Where each expert's matrices lie: ``parts`` of equal height one below the other."""
-    config, digest = weights.plan.config, sha256(blobs)
-    inner, width = config.moe_intermediate_size, config.hidden_size
-    rows, columns = (width, inner) if parts == ("w2",) else (inner, width)
-    for index, part in enumerate(parts):
-        place = {"kind": "stock", "data": digest, "shape": blobs.shape, "group_size": _group_size(name, weights)}
-        _note(name, weights, part, place | {"columns": columns, "blob_rows": [index * rows, (index + 1) * rows]})
-
-
-def _note(name: str, weights: WeightReader, part: str, place: dict[str, Any]) -> None:
-    place["shape"] = list(place["shape"])
-    for expert in range(weights.plan.config.num_experts):
-        weights.stacked(f"{name}.experts.{expert}.{part}.weight", place | {"expert": expert})
+    return _BY_OP[op](name, weights)

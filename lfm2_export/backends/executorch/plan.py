@@ -1,22 +1,28 @@
-"""Decides how every weight of a checkpoint is stored in a .pte; nothing is read or computed here.
+"""What a .pte's operators can store: the data from which the plan of its weights follows.
 
-In: a model's config, a scheme, how experts are to run. Out: a ``WeightPlan``: the format of every published tensor and
-the reason for it. What XNNPACK or the operators for experts cannot express is refused here, by name, before any work.
+In: a model's config, a scheme, how experts are to run. Out: a ``PtePlan``: one ``StoredWeight`` per published tensor,
+and one for the head where that is tied. What XNNPACK or the operators for experts cannot express is refused here, by
+name, before any work.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
-from fnmatch import fnmatchcase
+from enum import Enum, StrEnum
+from math import prod
 
+import numpy as np
+
+from lfm2_export.backends.executorch.packing import HEADER_BYTES, stock_bytes
+from lfm2_export.backends.weights import plan as plans
+from lfm2_export.backends.weights.plan import Roles, Storage, StoredWeight, WeightPlan
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import ExportError, QuantizationError
-from lfm2_export.families import get_family
-from lfm2_export.families.tensors import EMBEDDING, HEAD, ModelTensor, Part, TensorClass, Tensors
+from lfm2_export.families.tensors import Part, TensorClass
+from lfm2_export.kernels.packing import check_format, tiles_shape
 from lfm2_export.quant.formats import FloatFormat, IntFormat, WeightFormat
-from lfm2_export.quant.schemes import FormatChoice, Scheme, check_patterns
+from lfm2_export.quant.schemes import Scheme
 
 # XNNPACK's group-wise kernels walk 32 values at a time.
 XNNPACK_GROUP = 32
@@ -31,43 +37,72 @@ class MoeOp(StrEnum):
     LFM2 = "lfm2"  # lfm2::moe, ours
 
 
+class Layout(Enum):
+    """How the values of a weight are arranged in the tensors that the lowered model holds."""
+
+    PLAIN = "plain"  # numbers of any shape
+    ROWS = "rows"  # numbers [rows, columns]
+    CODES = "codes"  # a signed code a byte; XNNPACK packs them when the program is put together
+    NIBBLES = "nibbles"  # two unsigned codes a byte, the first in the upper half: a token table of 4 bits
+    STOCK = "stock"  # a blob of the stock operator for experts (``packing``)
+    STOCK_BELOW = "stock below"  # the same without its header, since it lies below another's rows
+    TILES = "tiles"  # a matrix of our operator for experts (``kernels.packing``)
+
+    @property
+    def is_whole(self) -> bool:
+        return self in (Layout.PLAIN, Layout.STOCK, Layout.STOCK_BELOW, Layout.TILES)
+
+    @property
+    def interleaved(self) -> int:
+        return 1
+
+    @property
+    def is_bare(self) -> bool:
+        return self in (Layout.PLAIN, Layout.ROWS)
+
+    def roles(self, shape: tuple[int, ...], form: WeightFormat) -> Roles:
+        byte, single = np.dtype(np.uint8), np.dtype(np.float32)
+        if isinstance(form, FloatFormat):
+            return {"weight": (shape, np.dtype(form.dtype))}
+        rows, columns = shape
+        match self:
+            case Layout.STOCK | Layout.STOCK_BELOW:
+                nbytes = stock_bytes(rows, columns, form.group_size)
+                return {"qdata": ((nbytes if self is Layout.STOCK else nbytes - HEADER_BYTES,), byte)}
+            case Layout.TILES:
+                return {"qdata": (tiles_shape(rows, columns), byte)}
+        qdata = (shape, np.dtype(np.int8)) if self is Layout.CODES else ((rows, columns // 2), byte)
+        return {"qdata": qdata, "scale": ((rows, columns // form.group_size), single)}
+
+
 @dataclass(frozen=True, kw_only=True)
-class WeightPlan:
-    """Formats by published name. ``head`` is what the head is stored as: a tied one has no published name.
+class PtePlan(WeightPlan):
+    """``moe_op`` is None in a model without experts."""
 
-    ``moe_op`` is None in a model without experts.
-    """
-
-    config: ModelConfig
-    scheme: Scheme
-    tensors: Tensors
-    choices: dict[str, FormatChoice]
-    head: FormatChoice
     moe_op: MoeOp | None
 
-    def format(self, name: str) -> WeightFormat:
-        return self.choices[name].format
+    def program_bytes(self) -> int:
+        """Bytes of all weights in the program."""
+        return sum(map(_program_bytes, self.values()))
 
-    def spilled_bytes(self) -> int:
-        """Bytes of the experts that lie on disk until the program is written: those that are packed for an operator."""
-        if self.moe_op in (None, MoeOp.PLAIN):
-            return 0
-        return sum(self._nbytes(tensor) for tensor in self.tensors.values() if tensor.kind is TensorClass.EXPERTS)
+    def held_bytes(self) -> int:
+        """Of these, what is in memory when the program is put together: all but the experts that an operator takes
+        packed, which lie in files."""
+        return sum(_program_bytes(weight) for weight in self.values() if not is_packed(weight))
 
-    def nbytes(self) -> int:
-        """Bytes of all weights as stored."""
-        total = sum(map(self._nbytes, self.tensors.values()))
-        if self.config.tie_word_embeddings:
-            total += _nbytes(self.tensors[EMBEDDING].shape, self.head.format)
-        return total
 
-    def _nbytes(self, tensor: ModelTensor) -> int:
-        return _nbytes(tensor.shape, self.choices[tensor.name].format)
+def is_packed(weight: StoredWeight) -> bool:
+    """Whether it is part of what an operator for experts takes: all matrices of a kind in a layer as one tensor."""
+    return weight.layout in (Layout.STOCK, Layout.STOCK_BELOW, Layout.TILES)
+
+
+def _program_bytes(weight: StoredWeight) -> int:
+    return int(prod(weight.shape) * weight.format.bits_per_weight / 8)
 
 
 def make_plan(
     config: ModelConfig, scheme: Scheme, *, moe_op: MoeOp | None = None, embedding_bits: int | None = None
-) -> WeightPlan:
+) -> PtePlan:
     """The plan for one checkpoint under one scheme.
 
     Raises:
@@ -77,20 +112,38 @@ def make_plan(
     _check_config(config)
     if embedding_bits is not None:
         scheme = _with_embedding_bits(scheme, embedding_bits)
-    tensors = get_family(config.model_type).tensors(config)
-    check_patterns(scheme.exclude, tensors)
-    choices = {name: _choose(scheme, tensor) for name, tensor in tensors.items()}
-    head = choices[HEAD] if HEAD in choices else scheme.format_for(_untied_head(tensors[EMBEDDING]))
-    if HEAD not in choices and any(fnmatchcase(EMBEDDING, pattern) for pattern in scheme.exclude):
-        head = choices[EMBEDDING]
-    _check_linear(HEAD, head.format, (config.vocab_size, config.hidden_size))
-    chosen_op = _moe_op(config, tensors, choices, moe_op, scheme.name)
-    return WeightPlan(config=config, scheme=scheme, tensors=tensors, choices=choices, head=head, moe_op=chosen_op)
+    plan = plans.make_plan(config, scheme, _PteStorage(moe_op or MoeOp.STOCK))
+    chosen = _moe_op(plan, moe_op)
+    return PtePlan(config=config, scheme=scheme, weights=plan.weights, moe_op=chosen)
 
 
-def _untied_head(table: ModelTensor) -> ModelTensor:
-    """A .pte stores a tied head as a matrix of its own, since XNNPACK multiplies by no token table."""
-    return replace(table, name=HEAD, kind=TensorClass.HEAD, part=Part.HEAD)
+class _PteStorage(Storage):
+    """Each matrix is a weight of its own; a tied head is a copy, since XNNPACK multiplies by no token table."""
+
+    def __init__(self, moe_op: MoeOp):
+        self.moe_op = moe_op
+
+    def layout(self, kind: TensorClass, form: WeightFormat, matrix: str | None) -> Layout:
+        if kind in (TensorClass.SMALL, TensorClass.EXPERT_BIAS):
+            return Layout.PLAIN
+        if isinstance(form, FloatFormat):
+            return Layout.ROWS
+        if kind is TensorClass.EMBEDDING and form.bits == 4:
+            return Layout.NIBBLES
+        if kind is not TensorClass.EXPERTS:
+            return Layout.CODES
+        if self.moe_op is MoeOp.LFM2:
+            return Layout.TILES
+        return Layout.STOCK_BELOW if matrix == "w3" else Layout.STOCK
+
+    def check(self, weight: StoredWeight) -> None:
+        super().check(weight)
+        if isinstance(weight.format, FloatFormat):
+            return
+        if weight.layout is Layout.TILES:
+            check_format(weight.format)  # that the rows fill their blocks follows from the other matrix's groups
+        elif weight.layout is Layout.CODES and weight.part is not Part.EMBEDDING:
+            _check_linear(weight.name, weight.format)
 
 
 def _check_config(config: ModelConfig) -> None:
@@ -112,19 +165,7 @@ def _with_embedding_bits(scheme: Scheme, bits: int) -> Scheme:
     return replace(scheme, embedding=replace(scheme.embedding, bits=4 if bits == 4 else 8))
 
 
-def _choose(scheme: Scheme, tensor: ModelTensor) -> FormatChoice:
-    choice = scheme.format_for(tensor)
-    if tensor.kind in (TensorClass.LINEAR, TensorClass.HEAD):
-        _check_linear(tensor.name, choice.format, tensor.shape)
-    elif isinstance(choice.format, IntFormat):
-        choice.format.groups(tensor.shape[-1], tensor.name)
-    return choice
-
-
-def _check_linear(name: str, form: WeightFormat, shape: tuple[int, ...]) -> None:
-    if isinstance(form, FloatFormat):
-        return
-    form.groups(shape[-1], name)
+def _check_linear(name: str, form: IntFormat) -> None:
     if form.group_size % XNNPACK_GROUP:
         raise QuantizationError(
             f"{name}: group_size={form.group_size}, but XNNPACK takes multiples of {XNNPACK_GROUP}; "
@@ -132,39 +173,32 @@ def _check_linear(name: str, form: WeightFormat, shape: tuple[int, ...]) -> None
         )
 
 
-def _moe_op(
-    config: ModelConfig,
-    tensors: Tensors,
-    choices: dict[str, FormatChoice],
-    asked: MoeOp | None,
-    scheme_name: str,
-) -> MoeOp | None:
-    if not config.moe_layers:
+def _moe_op(plan: WeightPlan, asked: MoeOp | None) -> MoeOp | None:
+    experts = [weight for weight in plan.values() if weight.part is Part.EXPERTS]
+    if not experts:
         if asked is not None:
             raise ExportError(f"--moe-op {asked}: this checkpoint has no experts; leave it out")
         return None
-    experts = [name for name, tensor in tensors.items() if tensor.kind is TensorClass.EXPERTS]
-    is_quantized = _one_kind(experts, choices)
-    if not is_quantized:
+    if not _one_kind(experts):
         if asked is not None:
             raise ExportError(
-                f"--moe-op: scheme {scheme_name} leaves the experts unquantized, and neither operator takes them as "
-                "numbers; export that scheme apart, without --moe-op"
+                f"--moe-op: scheme {plan.scheme.name} leaves the experts unquantized, and neither operator takes them "
+                "as numbers; export that scheme apart, without --moe-op"
             )
         return MoeOp.PLAIN
     op = asked or MoeOp.STOCK
     if op is MoeOp.STOCK:
-        _check_stock(config)
+        _check_stock(plan.config)
     return op
 
 
-def _one_kind(experts: Sequence[str], choices: dict[str, FormatChoice]) -> bool:
+def _one_kind(experts: Sequence[StoredWeight]) -> bool:
     """Whether the experts are quantized; one operator holds all of a layer, so all of them or none."""
-    quantized = {isinstance(choices[name].format, IntFormat) for name in experts}
+    quantized = {isinstance(weight.format, IntFormat) for weight in experts}
     if len(quantized) > 1:
         raise QuantizationError(
-            f"{experts[0]}: --exclude names some experts and not others, but all are stored alike; exclude all of them "
-            "(model.layers.*.feed_forward.experts.*)"
+            f"{experts[0].name}: --exclude names some experts and not others, but all are stored alike; exclude all of "
+            "them (model.layers.*.feed_forward.experts.*)"
         )
     return quantized.pop()
 
@@ -176,10 +210,3 @@ def _check_stock(config: ModelConfig) -> None:
             "norm_topk_prob=false: llama::quantized_moe_ffn always normalizes the routing weights; pass --moe-op lfm2 "
             "or --scheme fp32"
         )
-
-
-def _nbytes(shape: tuple[int, ...], form: WeightFormat) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return int(count * form.bits_per_weight / 8)

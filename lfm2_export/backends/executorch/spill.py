@@ -1,7 +1,7 @@
-"""Keeps the packed experts on disk while a .pte is put together, so that memory holds none of them.
+"""The files in which a program's weights lie while it is put together, as arrays that take no memory of their own.
 
-In: the folder that the program is made in. Out: arrays whose bytes lie in files there, and a context in which
-ExecuTorch's emitter takes those bytes from the files when it writes the program. Without it a mixture of experts is in
+In: the files of a ``PteStream``. Out: arrays whose bytes lie there, and a context in which ExecuTorch's emitter takes
+a constant that fills a file from that file when it writes the program. Without it a mixture of experts would be in
 memory twice: once as the traced module's buffers, once as the program's constants; and experts are nine tenths of it.
 """
 
@@ -11,51 +11,43 @@ import contextlib
 import ctypes
 import hashlib
 import mmap
-import os
-import tempfile
-from collections.abc import Iterator
-from math import prod
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace, TracebackType
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from lfm2_export.backends.weights.pieces import Placement
+
 
 class Spill:
-    """A folder of its own below ``folder``; gone, with everything in it, at the end of the ``with`` block."""
+    """Maps of the files; the constants that lie in files of their own are those of all files but the first."""
 
-    def __init__(self, folder: Path):
-        self._parent = folder
-        self._files: dict[int, Path] = {}
+    def __init__(self, paths: Sequence[Path]):
+        self._paths = paths
+        # Copy on write: what is done to a tensor stays in this process, the files remain what their ledger says.
+        self._maps = [np.memmap(path, np.uint8, "c") for path in paths]
+        self._files = {array.ctypes.data: path for array, path in zip(self._maps[1:], paths[1:], strict=True)}
 
-    def __enter__(self) -> Spill:
-        self._folder = tempfile.TemporaryDirectory(prefix="experts.", dir=self._parent, ignore_cleanup_errors=True)
-        return self
+    def array(self, there: Placement) -> np.ndarray:
+        """What lies in a place, without a step."""
+        assert there.step is None
+        part = np.asarray(self._maps[there.file])[there.offset : there.end]
+        found: np.ndarray = part.view(there.dtype).reshape(there.shape)
+        return found
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._folder.cleanup()
+    def sha256(self, there: Placement) -> str:
+        """Of the whole file in which a constant lies, read without its map: pages of a map count as memory."""
+        with open(self._paths[there.file], "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
-    def empty(self, shape: tuple[int, ...]) -> np.ndarray:
-        """A uint8 array to be filled once; ``let_go`` of it then. The disk is taken now, so that a full one is an
-        error here and not a signal later."""
-        path = Path(self._folder.name, str(len(self._files)))
-        with open(path, "wb") as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, prod(shape))
-            else:
-                file.truncate(prod(shape))
-        array = np.memmap(path, np.uint8, "r+", shape=shape)
-        self._files[array.ctypes.data] = path
-        return array
-
-    def let_go(self, array: np.ndarray) -> None:
-        """Takes the array's pages out of this process; the array stays what it is, since the file is mapped shared."""
-        held: mmap.mmap = array._mmap  # type: ignore[attr-defined]
-        if hasattr(held, "madvise"):
-            held.madvise(mmap.MADV_DONTNEED)
+    def let_go(self) -> None:
+        """Takes the files' pages out of this process; the arrays stay what they are."""
+        for array in self._maps:
+            held: mmap.mmap = array._mmap  # type: ignore[attr-defined]
+            if hasattr(held, "madvise"):
+                held.madvise(mmap.MADV_DONTNEED)
 
     @contextlib.contextmanager
     def emitting(self) -> Iterator[None]:

@@ -1,46 +1,30 @@
-"""Reads a checkpoint's weights into the tensors that a .pte stores, one matrix at a time, and keeps account of them.
+"""Hands out a program's weights as the tensors that a lowered model holds, and keeps account of where they will lie.
 
-In: a checkpoint, a ``WeightPlan``, an algorithm. Out: torch tensors (codes and scales, or numbers), and for every
-published tensor its format, the error of storing it and the SHA-256 of the bytes that the file will hold: by these the
-weights are found in the finished file again (``stored.py``).
+In: a ``PtePlan`` and the files that its stream has filled. Out: torch tensors (codes and scales, or numbers) on maps of
+these files, and for every weight the SHA-256 of the bytes that the program will hold: by these the weights are found in
+the finished file again (``stored.py``).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lfm2_export.backends.executorch.plan import WeightPlan
-from lfm2_export.checkpoint import Checkpoint, check_finite
-from lfm2_export.families.tensors import EMBEDDING, HEAD
-from lfm2_export.manifest import StoredTensor
-from lfm2_export.quant.algorithms import Algorithm
-from lfm2_export.quant.formats import (
-    FloatFormat,
-    IntFormat,
-    QuantizedTensor,
-    StorageError,
-    WeightFormat,
-    storage_error,
-    to_float,
-)
-from lfm2_export.quant.schemes import FormatChoice
+from lfm2_export.backends.executorch.plan import Layout, MoeOp, PtePlan
+from lfm2_export.backends.executorch.spill import Spill
+from lfm2_export.backends.executorch.stream import BLOBS, Places
+from lfm2_export.backends.weights.pieces import CHUNK_VALUES
+from lfm2_export.backends.weights.plan import StoredWeight
+from lfm2_export.families.tensors import EMBEDDING
+from lfm2_export.quant.formats import IntFormat
 
 # The conv kernel [channels, 1, width] as XNNPACK keeps it: [width, channels].
-FLOAT, CONV, INT4, EMBEDDING_BYTE, EMBEDDING_4BIT, EXPERT = (
-    "float",
-    "conv",
-    "int4",
-    "embedding8",
-    "embedding4",
-    "expert",
-)
+FLOAT, CONV, INT4, EMBEDDING_BYTE, EMBEDDING_4BIT = "float", "conv", "int4", "embedding8", "embedding4"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,112 +36,82 @@ class Codes:
     group_size: int
 
 
-@dataclass
-class _Account:
-    """What is known of one stored weight while its parts are read."""
+class ProgramWeights:
+    """Hands out weights by published name; ``lm_head.weight`` is there where the checkpoint ties it, too."""
 
-    choice: FormatChoice
-    shape: tuple[int, ...]
-    error: StorageError = field(default_factory=StorageError)
-    parts: list[dict[str, Any]] = field(default_factory=list)
-
-
-class WeightReader:
-    """Hands out weights by published name. ``report`` is told the bytes of checkpoint that each step consumed."""
-
-    def __init__(self, checkpoint: Checkpoint, plan: WeightPlan, quantize: Algorithm, report: Callable[[int], None]):
-        self.checkpoint, self.plan, self.quantize, self.report = checkpoint, plan, quantize, report
-        self._accounts: dict[str, _Account] = {}
+    def __init__(self, plan: PtePlan, places: Places, spill: Spill):
+        self.plan, self._places, self._spill = plan, places, spill
+        self._parts: dict[str, list[dict[str, Any]]] = {name: [] for name in plan}
 
     def has(self, name: str) -> bool:
-        return name in self.checkpoint.tensors
+        return name in self.plan
 
     def numbers(self, name: str, kind: str = FLOAT, rows: slice | None = None) -> Tensor:
-        """A tensor that is never quantized, or a part of it, as float32."""
-        values = self._read(name, rows)
-        account = self._account(name, self.plan.choices[name])
-        account.parts.append(_place(values.T if kind == CONV else values, kind, rows))
+        """A tensor that is not quantized, or a part of it, as float32."""
+        values = self._array(name, "weight", rows)
+        self._parts[name].append(_part(kind, sha256(values.T if kind == CONV else values), rows))
         return torch.from_numpy(values)
 
     def linear(self, name: str, rows: slice | None = None) -> Tensor | Codes:
-        """A linear layer's weight or some of its rows; ``lm_head.weight`` is the embedding's where the two are tied."""
-        if name == HEAD and not self.has(HEAD):
-            return self._linear(HEAD, self._read(EMBEDDING), self.plan.head, None)
-        return self._linear(name, self._read(name, rows), self.plan.choices[name], rows)
-
-    def _linear(self, name: str, values: np.ndarray, choice: FormatChoice, rows: slice | None) -> Tensor | Codes:
-        account = self._account(name, choice)
-        if isinstance(choice.format, FloatFormat):
-            account.parts.append(_place(values, FLOAT, rows))
-            return torch.from_numpy(to_float(values, choice.format, fqn=name))
-        stored = self._quantized(name, values, choice.format, account)
-        scale = torch.from_numpy(stored.scale.astype(np.float32))
-        place = _place(pack_nibbles(stored.qdata), INT4, rows)
-        place |= {
+        """A linear layer's weight or some of its rows."""
+        form = self.plan[name].format
+        if not isinstance(form, IntFormat):
+            return self.numbers(name, rows=rows)
+        codes, scale = self._array(name, "qdata", rows), torch.from_numpy(self._array(name, "scale", rows))
+        part = _part(INT4, _nibbles_sha256(codes, form), rows) | {
             "scale": sha256(scale.to(torch.bfloat16).view(torch.int16).numpy()),
-            "group_size": stored.format.group_size,
+            "group_size": form.group_size,
         }
-        account.parts.append(place)
-        return Codes(qdata=_signed(stored), scale=scale, group_size=stored.format.group_size)
+        self._parts[name].append(part)
+        return Codes(qdata=torch.from_numpy(codes), scale=scale, group_size=form.group_size)
 
     def embedding(self) -> Tensor | Codes:
         """The token table; with 4 bits ``qdata`` is uint8 with two codes a byte, the first in the upper half."""
-        values, choice = self._read(EMBEDDING), self.plan.choices[EMBEDDING]
-        account = self._account(EMBEDDING, choice)
-        if isinstance(choice.format, FloatFormat):
-            account.parts.append(_place(values, FLOAT))
-            return torch.from_numpy(to_float(values, choice.format, fqn=EMBEDDING))
-        stored = self._quantized(EMBEDDING, values, choice.format, account)
-        is_byte = choice.format.bits == 8
-        packed = _signed(stored).numpy() if is_byte else stored.qdata[:, 0::2] << 4 | stored.qdata[:, 1::2]
-        scale = stored.scale.astype(np.float32)
-        place = _place(packed, EMBEDDING_BYTE if is_byte else EMBEDDING_4BIT)
-        account.parts.append(place | {"scale": sha256(scale), "group_size": stored.format.group_size})
-        return Codes(qdata=torch.from_numpy(packed), scale=torch.from_numpy(scale), group_size=stored.format.group_size)
+        weight = self.plan[EMBEDDING]
+        form = weight.format
+        if not isinstance(form, IntFormat):
+            return self.numbers(EMBEDDING)
+        codes, scale = self._array(EMBEDDING, "qdata"), self._array(EMBEDDING, "scale")
+        kind = EMBEDDING_4BIT if weight.layout is Layout.NIBBLES else EMBEDDING_BYTE
+        self._parts[EMBEDDING].append(
+            _part(kind, sha256(codes)) | {"scale": sha256(scale), "group_size": form.group_size}
+        )
+        return Codes(qdata=torch.from_numpy(codes), scale=torch.from_numpy(scale), group_size=form.group_size)
 
-    def expert(self, name: str) -> QuantizedTensor:
-        """One matrix of one expert, for any thread; where it lies in the file is told by ``stacked`` afterwards."""
-        choice = self.plan.choices[name]
-        assert isinstance(choice.format, IntFormat)
-        return self._quantized(name, self._read(name), choice.format, self._account(name, choice), threads=1)
+    def experts(self, prefix: str) -> tuple[Tensor, Tensor]:
+        """All experts of a layer, whose names begin with ``prefix``, as their operator takes them: w1 and w3 of all,
+        and w2 of all; uint8, the first axis the experts' (``packing``, ``kernels.packing``)."""
+        return self._blob(prefix, 0), self._blob(prefix, 1)
 
-    def stacked(self, name: str, place: dict[str, Any]) -> None:
-        """Records where an expert's matrix lies: in a blob of several, as the operator wants them."""
-        self._accounts[name].parts.append(place)
+    def _blob(self, prefix: str, number: int) -> Tensor:
+        name, matrices = BLOBS[self.plan.moe_op][number]
+        there = self._places.blobs[f"{prefix}{name}"]
+        blob = {"data": self._spill.sha256(there), "shape": list(there.shape)}
+        for index, matrix in enumerate(matrices):
+            for expert in range(there.shape[0]):
+                weight = self.plan[f"{prefix}{expert}.{matrix}.weight"]
+                part = self._stock_part if self.plan.moe_op is MoeOp.STOCK else self._our_part
+                self._parts[weight.name].append(part(weight, blob, index, len(matrices)) | {"expert": expert})
+        return torch.from_numpy(self._spill.array(there))
 
-    def _quantized(
-        self, name: str, values: np.ndarray, form: WeightFormat, account: _Account, threads: int | None = None
-    ) -> QuantizedTensor:
-        assert isinstance(form, IntFormat)
-        stored = self.quantize(values, form, fqn=name, threads=threads)
-        account.error += storage_error(values, stored)
-        return stored
+    def _stock_part(self, weight: StoredWeight, blob: dict[str, Any], index: int, count: int) -> dict[str, Any]:
+        """Matrices of equal height lie one below the other."""
+        assert isinstance(weight.format, IntFormat)
+        rows, columns = weight.shape
+        where = {"group_size": weight.format.group_size, "columns": columns}
+        return {"kind": "stock", **blob, **where, "blob_rows": [index * rows, (index + 1) * rows]}
 
-    def _read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        values = self.checkpoint.read(name, rows)
-        check_finite(name, values)
-        info = self.checkpoint.tensors[name]
-        self.report(values.size * info.nbytes // max(info.count, 1))
-        return values
-
-    def _account(self, name: str, choice: FormatChoice) -> _Account:
-        if name not in self._accounts:
-            shape = tuple(self.checkpoint.tensors[name if self.has(name) else EMBEDDING].shape)
-            self._accounts[name] = _Account(choice, shape)
-        return self._accounts[name]
-
-    def records(self) -> tuple[StoredTensor, ...]:
-        """One record per stored weight."""
-        return tuple(_record(name, account) for name, account in self._in_order())
+    def _our_part(self, weight: StoredWeight, blob: dict[str, Any], index: int, count: int) -> dict[str, Any]:
+        """Blocks of their rows alternate."""
+        return {"kind": "lfm2", **blob, "first": index, "step": count}
 
     def places(self) -> dict[str, list[dict[str, Any]]]:
-        """Per stored weight: its parts' kinds and the SHA-256 of their bytes."""
-        return {name: account.parts for name, account in self._in_order()}
+        """Per weight that was handed out: its parts' kinds and the SHA-256 of their bytes."""
+        return {name: parts for name, parts in self._parts.items() if parts}
 
-    def _in_order(self) -> list[tuple[str, _Account]]:
-        """The checkpoint's order, whichever thread came first; a tied head comes last."""
-        order = {name: index for index, name in enumerate(self.checkpoint.tensors)}
-        return sorted(self._accounts.items(), key=lambda item: order.get(item[0], len(order)))
+    def _array(self, name: str, role: str, rows: slice | None = None) -> np.ndarray:
+        found = self._spill.array(self._places.tensors[self.plan[name].tensor(role)])
+        return found if rows is None else found[rows]
 
 
 def sha256(array: np.ndarray) -> str:
@@ -165,30 +119,16 @@ def sha256(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
 
 
-def pack_nibbles(codes: np.ndarray) -> np.ndarray:
-    """Unsigned 4-bit codes [rows, columns], two in a byte, the first in the lower half."""
-    return codes[:, 0::2] | codes[:, 1::2] << 4
+def _nibbles_sha256(codes: np.ndarray, form: IntFormat) -> str:
+    """Of signed 4-bit codes [rows, columns] as XNNPACK packs them: unsigned, two in a byte, the first in the lower
+    half. Some rows at a time: a vocabulary's table is large."""
+    digest, step = hashlib.sha256(), max(1, CHUNK_VALUES // codes.shape[1])
+    for start in range(0, len(codes), step):
+        unsigned = codes[start : start + step].view(np.uint8) + np.uint8(form.middle_code)
+        digest.update(np.ascontiguousarray(unsigned[:, 0::2] | unsigned[:, 1::2] << 4).data)
+    return digest.hexdigest()
 
 
-def _place(values: np.ndarray, kind: str, rows: slice | None = None) -> dict[str, Any]:
-    place: dict[str, Any] = {"kind": kind, "data": sha256(values)}
-    return place if rows is None else place | {"rows": [rows.start, rows.stop]}
-
-
-def _signed(stored: QuantizedTensor) -> Tensor:
-    return torch.from_numpy((stored.qdata - np.uint8(stored.format.middle_code)).view(np.int8))
-
-
-def _record(name: str, account: _Account) -> StoredTensor:
-    form, reason = account.choice
-    granularity = (
-        f"group {form.group_size}, symmetric, {form.scale_dtype} scales" if isinstance(form, IntFormat) else None
-    )
-    return StoredTensor(
-        name=name,
-        shape=account.shape,
-        dtype=form.dtype,
-        granularity=granularity,
-        error=account.error.relative_rms,
-        reason=reason or None,
-    )
+def _part(kind: str, digest: str, rows: slice | None = None) -> dict[str, Any]:
+    part: dict[str, Any] = {"kind": kind, "data": digest}
+    return part if rows is None else part | {"rows": [rows.start, rows.stop]}

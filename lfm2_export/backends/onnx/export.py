@@ -8,31 +8,29 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import fields
-from math import prod
 from pathlib import Path
 
 import onnx_ir as ir
 
 from lfm2_export.backends.onnx.graphs import Graphs, make_graphs
-from lfm2_export.backends.onnx.plan import Layout, StoredWeight, WeightPlan, make_plan
+from lfm2_export.backends.onnx.plan import make_plan
 from lfm2_export.backends.onnx.variants import graph_name
 from lfm2_export.backends.onnx.weights import (
-    CHUNK_VALUES,
-    Placement,
-    WeightWriter,
+    OnnxPacking,
     attach,
+    computed_tensors,
     data_file_names,
     data_file_sizes,
-    pieces,
     place,
 )
 from lfm2_export.backends.program import Estimate, ExportedProgram, ExportRequest
+from lfm2_export.backends.weights.pieces import CHUNK_VALUES, Placement, pieces
+from lfm2_export.backends.weights.plan import WeightPlan
+from lfm2_export.backends.weights.stream import FIGURES, WeightStream, bytes_on_disk
 from lfm2_export.cache import CacheSpec
 from lfm2_export.ledger import Ledger
 from lfm2_export.manifest import TensorSpec
 from lfm2_export.quant.algorithms import get_algorithm
-from lfm2_export.quant.formats import StorageError
 from lfm2_export.resources import export_memory_needed, usable_cores
 
 FOLDER = "onnx"
@@ -47,24 +45,17 @@ def estimate(request: ExportRequest) -> Estimate:
     plan = make_plan(request.checkpoint.config, request.scheme)
     placements = place(plan, request.checkpoint.config)
     ends = {(there.file, there.offset): there.nbytes for there in placements.values()}
-    done = pieces(plan)[: len(_ledger(request, plan, placements).done)]
+    work = pieces(plan)
+    done = work[: len(_ledger(request, plan, placements).done)]
     return Estimate(
-        disk_bytes=max(0, sum(ends.values()) - sum(map(_bytes_on_disk, _data_paths(request, placements)))),
-        memory_bytes=export_memory_needed(max(map(_held_at_once, plan.values())), at_once=usable_cores()),
+        disk_bytes=max(0, sum(ends.values()) - sum(map(bytes_on_disk, _data_paths(request, placements)))),
+        memory_bytes=export_memory_needed(max(piece.values for piece in work), at_once=usable_cores()),
         done_bytes=sum(piece.stored_bytes(request.checkpoint) for piece in done),
     )
 
 
 def _data_paths(request: ExportRequest, placements: Mapping[str, Placement]) -> list[Path]:
     return [request.folder / FOLDER / name for name in data_file_names(request.file_name, placements)]
-
-
-def _bytes_on_disk(path: Path) -> int:
-    """What a file that an export left unfinished takes of the disk: it has holes."""
-    try:
-        return 512 * getattr(path.stat(), "st_blocks", 0)
-    except FileNotFoundError:
-        return 0
 
 
 def _ledger(request: ExportRequest, plan: WeightPlan, placements: Mapping[str, Placement]) -> Ledger:
@@ -76,15 +67,8 @@ def _ledger(request: ExportRequest, plan: WeightPlan, placements: Mapping[str, P
         sizes=data_file_sizes(names, placements),
         key=hashlib.sha256(key.encode()).hexdigest(),
         steps=len(pieces(plan)),
-        figures=[field.name for field in fields(StorageError)],
+        figures=FIGURES,
     )
-
-
-def _held_at_once(weight: StoredWeight) -> int:
-    """Values of one weight in memory at a time: a whole matrix, one expert's, or a chunk of rows."""
-    matrix = prod(weight.shape[-2:])
-    whole = weight.layout in (Layout.TRANSPOSED, Layout.GATE_UP, Layout.PLAIN)
-    return matrix if whole else min(matrix, CHUNK_VALUES)
 
 
 def export_program(request: ExportRequest) -> ExportedProgram:
@@ -104,10 +88,16 @@ def export_program(request: ExportRequest) -> ExportedProgram:
     folder.mkdir(exist_ok=True)
     for model in graphs.by_role.values():
         attach(model, placements, data_files)
-    paths = [folder / name for name in data_files]
-    algorithm = get_algorithm(request.algorithm)
-    ledger = _ledger(request, plan, placements)
-    tensors = WeightWriter(request.checkpoint, placements, paths, algorithm, request.progress, ledger).write(plan)
+    stream = WeightStream(
+        checkpoint=request.checkpoint,
+        placements=placements,
+        paths=[folder / name for name in data_files],
+        packing=OnnxPacking(),
+        algorithm=get_algorithm(request.algorithm),
+        report=request.progress,
+        ledger=_ledger(request, plan, placements),
+    )
+    tensors = stream.write(plan, computed_tensors(config))
     names = _save_graphs(graphs, request.file_name, folder)
     return ExportedProgram(
         graphs={role: f"{FOLDER}/{name}" for role, name in names.items()},

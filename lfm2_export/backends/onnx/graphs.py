@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from lfm2_export.backends.onnx import own_ops, passes
-from lfm2_export.backends.onnx.plan import WeightPlan
 from lfm2_export.backends.onnx.trace import trace, without_collection
 from lfm2_export.backends.onnx.variants import CPU, LFM2, LFM2_KV8, LFM2_SCORING, SCORING
+from lfm2_export.backends.weights.plan import WeightPlan
 from lfm2_export.cache import CacheSpec
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import ExportError

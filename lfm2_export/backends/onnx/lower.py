@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lfm2_export.backends.onnx import ops
-from lfm2_export.backends.onnx.plan import Layout, StoredWeight, WeightPlan
+from lfm2_export.backends.onnx.plan import Layout
+from lfm2_export.backends.weights.plan import StoredWeight, WeightPlan
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import ExportError
 from lfm2_export.models import decoder as eager

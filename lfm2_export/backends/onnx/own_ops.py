@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
-from lfm2_export.backends.onnx.plan import Layout, StoredWeight, WeightPlan
+from lfm2_export.backends.onnx.plan import Layout
+from lfm2_export.backends.weights.plan import StoredWeight, WeightPlan
 from lfm2_export.cache import CacheSpec
 from lfm2_export.config import ModelConfig
 from lfm2_export.families.tensors import Part
@@ -56,7 +57,7 @@ def fuse_feed_forwards(model: ir.Model, plan: WeightPlan) -> int:
     Returns how many."""
     blocks = [block for block in _feed_forwards(plan) if _is_whole(block)]
     for block in blocks:
-        gate, up, down = (_only_reader(model, block[part].initializer("qdata")) for part in ("w1", "w3", "w2"))
+        gate, up, down = (_only_reader(model, block[part].tensor("qdata")) for part in ("w1", "w3", "w2"))
         assert gate.inputs[0] is up.inputs[0]
         attributes = {
             "inner": gate.attributes["N"].value,

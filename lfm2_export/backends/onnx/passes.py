@@ -13,7 +13,8 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from onnxscript import optimizer
 
-from lfm2_export.backends.onnx.plan import Layout, WeightPlan
+from lfm2_export.backends.onnx.plan import Layout
+from lfm2_export.backends.weights.plan import WeightPlan
 from lfm2_export.cache import BATCH, TOTAL, CacheSpec
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import ExportError
@@ -67,7 +68,7 @@ def drop_unread_outputs(model: ir.Model) -> int:
 
 def name_initializers(model: ir.Model, plan: WeightPlan) -> int:
     """Gives initializers the names that the plan (and so the manifest) uses: the checkpoint's, with a role."""
-    names = {f"{ROOT}{name}": name for stored in plan.values() for name in map(stored.initializer, stored.storage())}
+    names = {f"{ROOT}{name}": name for stored in plan.values() for name in map(stored.tensor, stored.storage())}
     names |= {f"{ROOT}model.layout.{table}": table_name for table, table_name in ROPE_TABLES.items()}
     found = list(model.graph.initializers.values())
     for value in found:

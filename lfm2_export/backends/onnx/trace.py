@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lfm2_export.backends.onnx import ops
 from lfm2_export.backends.onnx.decompose import decompose_
 from lfm2_export.backends.onnx.lower import Lowering
-from lfm2_export.backends.onnx.plan import WeightPlan
+from lfm2_export.backends.weights.plan import WeightPlan
 from lfm2_export.cache import CacheSpec
 from lfm2_export.config import ModelConfig
 from lfm2_export.models import get_net

@@ -14,8 +14,12 @@ import numpy as np
 
 from lfm2_export.backends.eager import EagerRunner
 from lfm2_export.backends.executorch import SCHEMES, export
+from lfm2_export.backends.executorch.plan import PtePlan
 from lfm2_export.backends.executorch.runner import ExecutorchRunner
+from lfm2_export.backends.executorch.spill import Spill
 from lfm2_export.backends.executorch.stored import StoredWeights
+from lfm2_export.backends.executorch.stream import PteStream
+from lfm2_export.backends.executorch.weights import ProgramWeights
 from lfm2_export.backends.program import ExportedProgram, ExportRequest
 from lfm2_export.checkpoint import Checkpoint, open_checkpoint
 from lfm2_export.models.loading import load_model
@@ -73,6 +77,14 @@ def request(checkpoint: Checkpoint, scheme: str, **options: Any) -> ExportReques
         progress=lambda nbytes: None,
         options={"max_context": MAX_CONTEXT, **options},
     )
+
+
+def stored(checkpoint: Checkpoint, plan: PtePlan) -> ProgramWeights:
+    """The checkpoint's weights as a program stores them, without an export."""
+    root = Path(tempfile.mkdtemp(dir=scratch()))
+    stream = PteStream(plan, "round", name="model.pte", root=root, ledger=None)
+    stream.write(checkpoint, lambda nbytes: None)
+    return ProgramWeights(plan, stream.places, Spill(stream.paths))
 
 
 def make(checkpoint: Checkpoint, scheme: str, **options: Any) -> Made:

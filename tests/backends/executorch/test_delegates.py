@@ -11,26 +11,23 @@ from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
 from lfm2_export.backends.executorch.lower import Lowering
 from lfm2_export.backends.executorch.plan import make_plan
-from lfm2_export.backends.executorch.spill import Spill
 from lfm2_export.backends.executorch.trace import ExecutorchProgram, buffer_positions, quiet
-from lfm2_export.backends.executorch.weights import WeightReader
 from lfm2_export.cache import CacheSpec
 from lfm2_export.models import get_net
-from lfm2_export.quant.algorithms import get_algorithm
 from lfm2_export.quant.schemes import get_scheme
 from lfm2_export.support import DELEGATES
-from tests.backends.executorch.programs import MAX_CONTEXT, checkpoint_of, scratch
+from tests.backends.executorch.programs import MAX_CONTEXT, checkpoint_of, stored
 
 
 def lowered(model_type: str, scheme: str, partitioner: object, *, is_static: bool) -> list[str]:
     """The calls that are left in ``forward`` once the delegate has taken what it takes."""
     checkpoint = checkpoint_of(model_type)
     plan = make_plan(checkpoint.config, get_scheme(scheme))
-    reader = WeightReader(checkpoint, plan, get_algorithm("round"), lambda nbytes: None)
-    with Spill(scratch()) as spill, torch.no_grad(), quiet():
+    weights = stored(checkpoint, plan)
+    with torch.no_grad(), quiet():
         with torch.device("meta"):
             model = get_net(model_type)(checkpoint.config).eval()
-        Lowering(checkpoint.config, reader, buffer_positions(MAX_CONTEXT), spill).lower_(model)
+        Lowering(checkpoint.config, weights, buffer_positions(MAX_CONTEXT)).lower_(model)
         cache = CacheSpec.from_config(checkpoint.config, "float32")
         program = ExecutorchProgram(model, cache, buffer_positions(MAX_CONTEXT)).eval()
         arguments = torch.zeros(1, 1 if is_static else 5, dtype=torch.long), torch.tensor([0])

@@ -8,19 +8,20 @@ import pytest
 
 pytest.importorskip("executorch")
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lfm2_export.backends.executorch.moe import StockExperts, lowered_experts
-from lfm2_export.backends.executorch.plan import MoeOp, make_plan
-from lfm2_export.backends.executorch.spill import Spill
-from lfm2_export.backends.executorch.weights import WeightReader
+from lfm2_export.backends.executorch.plan import MoeOp, PtePlan, make_plan
+from lfm2_export.checkpoint import Checkpoint
 from lfm2_export.models.decoder import Recorder
 from lfm2_export.models.lfm2_moe import ROUTING_EPS, SparseMoeBlock
 from lfm2_export.models.loading import load_model
 from lfm2_export.quant.algorithms import get_algorithm
+from lfm2_export.quant.formats import IntFormat
 from lfm2_export.quant.schemes import get_scheme
-from tests.backends.executorch.programs import checkpoint_of, scratch
+from tests.backends.executorch.programs import checkpoint_of, stored
 
 NAME = "model.layers.1.feed_forward"
 RECORDER = Recorder(hidden_states=False, attentions=False, router_logits=False)
@@ -30,20 +31,25 @@ def blocks(scheme: str, op: MoeOp, **overrides: object) -> tuple[SparseMoeBlock,
     """The eager block with weights as they are stored, and the lowered one."""
     checkpoint = checkpoint_of("lfm2_moe", **overrides)
     plan = make_plan(checkpoint.config, get_scheme(scheme), moe_op=op if op is not MoeOp.PLAIN else None)
-    reader = WeightReader(checkpoint, plan, get_algorithm("round"), lambda nbytes: None)
-    with Spill(scratch()) as spill:
-        lowered = copy.deepcopy(lowered_experts(NAME, reader, spill))
+    lowered = copy.deepcopy(lowered_experts(NAME, stored(checkpoint, plan)))
     block = copy.deepcopy(load_model(checkpoint).get_submodule(NAME))
     assert isinstance(block, SparseMoeBlock)
     if op is not MoeOp.PLAIN:
         for expert in range(checkpoint.config.num_experts):
             one, three, two = (
-                torch.from_numpy(reader.expert(f"{NAME}.experts.{expert}.{part}.weight").dequantize())
+                torch.from_numpy(quantized(checkpoint, plan, f"{NAME}.experts.{expert}.{part}.weight"))
                 for part in ("w1", "w3", "w2")
             )
             block.experts.gate_up_proj.data[expert] = torch.cat([one, three])
             block.experts.down_proj.data[expert] = two
     return block, lowered
+
+
+def quantized(checkpoint: Checkpoint, plan: PtePlan, name: str) -> np.ndarray:
+    """The values that a weight has once it is quantized."""
+    form = plan[name].format
+    assert isinstance(form, IntFormat)
+    return get_algorithm("round")(checkpoint.read(name), form).dequantize()
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -46,3 +47,10 @@ def test_options_that_do_not_fit(model_type: str, scheme: str, options: dict, ex
 
 def test_a_checkpoint_without_experts_takes_no_moe_op() -> None:
     assert "has no experts" in refusal("lfm2", "8da4w", moe_op="both")
+
+
+def test_our_operator_takes_groups_of_32_and_says_so_before_any_work() -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64}
+    asked = request(checkpoint_of("lfm2_moe", **sizes), "8da4w", moe_op="lfm2")
+    with pytest.raises(Lfm2ExportError, match=r"lfm2::moe_ffn takes symmetric int4 in groups of 32; pass --group-size"):
+        export.estimate(replace(asked, scheme=asked.scheme.with_group_size(64)))

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lfm2_export.backends.onnx.plan import Layout, WeightPlan, make_plan
+from lfm2_export.backends.onnx.plan import Layout, make_plan
+from lfm2_export.backends.weights.plan import WeightPlan
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import QuantizationError
 from lfm2_export.families import get_family
