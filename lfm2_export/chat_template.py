@@ -39,12 +39,13 @@ if hasattr(os, "register_at_fork"):
 class RenderLimits:
     """What one rendering may take: ``seconds`` of processor time, ``memory`` in bytes, ``characters`` of text.
 
-    The bundled templates take a thousandth of the time; the text is thirty times the longest context.
+    The bundled templates take a thousandth of the time. The text is four times the family's longest context, and its
+    tokens take as long as the template: two million of them a few seconds, and a gigabyte.
     """
 
     seconds: float = 2.0
     memory: int = 512 << 20
-    characters: int = 16 << 20
+    characters: int = 2 << 20
 
 
 DEFAULT_LIMITS = RenderLimits()

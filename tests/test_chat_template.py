@@ -70,7 +70,7 @@ def test_a_template_that_takes_too_much_ends_in_one_line(name):
             "takes more than 2 s; use a",
         ),
         ("{{ 'x' * 10**10 }}", "needs more than 512 MB of memory; use a simpler template or a shorter conversation"),
-        ("{{ 'x' * (17 * 2**20) }}", "gives more than 16777216 characters; use a simpler template or a shorter"),
+        ("{{ 'x' * (3 * 2**20) }}", "gives more than 2097152 characters; use a simpler template or a shorter"),
     ],
 )
 def test_the_limits_that_hold_where_none_are_given(tmp_path, template, message):

@@ -23,6 +23,7 @@ from lfm2_export.backends.executorch.runner import DEFAULT_CHUNK_SIZE, choose
 from lfm2_export.backends.executorch.session import FORWARD, Session, version
 from lfm2_export.backends.profile import NOTHING, Profile, Spent, Trace, summarize, take_steps
 from lfm2_export.errors import RunnerError
+from lfm2_export.messages import named
 
 if TYPE_CHECKING:
     from lfm2_export.manifest import Program
@@ -92,17 +93,24 @@ class InstructionNames(PteFile):
     """What a method's instructions call, by their number: the record has names for most of them only."""
 
     def instructions(self, method: str) -> list[str]:
-        """A kernel's name as the runtime has it, or a delegate's; "" for what only moves values about."""
+        """A kernel's name as the runtime has it, or a delegate's; "" for what only moves values about.
+
+        Raises:
+            RunnerError: there is no such method, or its tables are damaged.
+        """
         operators, delegates = self.operators(method), self.delegates(method)
-        (chain,) = self._tables(self._plan(method), _PLAN_CHAINS)
+        chains = list(self._tables(self._plan(method), _PLAN_CHAINS))
+        if len(chains) != 1:
+            self._refuse(f"the method {named(method)} has {len(chains)} chains of instructions, not 1")
         names = []
-        for instruction in self._tables(chain, _CHAIN_INSTRUCTIONS):
+        for instruction in self._tables(chains[0], _CHAIN_INSTRUCTIONS):
             kind, call = self._number(instruction, 0, "<B"), self._table(instruction, 1)
             index = 0 if call is None else self._number(call, 0, "<i")
             if kind == _KERNEL_CALL:
-                names.append(operators[index])
+                names.append(self._item(operators, index, "operator"))
             elif kind == _DELEGATE_CALL:
-                names.append(_DELEGATES.get(delegates[index], f"{delegates[index]} delegate"))
+                delegate = self._item(delegates, index, "delegate")
+                names.append(_DELEGATES.get(delegate, f"{delegate} delegate"))
             else:
                 names.append("")
         return names
@@ -124,7 +132,8 @@ def _trace(run: _Record, instructions: Sequence[str]) -> Trace:
         name, part = event.text(_PROFILE_NAME), _NUMBER.sub("", event.text(_PROFILE_DELEGATE_PART))
         if not part and name not in _INSTRUCTIONS:
             continue
-        operator = instructions[event.number(_PROFILE_INSTRUCTION, "<i", -1)]
+        index = event.number(_PROFILE_INSTRUCTION, "<i", -1)
+        operator = instructions[index] if 0 <= index < len(instructions) else ""
         key = (operator, part) if part else (operator,)
         ms = 1e-6 * (event.number(_PROFILE_END, "<Q") - event.number(_PROFILE_START, "<Q"))
         trace[key] = trace.get(key, NOTHING).plus(ms)

@@ -16,7 +16,8 @@ import onnxruntime as ort
 from onnx import helper
 
 from lfm2_export.backends import FullPrecision
-from lfm2_export.backends.onnx.session import session_options
+from lfm2_export.backends.onnx.initializers import read_graph
+from lfm2_export.backends.onnx.session import new_session, session_options
 from lfm2_export.errors import RunnerError
 from lfm2_export.manifest import Program
 
@@ -37,13 +38,13 @@ def score(
     if "scoring" not in program.graphs:
         raise RunnerError(f"{folder}: {program} has no scoring graph; export the scheme again")
     path = folder / program.graphs["scoring"]
-    model = onnx.load(path, load_external_data=False)
+    model = read_graph(path)
     if not _leave_activations_alone(model) or _has_8_bit_experts(model):
         return None
     options = session_options(threads)
     options.add_session_config_entry(_DATA_FOLDER, str(path.parent.resolve()))
     try:
-        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        session = new_session(model.SerializeToString(), options)
         logits = tuple(_run(session, program, row) for row in rows)
     except Exception as error:  # onnxruntime's exceptions have no common base class of their own
         raise RunnerError(f"{path}: cannot run at full precision ({' '.join(str(error).split())[:300]})") from error

@@ -20,7 +20,7 @@ import onnxruntime as ort
 from lfm2_export.backends.base import RunnerOptions
 from lfm2_export.backends.onnx.buffers import StateBuffers
 from lfm2_export.backends.onnx.runner import DEFAULT_CHUNK_SIZE, run
-from lfm2_export.backends.onnx.session import check_program, session_options
+from lfm2_export.backends.onnx.session import check_program, new_session, session_options
 from lfm2_export.backends.onnx.variants import Variant, choose
 from lfm2_export.backends.profile import NOTHING, Profile, Spent, Step, Trace, summarize, take_steps
 from lfm2_export.errors import RunnerError
@@ -57,7 +57,7 @@ def _open(variant: Variant, prefix: Path, threads: int | None) -> ort.InferenceS
     options.enable_profiling = True
     options.profile_file_prefix = str(prefix)
     try:
-        return ort.InferenceSession(variant.path, options, providers=["CPUExecutionProvider"])
+        return new_session(variant.path, options)
     except Exception as error:  # onnxruntime's exceptions have no common base class of their own
         raise RunnerError(f"{variant.path}: cannot be profiled: {' '.join(str(error).split())[:300]}") from error
 

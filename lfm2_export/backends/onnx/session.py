@@ -33,16 +33,21 @@ def open_session(path: Path, *, threads: int | None = None, library: Path | None
         RunnerError: a bad number of threads, or a program that this onnxruntime cannot load.
         ResourceError: the memory is too small for it.
     """
-    if not path.is_file():
-        raise ArtifactError(f"{path}: no such program; export the scheme again")
+    if not paths.is_file(path, ArtifactError):
+        raise ArtifactError(f"{paths.shown(path)}: no such program; export the scheme again")
     try:
-        return ort.InferenceSession(path, session_options(threads, library), providers=["CPUExecutionProvider"])
+        return new_session(path, session_options(threads, library))
     except Exception as error:  # onnxruntime's exceptions have no common base class of their own
         if memory.ran_out(error):
             raise ResourceError(
-                f"{path}: the memory is too small to load it; close other programs or use a larger machine"
+                f"{paths.shown(path)}: the memory is too small to load it; close other programs or use a larger machine"
             ) from error
         raise _load_error(path, error) from error
+
+
+def new_session(model: Path | bytes, options: ort.SessionOptions) -> ort.InferenceSession:
+    """A session on the CPU: raises whatever onnxruntime does, which else prints it and tries the same again."""
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
 
 
 def session_options(threads: int | None = None, library: Path | None = None) -> ort.SessionOptions:
@@ -66,16 +71,25 @@ def check_program(session: ort.InferenceSession, path: Path, spec: CacheSpec) ->
     Raises:
         RunnerError: one is missing or left over, or the logits' last axis has no fixed size.
     """
+    try:
+        return _vocabulary(session, path, spec)
+    except UnicodeDecodeError as error:
+        raise RunnerError(
+            f"{paths.shown(path)}: the graph has a name that is not UTF-8 text; copy it again, or export again"
+        ) from error
+
+
+def _vocabulary(session: ort.InferenceSession, path: Path, spec: CacheSpec) -> int:
     inputs = {"input_ids", "attention_mask"} | {t.past_name for t in spec.tensors}
     outputs = {"logits"} | {t.present_name for t in spec.tensors}
     _check_names(path, "inputs", {i.name for i in session.get_inputs()}, inputs)
     _check_names(path, "outputs", {o.name for o in session.get_outputs()}, outputs)
     _check_state(path, {i.name: i for i in session.get_inputs()}, spec)
     logits = next(o for o in session.get_outputs() if o.name == "logits")
-    if not isinstance(logits.shape[-1], int) or logits.type != "tensor(float)":
+    if not logits.shape or not isinstance(logits.shape[-1], int) or logits.type != "tensor(float)":
         raise RunnerError(
-            f"{path}: logits are {logits.type} {logits.shape}; float32 with the vocabulary's size last expected; "
-            "export again"
+            f"{paths.shown(path)}: logits are {logits.type} {shown(logits.shape)}; float32 with the vocabulary's size "
+            "last expected; export again"
         )
     return logits.shape[-1]
 
@@ -115,4 +129,4 @@ def _load_error(path: Path, error: Exception) -> RunnerError:
         if version < MIN_ONNXRUNTIME
         else "the program or its data file is damaged or was made for another runtime: export again"
     )
-    return RunnerError(f"{path}: onnxruntime {ort.__version__} cannot load it; {remedy} ({reason})")
+    return RunnerError(f"{paths.shown(path, 100)}: onnxruntime {ort.__version__} cannot load it; {remedy} ({reason})")

@@ -6,7 +6,8 @@ values under the published names, so that the eager model can be run with exactl
 The graph is the only witness: offsets, bits, group sizes and zero points are taken from the initializers and from the
 nodes that read them, and codes are taken apart here, not by the writer's plan or packing. So a wrong offset, a
 swapped layout or a zero point that no node is given shows up as a difference. How each operator reads its bytes:
-``packing.py``.
+``packing.py``. What the graph says of an initializer is checked where it is read (``initializers.py``), what its nodes
+say here.
 """
 
 from __future__ import annotations
@@ -15,18 +16,20 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import onnx
-from onnx import external_data_helper, helper, numpy_helper
 
+from lfm2_export import paths
+from lfm2_export.backends.onnx.initializers import GraphFile, Stored
 from lfm2_export.backends.onnx.variants import choose
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import ArtifactError
 from lfm2_export.families import Family, get_family
 from lfm2_export.families.tensors import EMBEDDING, HEAD, ModelTensor, feed_forward_prefix
 from lfm2_export.manifest import Program
+from lfm2_export.messages import named, shown
 
 _STACK = {"w1": "gate_up", "w3": "gate_up", "w2": "down"}
 # (scale, zero point) among the inputs, by operator and the input that holds the codes.
@@ -42,35 +45,10 @@ _SCALES = {
 # What bits and group size are called, where not "bits" and "block_size".
 _BITS = {("QMoE", 2): "expert_weight_bits", ("QMoE", 5): "expert_weight_bits", ("FeedForward", 7): "down_bits"}
 _GROUP_SIZE = {("FeedForward", 7): "down_block_size"}
+# 255 of them are a float32.
+_LARGEST_SCALE = 1e36
 # Operators that multiply by a stored matrix as it is; MatMul's is stored [in, out].
 _TRANSPOSING = ("MatMul",)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stored:
-    """One initializer: where its bytes lie. ``inline`` holds them where the graph does."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    path: Path
-    offset: int
-    inline: np.ndarray | None = None
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """Entries of the first axis."""
-        if self.inline is not None:
-            return self.inline.reshape(self.shape)[start:stop]
-        each = math.prod(self.shape[1:])
-        count = (stop - start) * each
-        values = np.fromfile(self.path, self.dtype, count, offset=self.offset + start * each * self.dtype.itemsize)
-        if values.size != count:
-            raise ArtifactError(f"{self.path}: ends inside {self.name}; export again")
-        return values.reshape(-1, *self.shape[1:])
-
-    def as_rows(self, count: int) -> Stored:
-        """The same bytes as [count, columns]."""
-        return replace(self, shape=(count, math.prod(self.shape) // count))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +94,17 @@ class IntMatrix:
         return f"int{self.bits}"
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Rows as float32: (code - zero point) * scale."""
+        """Rows as float32: (code - zero point) * scale.
+
+        Raises:
+            ArtifactError: a scale is not finite.
+        """
         scale = self.scale.rows(start, stop).astype(np.float32)
+        if not np.all(np.abs(scale) < _LARGEST_SCALE):
+            raise ArtifactError(
+                f"{paths.shown(self.scale.path)}: {named(self.scale.name)} has numbers that are not finite; export "
+                "again"
+            )
         groups = scale.shape[1]
         codes = _codes(self.qdata.rows(start, stop), self.bits)[:, : groups * self.group_size]
         points: np.ndarray | int = 1 << (self.bits - 1)
@@ -164,7 +151,8 @@ class StoredWeights:
         config: of the model that the graph was made of.
 
     Raises:
-        ArtifactError: a weight of the model is not in the graph, or lies outside the graph's folder.
+        ArtifactError: the file is no graph, or a weight of the model is not in it, does not fit, or lies outside the
+            graph's folder.
     """
 
     def __init__(self, graph_path: Path, config: ModelConfig):
@@ -199,9 +187,7 @@ class StoredWeights:
         """A tied head is no tensor of its own, so the eager model cannot show that its bytes are others."""
         embedding, head = (self._graph.matrix(name.removesuffix(".weight"), name) for name in (EMBEDDING, HEAD))
         if _bytes_of(embedding) != _bytes_of(head):
-            raise ArtifactError(
-                f"{self._graph.path}: lm_head does not read the bytes of the embedding it is tied to; export again"
-            )
+            raise self._graph.refusal("lm_head does not read the bytes of the embedding it is tied to")
 
 
 def _bytes_of(matrix: FloatMatrix | IntMatrix) -> tuple[object, ...]:
@@ -216,73 +202,72 @@ def _place(stored: Stored) -> tuple[object, ...]:
     return stored.path, stored.offset, math.prod(stored.shape), stored.dtype
 
 
-class _Graph:
-    """A graph's initializers, and which node reads each of them at which input."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        model = onnx.load(path, load_external_data=False)
-        self._initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-        self._readers: dict[str, tuple[onnx.NodeProto, int]] = {}
-        for node in model.graph.node:
-            for index, name in enumerate(node.input):
-                if name in self._initializers:
-                    self._readers.setdefault(name, (node, index))
+class _Graph(GraphFile):
+    """A graph's weights by their names."""
 
     def matrix(self, stem: str, published: str) -> FloatMatrix | IntMatrix:
         """The weight called ``stem``: its ``.qdata`` with scales, its ``.weight``, or the tensor of that very name."""
-        if f"{stem}.qdata" in self._readers:
+        if f"{stem}.qdata" in self.readers:
             return self._quantized(f"{stem}.qdata")
-        name = next((name for name in (published, f"{stem}.weight", stem) if name in self._readers), None)
+        name = next((name for name in (published, f"{stem}.weight", stem) if name in self.readers), None)
         if name is None:
-            raise ArtifactError(f"{self.path}: no node reads {published}; export again")
-        node, index = self._readers[name]
-        return FloatMatrix(values=self.stored(name), transposed=node.op_type in _TRANSPOSING and index == 1)
+            raise self.refusal(f"no node reads {named(published)}")
+        node, index = self.readers[name]
+        values = self.stored(name)
+        if values.dtype.kind != "f":
+            raise self.refusal(f"{named(name)} has bytes where numbers are needed")
+        return FloatMatrix(values=values, transposed=node.op_type in _TRANSPOSING and index == 1)
 
     def _quantized(self, name: str) -> IntMatrix:
-        node, index = self._readers[name]
-        if (node.op_type, index) not in _SCALES:
-            raise ArtifactError(f"{self.path}: {name} is read by {node.op_type}, which is not known; export again")
-        attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-        scale_index, point_index = _SCALES[node.op_type, index]
-        point = node.input[point_index] if point_index < len(node.input) else ""
-        scale = self.stored(node.input[scale_index])
+        """Codes, and the scales and zero points that their node is given; the sizes of all of them fit each other."""
+        node, index = self.readers[name]
+        operator = (node.op_type, index)
+        if operator not in _SCALES:
+            raise self.refusal(f"{named(name)} is read by {shown(node.op_type, 40)}, which is not known")
+        scale_index, point_index = _SCALES[operator]
+        codes, scale = self.stored(name), self._input(node, scale_index)
+        point = self._input(node, point_index) if any(node.input[point_index : point_index + 1]) else None
+        if scale.dtype.kind != "f" or any(part and part.dtype != np.uint8 for part in (codes, point)):
+            raise self.refusal(f"{named(name)} or its scales have the wrong element type")
+        bits = self._integer(node, _BITS.get(operator, "bits"))
+        group_size = self._integer(node, _GROUP_SIZE.get(operator, "block_size"))
+        if bits not in (4, 8) or group_size < 2 or group_size % 2:
+            raise self.refusal(f"{named(name)} has {bits} bits in groups of {group_size}, which is not known")
         outer, groups = scale.shape[:-1], scale.shape[-1]
         rows = math.prod(outer)
-        group_size = attributes[_GROUP_SIZE.get((node.op_type, index), "block_size")]
         return IntMatrix(
-            qdata=self.stored(name).as_rows(rows),
+            qdata=self._rows(codes, rows, groups * group_size * bits // 8),
             scale=scale.as_rows(rows),
-            zero_point=self.stored(point).as_rows(rows) if point else None,
-            bits=attributes[_BITS.get((node.op_type, index), "bits")],
+            zero_point=None if point is None else self._rows(point, rows, -(-groups * bits // 8)),
+            bits=4 if bits == 4 else 8,
             group_size=group_size,
             shape=(*outer, groups * group_size),
         )
 
-    def stored(self, name: str) -> Stored:
-        tensor = self._initializers[name]
-        shape, dtype = tuple(tensor.dims), helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        if not external_data_helper.uses_external_data(tensor):
-            values = numpy_helper.to_array(tensor)
-            return Stored(name=name, shape=shape, dtype=values.dtype, path=self.path, offset=0, inline=values)
-        entries: dict[str, Any] = {entry.key: entry.value for entry in tensor.external_data}
-        return Stored(
-            name=name,
-            shape=shape,
-            dtype=dtype,
-            path=self._data_file(entries["location"]),
-            offset=int(entries.get("offset", 0)),
-        )
+    def _rows(self, part: Stored, rows: int, nbytes: int) -> Stored:
+        """Codes or zero points, ``nbytes`` for each row."""
+        if math.prod(part.shape) != rows * nbytes:
+            raise self.refusal(
+                f"{named(part.name)} is stored as {shown(list(part.shape))}, its scales speak of {rows} rows of "
+                f"{nbytes} bytes"
+            )
+        return part.as_rows(rows)
 
-    def _data_file(self, location: str) -> Path:
-        if location in ("", ".", "..") or set(location) & set("/\\:\0"):
-            raise ArtifactError(f"{self.path}: names the data file {location!r}, which is not beside it; export again")
-        return self.path.parent / location
+    def _input(self, node: onnx.NodeProto, index: int) -> Stored:
+        if index >= len(node.input):
+            raise self.refusal(f"a node {shown(node.op_type, 40)} has {len(node.input)} inputs, not its scales")
+        return self.stored(node.input[index])
+
+    def _integer(self, node: onnx.NodeProto, name: str) -> int:
+        for attribute in node.attribute:
+            if attribute.name == name and attribute.type == onnx.AttributeProto.INT:
+                return int(attribute.i)
+        raise self.refusal(f"a node {shown(node.op_type, 40)} does not say its {name}")
 
     def check_shape(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
         if found != expected:
-            raise ArtifactError(
-                f"{self.path}: {name} is stored as {list(found)}, its config asks for {list(expected)}; export again"
+            raise self.refusal(
+                f"{named(name)} is stored as {shown(list(found))}, its config asks for {shown(list(expected))}"
             )
 
 
