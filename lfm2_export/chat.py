@@ -54,6 +54,9 @@ class Chat:
         system: the system message.
         tools: JSON schemas of functions that the model may call.
         variables: more names for the chat template.
+        chat_template: one of the tokenizer's by name, or Jinja source; by default as ``render_chat`` chooses.
+        skip_special_tokens: True: the text given out has no markers of tool calls and the like. ``messages`` always
+            has them: a template is to write the reply again as the model did.
     """
 
     def __init__(
@@ -65,6 +68,8 @@ class Chat:
         system: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
+        skip_special_tokens: bool = False,
     ):
         self.config = config
         self._runner = runner
@@ -72,6 +77,8 @@ class Chat:
         self._system = [] if system is None else [{"role": "system", "content": system}]
         self._tools = tools
         self._variables = variables
+        self._template = chat_template
+        self._skip = skip_special_tokens
         self._messages: list[Message] = list(self._system)
         self._places: list[_Place] = []
         self._transcripts: list[_Transcript] = []
@@ -124,7 +131,9 @@ class Chat:
         raise GenerationError(f"chat: there is no {role} message yet")
 
     def _reply(self, messages: list[Message]) -> Iterator[str]:
-        text = self._tokenizer.render_chat(messages, tools=self._tools, variables=self._variables)
+        text = self._tokenizer.render_chat(
+            messages, tools=self._tools, chat_template=self._template, variables=self._variables
+        )
         tokens = self._tokenize(text)
         place, logits = self._prefill(tokens)
         self._messages, self._finish_reason = messages, None
@@ -160,7 +169,10 @@ class Chat:
         return self._places[-1], logits
 
     def _stream(self, prompt: _Place, logits: np.ndarray, text: str, turn: int) -> Iterator[str]:
-        decoder, reply = StreamDecoder(self._tokenizer), list[int]()
+        decoder = StreamDecoder(
+            self._tokenizer, skip_special_tokens=self._skip or None, stop_tokens=self.config.stop_tokens
+        )
+        reply: list[int] = []
         self._check_undisturbed(prompt, reply, turn)
         try:
             for event in continue_from(self._runner, logits, [prompt.tokens], self.config):

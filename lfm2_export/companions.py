@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lfm2_export import files, json_values, paths
+from lfm2_export import files, json_values, paths, template_files
 from lfm2_export.artifact import ArtifactWriter
 from lfm2_export.checkpoint import Checkpoint
 from lfm2_export.errors import ArtifactError, CheckpointError, GenerationError
@@ -21,8 +21,8 @@ from lfm2_export.text import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-GENERATION_CONFIG, TOKENIZER, TEMPLATE = "generation_config.json", "tokenizer.json", "chat_template.jinja"
-_OBJECTS = (GENERATION_CONFIG, "tokenizer_config.json", "special_tokens_map.json")
+GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG = "generation_config.json", "tokenizer.json", "tokenizer_config.json"
+_OBJECTS = (GENERATION_CONFIG, TOKENIZER_CONFIG, "special_tokens_map.json")
 # Bytes; what is not named here has ``files.TEXT_LIMIT``. Tokenizers of 260,000 tokens have 33 MB.
 _LIMITS = {TOKENIZER: 64 << 20, **dict.fromkeys(_OBJECTS, files.JSON_LIMIT)}
 
@@ -37,11 +37,11 @@ def check(checkpoint: Checkpoint) -> None:
     for path in checkpoint.files():
         files.check(path, checkpoint.path, CheckpointError, limit=_limit(path))
     _warn_of_values(checkpoint.path / "config.json", checkpoint.raw_config)
-    for name, value in _objects(checkpoint).items():
+    objects = _objects(checkpoint)
+    for name, value in objects.items():
         _warn_of_values(checkpoint.path / name, value)
     _check_generation(checkpoint)
-    if _has(checkpoint, TEMPLATE):
-        files.read_text(checkpoint.path / TEMPLATE, checkpoint.path, CheckpointError)
+    template_files.read(checkpoint.path, objects.get(TOKENIZER_CONFIG, {}), CheckpointError)
     if _has(checkpoint, TOKENIZER):
         _check_tokenizer(checkpoint)
 
@@ -69,9 +69,12 @@ def _objects(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
 
 
 def carry_over(checkpoint: Checkpoint, writer: ArtifactWriter) -> None:
-    """Tokenizer, template, generation settings and licence, as they are; runtimes need a generation config."""
+    """Tokenizer, templates, generation settings and licence, as they are; runtimes need a generation config."""
     for path in checkpoint.files():
         writer.copy(path, limit=_limit(path))
+    for path in template_files.additional(checkpoint.path, CheckpointError).values():
+        data = files.read_bytes(path, checkpoint.path, CheckpointError, limit=files.TEXT_LIMIT)
+        writer.path(path.relative_to(checkpoint.path).as_posix()).write_bytes(data)
     for name, value in _objects(checkpoint).items():
         if json_values.not_plain(value):
             writer.write_json(name, value)

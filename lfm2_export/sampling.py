@@ -1,7 +1,8 @@
 """Chooses the next token from a row of logits.
 
 In: float32 logits [V] and the tokens so far. Out: a token id. Steps, their order and their edge cases are those of
-transformers' LogitsProcessorList (RepetitionPenalty, Temperature, TopK, TopP, MinP): the same settings give the same
+transformers' LogitsProcessorList (RepetitionPenalty, those of ``exclusions``, Temperature, TopK, TopP, MinP, Typical,
+Epsilon, Eta): the same settings give the same
 distribution. The random numbers differ: numpy's generator, seeded per row, so that a row of a batch draws what it
 would draw alone.
 
@@ -13,11 +14,13 @@ Shape suffixes: V vocabulary, K tokens that are left to choose from.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
 
 from lfm2_export.errors import GenerationError
+from lfm2_export.exclusions import Exclusions, exclude_any
 from lfm2_export.generation_config import GenerationConfig
 
 _FLOAT32, _FLOAT64 = np.finfo(np.float32), np.finfo(np.float64)
@@ -26,7 +29,7 @@ _falling = np.errstate(over="ignore", under="ignore")
 
 
 class Sampler:
-    """Chooses tokens for one row; remembers which ones were there (for the repetition penalty) and its random state.
+    """Chooses tokens for one row; remembers which ones were there (for penalties and exclusions) and its random state.
 
     Args:
         config: the settings.
@@ -37,6 +40,8 @@ class Sampler:
 
     def __init__(self, config: GenerationConfig, vocab_size: int, history: Iterable[int] = (), row: int = 0):
         self._config = config
+        history = list(history)
+        self._exclusions = Exclusions(config, vocab_size, history) if exclude_any(config) else None
         self._seen_V = np.zeros(vocab_size, dtype=bool)
         self._seen_V[np.fromiter(history, dtype=np.int64)] = True
         self._random = np.random.default_rng(None if config.seed is None else [config.seed, row])
@@ -45,7 +50,7 @@ class Sampler:
         """The next token, which is part of the history from then on.
 
         Raises:
-            GenerationError: the logits are not numbers.
+            GenerationError: the logits are not numbers, or the settings exclude every token.
         """
         best = int(np.argmax(logits_V))  # NaN where there is one
         if not np.isfinite(logits_V[best]):
@@ -54,12 +59,34 @@ class Sampler:
                 "(fp16 programs: try another scheme)"
             )
         scores_V = penalize(logits_V, self._seen_V, self._config.repetition_penalty)
+        if self._exclusions is not None:
+            scores_V = exclude(scores_V, self._exclusions.ids())
         if not self._config.greedy:
             token = draw(*candidates(scores_V, self._config), self._random)
         else:
             token = best if scores_V is logits_V else int(np.argmax(scores_V))
         self._seen_V[token] = True
+        if self._exclusions is not None:
+            self._exclusions.add(token)
         return token
+
+
+def exclude(scores_V: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """The scores with minus infinity for ``ids``.
+
+    Raises:
+        GenerationError: nothing is left.
+    """
+    if not len(ids):
+        return scores_V
+    scores_V = scores_V.copy()
+    scores_V[ids] = -np.inf
+    if scores_V.max() == -np.inf:
+        raise GenerationError(
+            "the settings exclude every token (suppress_tokens, bad_words_ids, no_repeat_ngram_size, min_new_tokens); "
+            "relax one of them"
+        )
+    return scores_V
 
 
 @_falling
@@ -91,7 +118,14 @@ def candidates(scores_V: np.ndarray, config: GenerationConfig) -> tuple[np.ndarr
     scores_V = temper(scores_V, config.temperature)
     tokens = np.flatnonzero(keep_top_k(scores_V, config.top_k) & (scores_V > -np.inf))
     scores = scores_V[tokens]
-    for keep, setting in ((keep_top_p, config.top_p), (keep_min_p, config.min_p)):
+    steps = (
+        (keep_top_p, config.top_p),
+        (keep_min_p, config.min_p),
+        (keep_typical, config.typical_p),
+        (keep_epsilon, config.epsilon_cutoff),
+        (keep_eta, config.eta_cutoff),
+    )
+    for keep, setting in steps:
         kept = keep(scores, setting)
         tokens, scores = tokens[kept], scores[kept]
     return tokens, scores
@@ -140,6 +174,46 @@ def keep_min_p(scores: np.ndarray, p: float) -> np.ndarray:
     """bool: what is at least ``p`` times as likely as the best token (arXiv:2407.01082); 0 keeps everything."""
     probabilities = softmax(scores)
     return probabilities >= np.float32(p) * probabilities.max()
+
+
+def keep_typical(scores: np.ndarray, mass: float) -> np.ndarray:
+    """bool: the tokens whose surprise is nearest to the entropy, until they have ``mass`` together (arXiv:2202.00666);
+    1 and more keeps everything."""
+    if mass >= 1:
+        return np.ones(len(scores), dtype=bool)
+    probabilities = softmax(scores)
+    distances = np.abs(-_log(probabilities, scores) - _entropy(probabilities, scores))
+    ascending = np.argsort(distances, kind="stable")
+    sums = np.cumsum(probabilities[ascending], dtype=np.float64).astype(probabilities.dtype)
+    last = min(int((sums < mass).sum()), len(scores) - 1)
+    kept = distances <= distances[ascending[last]]
+    kept[ascending[0]] = True
+    return kept
+
+
+def keep_epsilon(scores: np.ndarray, epsilon: float) -> np.ndarray:
+    """bool: what has at least the probability ``epsilon``, and the best (arXiv:2210.15191); 0 and 1 keep everything."""
+    if not 0 < epsilon < 1:
+        return np.ones(len(scores), dtype=bool)
+    return (softmax(scores) >= epsilon) | (scores == scores.max())
+
+
+def keep_eta(scores: np.ndarray, epsilon: float) -> np.ndarray:
+    """bool: as ``keep_epsilon``, with a threshold that falls where the entropy is high (the same paper)."""
+    if not 0 < epsilon < 1:
+        return np.ones(len(scores), dtype=bool)
+    probabilities = softmax(scores)
+    eta = min(epsilon, math.sqrt(epsilon) * math.exp(-_entropy(probabilities, scores)))
+    return (probabilities >= eta) | (scores == scores.max())
+
+
+def _log(probabilities: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Of probabilities, from the scores: those that are too small for a float have one, too."""
+    return scores - scores.max() + np.log(probabilities.max())
+
+
+def _entropy(probabilities: np.ndarray, scores: np.ndarray) -> float:
+    return float(-(probabilities * _log(probabilities, scores)).sum())
 
 
 def draw(tokens: np.ndarray, scores: np.ndarray, random: np.random.Generator) -> int:

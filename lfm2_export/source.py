@@ -23,8 +23,21 @@ BUNDLED = ("tiny-moe", "tiny-dense")
 
 WEIGHT_PATTERNS = ("config.json", "*.safetensors", "*.safetensors.index.json")
 DATA_PATTERNS = (*WEIGHT_PATTERNS, "*.json", "*.jinja", "LICENSE*", "tokenizer.model")
-# Patterns match across folders; a checkpoint's own files all lie at the top.
-_IGNORED = ("*/*",)
+
+
+def _nested_but(folder: str, last: str) -> tuple[str, ...]:
+    """Patterns of everything in folders, but of what lies in ``folder`` itself and has a name that ends in ``last``.
+
+    A checkpoint's own files lie at the top or there. The Hub's patterns match across folders and know no "not": hence
+    those of all other folders' names, which end before ``folder`` does, go on otherwise, or go on after it.
+    """
+    cut = range(len(folder))
+    shorter = (f"{folder[:index]}/*" for index in cut if index)
+    others = (f"{folder[:index]}[!{folder[index]}/]*/*" for index in cut)
+    return (*shorter, *others, f"{folder}[!/]*/*", f"{folder}/*/*", f"{folder}/*[!{last}]")
+
+
+_IGNORED = _nested_but("additional_chat_templates", "a")  # of ".jinja": no other data file's name ends so
 
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")

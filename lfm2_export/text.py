@@ -1,27 +1,32 @@
 """Text to token ids and back, from a checkpoint's files alone; no transformers.
 
-In: tokenizer.json, tokenizer_config.json, chat_template.jinja as published. Out: the ids that transformers'
+In: tokenizer.json, tokenizer_config.json, chat templates as published. Out: the ids that transformers'
 ``AutoTokenizer`` gives, and text that streams token by token without ever showing half a character.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from lfm2_export import chat_template, paths, tokenizer_files, tokenizer_probe
+from lfm2_export import chat_template as templates
+from lfm2_export import paths, template_files, tokenizer_files, tokenizer_probe
 from lfm2_export.chat_template import Message, RenderLimits
 from lfm2_export.errors import ArtifactError, GenerationError
 from lfm2_export.isolated.process import Limits
-from lfm2_export.messages import shown
+from lfm2_export.messages import one_line, shown
 from lfm2_export.tokenizer_backend import build, translated
 
 _REPLACEMENT = "\ufffd"
 # Tokens that a stream decodes again at each step before it looks for a place to cut, and those it then keeps.
 _LONG, _TAIL = 16, 4
+# Tokens around what a model says rather than in it: by their role, and as these families write them.
+_FRAME_ROLES = ("bos_token", "eos_token", "pad_token", "sep_token", "cls_token")
+_FRAME_TOKENS = ("<|startoftext|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 
 
 class Tokenizer:
@@ -35,13 +40,13 @@ class Tokenizer:
         self,
         backend: tokenizers.Tokenizer,
         special_tokens: Mapping[str, str],
-        template: str | None,
+        chat_templates: Mapping[str, str],
         place: str,
-        template_limits: RenderLimits = chat_template.DEFAULT_LIMITS,
+        template_limits: RenderLimits = templates.DEFAULT_LIMITS,
     ):
         self._backend = backend
         self._special_tokens = dict(special_tokens)
-        self._template = template
+        self._templates = dict(chat_templates)
         self._place = place
         self._template_limits = template_limits
 
@@ -50,7 +55,7 @@ class Tokenizer:
         cls,
         folder: str | Path,
         *,
-        template_limits: RenderLimits = chat_template.DEFAULT_LIMITS,
+        template_limits: RenderLimits = templates.DEFAULT_LIMITS,
         tokenizer_limits: Limits = tokenizer_probe.DEFAULT_LIMITS,
     ) -> Tokenizer:
         """Reads the files of a checkpoint or an artifact.
@@ -73,8 +78,7 @@ class Tokenizer:
             raise ArtifactError(f"{fault} ({reason}); {remedy}")
         with translated(ArtifactError, fault, remedy):
             backend = build(files.data, files.additions)
-        template = tokenizer_files.read_template(folder, files.config)
-        return cls(backend, files.named, template, str(folder), template_limits)
+        return cls(backend, files.named, template_files.read(folder, files.config), str(folder), template_limits)
 
     @property
     def special_tokens(self) -> Mapping[str, str]:
@@ -83,7 +87,12 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        return self._template is not None
+        return bool(self._templates)
+
+    @property
+    def chat_templates(self) -> Mapping[str, str]:
+        """Jinja sources by name; "default" is taken where none is asked for, "tool_use" where tools are given."""
+        return self._templates
 
     @property
     def vocab_size(self) -> int:
@@ -103,20 +112,37 @@ class Tokenizer:
         with translated(GenerationError, "text: this tokenizer cannot encode it", "change the text or the tokenizer"):
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+    def decode(
+        self, ids: Sequence[int], *, skip_special_tokens: bool | None = False, stop_tokens: Collection[int] = ()
+    ) -> str:
         """The text of ``ids``; bytes that are not UTF-8 become U+FFFD.
+
+        Args:
+            ids: tokens.
+            skip_special_tokens: False: all are shown; True: no special token is, as in transformers; None: as a reply
+                is read, without ``frame_tokens`` but with markers that the model writes (tool calls, thinking).
+            stop_tokens: left out, too.
 
         Raises:
             GenerationError: an id is negative, beyond 32 bits, or no integer; or the tokenizer's decoder fails.
         """
-        tokens = list(ids)
+        left_out = self.frame_tokens if skip_special_tokens is None else frozenset[int]()
+        tokens = [token for token in ids if token not in left_out and token not in stop_tokens]
         with translated(GenerationError, "decode: this tokenizer cannot decode these ids", "use another tokenizer"):
             try:
-                return self._backend.decode(tokens, skip_special_tokens=skip_special_tokens)
+                return self._backend.decode(tokens, skip_special_tokens=skip_special_tokens is True)
             except (OverflowError, TypeError) as error:
                 raise GenerationError(
                     f"decode: {shown(tokens)} are not all token ids; pass integers from 0 up"
                 ) from error
+
+    @cached_property
+    def frame_tokens(self) -> frozenset[int]:
+        """Ids of the special tokens that frame a text or a turn (bos, eos, pad, ``<|im_start|>``, ...): no part of what
+        a model says, unlike its other special tokens."""
+        texts = {*_FRAME_TOKENS, *(self._special_tokens.get(role, "") for role in _FRAME_ROLES)}
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset(ident for ident, token in added.items() if token.special and token.content in texts)
 
     def render_chat(
         self,
@@ -125,13 +151,19 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        chat_template: str | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The conversation as the text that the model was trained on (chat_template.render)."""
-        if self._template is None:
-            raise GenerationError(f"{self._place}: no chat template; pass a plain prompt instead of messages")
-        return chat_template.render(
-            self._template,
+        """The conversation as the text that the model was trained on (``lfm2_export.chat_template.render``).
+
+        ``chat_template`` is the name of one of ``chat_templates``, or Jinja source. By default it is "tool_use" where
+        there is one and tools are given, else "default".
+
+        Raises:
+            GenerationError: there is no such template, or as ``render``.
+        """
+        return templates.render(
+            self._template(chat_template, tools),
             messages,
             tools=tools,
             documents=documents,
@@ -140,6 +172,26 @@ class Tokenizer:
             limits=self._template_limits,
         )
 
+    def _template(self, asked: str | None, tools: object) -> str:
+        """Chosen as transformers' ``get_chat_template`` does, but that a mistyped name is not taken for a source."""
+        named = self._templates
+        if asked is not None:
+            if asked not in named and "{" not in asked:
+                raise GenerationError(f"{self._place}: has no chat template {shown(asked)}, only: {self._names()}")
+            return named.get(asked, asked)
+        if tools is not None and template_files.WITH_TOOLS in named:
+            return named[template_files.WITH_TOOLS]
+        if template_files.DEFAULT in named:
+            return named[template_files.DEFAULT]
+        if named:
+            raise GenerationError(
+                f"{self._place}: has no default chat template, only: {self._names()}; pass chat_template=<name>"
+            )
+        raise GenerationError(f"{self._place}: no chat template; pass a plain prompt instead of messages")
+
+    def _names(self) -> str:
+        return one_line(", ".join(sorted(self._templates)), 120) or "none"
+
     def encode_chat(
         self,
         messages: Sequence[Message],
@@ -147,6 +199,7 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        chat_template: str | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """``render_chat`` as token ids; the template writes the bos token itself."""
@@ -155,6 +208,7 @@ class Tokenizer:
             tools=tools,
             documents=documents,
             add_generation_prompt=add_generation_prompt,
+            chat_template=chat_template,
             variables=variables,
         )
         return self.encode(text, add_special_tokens=False)
@@ -176,15 +230,19 @@ def check_text(text: str, place: str) -> None:
 
 
 class StreamDecoder:
-    """Decodes tokens one by one; the pieces joined are ``Tokenizer.decode`` of all of them.
+    """Decodes tokens one by one; the pieces joined are ``Tokenizer.decode`` of all of them, with the same arguments.
+
+    By default that is a reply as it is read: without the tokens that frame it, with its markers of tool calls.
 
     A token may end inside a character. Such a character is held back until the token that completes it (or ``finish``),
     recognized by the U+FFFD that an unfinished UTF-8 sequence decodes to at the end of the text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True):
+    def __init__(
+        self, tokenizer: Tokenizer, *, skip_special_tokens: bool | None = None, stop_tokens: Collection[int] = ()
+    ):
         self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
+        self._skip, self._stops = skip_special_tokens, stop_tokens
         # Decoded again together with what follows, since some decoders treat a first token differently.
         self._context: list[int] = []
         self._pending: list[int] = []
@@ -211,7 +269,7 @@ class StreamDecoder:
         """
         head, tail = self._pending[:-_TAIL], self._pending[-_TAIL:]
         before = self._text(head)
-        if len(before) <= self._shown and before + self._tokenizer.decode(tail, skip_special_tokens=self._skip) == text:
+        if len(before) <= self._shown and before + self._decode(tail) == text:
             self._context, self._pending, self._shown = head, tail, self._shown - len(before)
 
     def push_all(self, tokens: Iterable[int]) -> str:
@@ -224,6 +282,7 @@ class StreamDecoder:
         return piece
 
     def _text(self, tokens: list[int]) -> str:
-        before = self._tokenizer.decode(self._context, skip_special_tokens=self._skip)
-        both = self._tokenizer.decode(self._context + tokens, skip_special_tokens=self._skip)
-        return both[len(before) :]
+        return self._decode(self._context + tokens)[len(self._decode(self._context)) :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=self._skip, stop_tokens=self._stops)

@@ -1,7 +1,7 @@
 """What a tokenizer's files say, checked, as plain data; nothing is opened by the library yet.
 
-In: a folder with tokenizer.json, tokenizer_config.json and chat_template.jinja as published. Out: the bytes of the
-first, the tokens that the second declares, and the template.
+In: a folder with tokenizer.json and tokenizer_config.json as published. Out: the bytes of the first, and the tokens
+that the second declares.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from lfm2_export import paths
 from lfm2_export.errors import ArtifactError
-from lfm2_export.files import TEXT_LIMIT, read_bytes, read_json_object, read_text
+from lfm2_export.files import read_bytes, read_json_object
 from lfm2_export.messages import one_line, shown
 from lfm2_export.tokenizer_backend import Additions, Token
 
@@ -23,6 +23,7 @@ TOKENIZER_LIMIT = 32 << 20
 _TOKEN_LIMIT = 4096
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_EXTRA, _OLD_EXTRA, _OWN = "extra_special_tokens", "additional_special_tokens", "model_specific_special_tokens"
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _REMEDY = "restore it or export again"
 
@@ -30,7 +31,7 @@ _REMEDY = "restore it or export again"
 @dataclass(frozen=True, kw_only=True)
 class TokenizerFiles:
     """``data`` and ``additions`` are for ``tokenizer_backend.build``; ``named`` has the text of bos_token and others by
-    name; ``config`` is tokenizer_config.json, of which ``read_template`` may need a part."""
+    name; ``config`` is tokenizer_config.json, which may hold the chat templates, too (``template_files``)."""
 
     path: Path
     data: bytes
@@ -40,7 +41,7 @@ class TokenizerFiles:
 
 
 def read(folder: Path) -> TokenizerFiles:
-    """Reads the files of a checkpoint or an artifact, but for the template.
+    """Reads the files of a checkpoint or an artifact, but for the templates.
 
     Raises:
         ArtifactError: tokenizer.json is missing; a file is damaged, too large, no regular file or a link that leaves
@@ -51,7 +52,7 @@ def read(folder: Path) -> TokenizerFiles:
         raise ArtifactError(f"{paths.shown(path)}: no such file; restore it from the checkpoint or export again")
     config = _object(folder, "tokenizer_config.json")
     if "added_tokens_decoder" not in config:
-        config = {**config, **_object(folder, "special_tokens_map.json")}
+        config = _with_map(config, _object(folder, "special_tokens_map.json"))
     place = folder / "tokenizer_config.json"
     named = _named(config)
     return TokenizerFiles(
@@ -71,6 +72,14 @@ def read(folder: Path) -> TokenizerFiles:
 def _object(folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
     return read_json_object(path, folder, ArtifactError) if paths.exists(path, ArtifactError) else {}
+
+
+def _with_map(config: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    """special_tokens_map.json wins over the config, but for a list of extra tokens, which goes on from the config's."""
+    merged, extra = {**config, **named}, (config.get(_EXTRA), named.get(_EXTRA))
+    if all(isinstance(tokens, list) for tokens in extra):
+        merged[_EXTRA] = [*config[_EXTRA], *(token for token in named[_EXTRA] if token not in config[_EXTRA])]
+    return merged
 
 
 def _declared(config: Mapping[str, Any], place: Path) -> Iterator[Token]:
@@ -124,43 +133,27 @@ def _content(token: object) -> str | None:
 
 
 def _named(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Special tokens by name: the usual ones, a model's own (``image_token``), and those of extra_special_tokens."""
-    extra = config.get("extra_special_tokens")
+    """Special tokens by name: the usual ones, a model's own (``image_token``), and those of extra_special_tokens; where
+    there are none of these two, those of model_specific_special_tokens."""
     own = {k: v for k, v in config.items() if k.endswith("_token") and k not in _NAMED and isinstance(v, str)}
+    own |= _mapping(config.get(_EXTRA))
     usual = {name: config.get(name) for name in _NAMED}
-    found = {**usual, **own, **(extra if isinstance(extra, Mapping) else {})}
+    found = {**usual, **(own or _mapping(config.get(_OWN)))}
     return {name: token for name, token in found.items() if _content(token) is not None}
 
 
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
 def _special(config: Mapping[str, Any], named: Mapping[str, Any], place: Path) -> Iterator[Token]:
-    """The named tokens and the extra ones."""
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    """The named tokens and the extra ones, under their new key or, beside no list of these, the old one."""
+    extra = config.get(_EXTRA) or config.get(_OLD_EXTRA) or []
+    if isinstance(extra, Mapping):
+        extra = config.get(_OLD_EXTRA) or []
     listed = [token for token in extra if _content(token)] if isinstance(extra, list) else []
     for token in (*named.values(), *listed):
         yield _token(token, place) if isinstance(token, dict) else {"content": _text(token, place), "special": True}
-
-
-def read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The chat template: its own file wins over tokenizer_config.json, where it may be one of several by name.
-
-    Raises:
-        ArtifactError: the file is damaged, too large, no regular file or a link that leaves the folder.
-    """
-    path, place = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if paths.exists(path, ArtifactError):
-        return read_text(path, folder, ArtifactError)
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        entries = (entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default")
-        template = next((entry.get("template") for entry in entries), None)
-    if not isinstance(template, str):
-        return None
-    _check_unicode(template, "chat_template", place)
-    if len(template) > TEXT_LIMIT:
-        raise ArtifactError(
-            f"{paths.shown(place)}: chat_template has {len(template)} characters, more than {TEXT_LIMIT}; {_REMEDY}"
-        )
-    return template
 
 
 def _damaged(place: Path, fault: str) -> ArtifactError:

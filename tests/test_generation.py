@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import cycle
 
 import numpy as np
 import pytest
@@ -162,6 +163,15 @@ SETTINGS = [
     {"top_p": 0.0},
     {"min_p": 0.15},
     {"min_p": 1.0},
+    {"typical_p": 0.9},
+    {"typical_p": 0.2, "top_k": 40, "temperature": 0.7},
+    {"typical_p": 1e-9},
+    {"typical_p": 1.5},
+    {"epsilon_cutoff": 0.01},
+    {"epsilon_cutoff": 0.999},
+    {"epsilon_cutoff": 1.0, "eta_cutoff": 1.0},
+    {"eta_cutoff": 0.02},
+    {"eta_cutoff": 0.9, "top_p": 0.9},
     {"top_k": 50, "top_p": 0.8, "min_p": 0.05, "temperature": 1.7, "repetition_penalty": 0.8},
     {"top_k": 50, "temperature": 0.3, "min_p": 0.15, "repetition_penalty": 1.05},
 ]
@@ -175,7 +185,7 @@ def our_scores(logits: np.ndarray, seen: np.ndarray, config: GenerationConfig) -
     return scores
 
 
-def transformers_scores(logits, history, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
+def transformers_scores(logits, history, *, top_k=0, min_p=0.0, **options):
     """What transformers' generate would draw from: its own factory chooses the processors and their order."""
     torch = pytest.importorskip("torch")
     from transformers import GenerationConfig as TheirConfig
@@ -184,15 +194,7 @@ def transformers_scores(logits, history, *, temperature=1.0, top_k=0, top_p=1.0,
     class Model(GenerationMixin):
         config = PreTrainedConfig()
 
-    config = TheirConfig(
-        do_sample=True,
-        num_beams=1,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p or None,
-        repetition_penalty=repetition_penalty,
-    )
+    config = TheirConfig(do_sample=True, num_beams=1, top_k=top_k, min_p=min_p or None, **options)
     ids = torch.tensor([history])
     processors = Model()._get_logits_processor(config, input_ids_seq_length=len(history), encoder_input_ids=ids)
     return processors(ids, torch.from_numpy(logits)[None])[0].numpy()
@@ -392,7 +394,7 @@ def test_a_reply_is_what_generate_gives_for_the_whole_conversation(runner):
     pieces = list(chat.send("Hello"))
     prompt = TOKENIZER.encode_chat([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}])
     (expected,) = complete(HashRunner(vocab_size=TOKENIZER.vocab_size), [prompt], chat.config)
-    assert "".join(pieces) == TOKENIZER.decode(expected.tokens, skip_special_tokens=True)
+    assert "".join(pieces) == TOKENIZER.decode(expected.tokens, skip_special_tokens=None)
     assert [m["role"] for m in chat.messages] == ["system", "user", "assistant"]
     assert chat.finish_reason == "length"
 
@@ -429,6 +431,39 @@ def test_a_reply_that_stopped_is_followed_by_one_end_of_message(runner, monkeypa
     ]
     assert runner.rows[0] == TOKENIZER.encode_chat(messages)
     assert chat.messages == [*messages, {"role": "assistant", "content": ""}]
+
+
+def scripted(runner, monkeypatch, text: str, *end: int) -> None:
+    """Makes the runner's likeliest tokens those of ``text`` and ``end``, again and again."""
+    script = cycle([*TOKENIZER.encode(text, add_special_tokens=False), *end])
+    monkeypatch.setattr(runner, "logits_of", lambda row: np.eye(runner.vocab_size, dtype=np.float32)[next(script)] * 9)
+
+
+CALL = "Let me see. <|tool_call_start|>[look_up(name='x')]<|tool_call_end|>"
+
+
+@pytest.mark.parametrize(
+    ("skip", "expected"), [(False, CALL), (True, "Let me see. [look_up(name='x')]")], ids=["shown", "skipped"]
+)
+def test_a_tool_call_streams_with_its_markers_and_stays_in_the_conversation(runner, monkeypatch, skip, expected):
+    config = GREEDY.override(stop_token_ids=(IM_END,), max_new_tokens=99)
+    chat = Chat(runner, TOKENIZER, config, skip_special_tokens=skip)
+    scripted(runner, monkeypatch, CALL, IM_END)
+    assert "".join(chat.send("What is x?")) == expected
+    assert chat.messages[-1] == {"role": "assistant", "content": CALL}
+    held = list(runner.rows[0])
+    list(chat.send({"role": "tool", "content": "7"}))
+    assert runner.rows[0][: len(held)] == held
+    assert TOKENIZER.decode(runner.rows[0]).startswith(TOKENIZER.render_chat(chat.messages[:-1]))
+
+
+@pytest.mark.parametrize("stop", [IM_END, "<|endoftext|>", "<|tool_call_end|>", "a"])
+def test_the_token_that_ends_a_reply_is_no_part_of_its_text(runner, monkeypatch, stop):
+    ident = stop if isinstance(stop, int) else TOKENIZER.token_id(stop)
+    chat = Chat(runner, TOKENIZER, GREEDY.override(stop_token_ids=(ident,)))
+    scripted(runner, monkeypatch, "<|tool_call_start|>f()", ident)
+    assert "".join(chat.send("A")) == "<|tool_call_start|>f()"
+    assert chat.messages[-1]["content"] == "<|tool_call_start|>f()"
 
 
 def test_regenerate_prefills_nothing_and_repeats_with_the_same_settings(runner):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 import warnings
@@ -34,6 +35,23 @@ REFUSED_VALUES = [
     ),
     *(("top_k", value) for value in ("-1", "2.5", "50.0", "NaN", "1e30", '"5"', "true", "[5]", "{}", f"-{DIGITS}")),
     *(("max_new_tokens", value) for value in ("0", "-1", "20.0", "1e6", '"20"', "true", "[20]", f"-{DIGITS}")),
+    *(("typical_p", value) for value in ("0", "-1", "NaN", '"0.9"', "true", DIGITS)),
+    *((name, value) for name in ("epsilon_cutoff", "eta_cutoff") for value in ("-0.1", "NaN", "[]", "true")),
+    *(
+        (name, value)
+        for name in ("no_repeat_ngram_size", "min_length", "min_new_tokens")
+        for value in ("-1", "2.0", '"3"', "true", "[]")
+    ),
+    *(
+        (name, value)
+        for name in ("suppress_tokens", "begin_suppress_tokens")
+        for value in ("5", '"ab"', "{}", "[1.5]", '["x"]', "[null]", "[[1]]", "true")
+    ),
+    *(
+        ("bad_words_ids", value)
+        for value in ("5", '"ab"', "{}", "[1]", "[[]]", "[[-1]]", '[["x"]]', "[[1.0]]", f"[[{'1,' * 1000}1]]")
+    ),
+    ("bad_words_ids", f"[{'[1],' * 100_000}[1]]"),
     *(
         ("eos_token_id", value)
         for value in ("-1", "2.0", '"</s>"', "true", "[[2]]", "[2, null]", '[2, "x"]', "[2, -3]")
@@ -246,3 +264,74 @@ def test_run_names_the_file_and_ends_with_2(artifact, tmp_path, capfd, value):
     print(line)
     assert line.startswith(f"lfm2-export: {folder / 'generation_config.json'}: ")
     assert len(line) < 400
+
+
+UNSUPPORTED = {
+    "num_beams": 4,
+    "guidance_scale": 1.5,
+    "penalty_alpha": 0.6,
+    "sequence_bias": [[[1, 2], -1.0]],
+    "forced_eos_token_id": 2,
+    "exponential_decay_length_penalty": [5, 1.1],
+    "stop_strings": ["x"],
+    "max_length": 99,
+    "num_return_sequences": 2,
+    "top_h": 0.4,
+    "max_time": 1.0,
+    "token_healing": True,
+}
+
+
+def test_settings_that_are_not_supported_are_named_once(tmp_path, caplog):
+    path = config_file(tmp_path, json.dumps(UNSUPPORTED | {"top_k": 5}))
+    with caplog.at_level(logging.WARNING, "lfm2_export"):
+        assert [GenerationConfig.from_file(path).top_k for _ in range(3)] == [5, 5, 5]
+    (record,) = caplog.records
+    message = record.getMessage()
+    print(message)
+    assert message.startswith(f"{path}: ")
+    assert message.endswith("; transformers would generate otherwise")
+    assert len(message) <= MESSAGE_LIMIT
+    assert "forced_eos_token_id" in message
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_each_unsupported_setting_is_named(tmp_path, caplog, name):
+    GenerationConfig.from_file(config_file(tmp_path, json.dumps({name: UNSUPPORTED[name]})))
+    assert [f": {name}: not supported here" in record.getMessage() for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 1, "num_beam_groups": 1, "guidance_scale": 1.0, "diversity_penalty": 0.0, "penalty_alpha": 0},
+        {"max_length": 20, "num_return_sequences": 1, "token_healing": False, "stop_strings": None},
+        {"max_length": 4096, "max_new_tokens": 100},
+        {"length_penalty": 1.0, "early_stopping": False, "use_cache": True, "renormalize_logits": True},
+        {"output_scores": False, "return_dict_in_generate": False, "cache_implementation": "static"},
+        {"sequence_bias": {}, "force_words_ids": [], "unknown": 3},
+        {"min_new_tokens": 5, "suppress_tokens": [1, 2], "bad_words_ids": [[3]], "no_repeat_ngram_size": 3},
+    ],
+    ids=lambda settings: ",".join(settings)[:50],
+)
+def test_settings_that_change_nothing_or_are_followed_are_no_news(tmp_path, caplog, settings):
+    GenerationConfig.from_file(config_file(tmp_path, json.dumps(settings)))
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_settings_of_a_file_arrive(tmp_path):
+    stated = {
+        "typical_p": 0.9,
+        "epsilon_cutoff": 0.01,
+        "eta_cutoff": 0.02,
+        "no_repeat_ngram_size": 3,
+        "bad_words_ids": [[1, 2], [3]],
+        "suppress_tokens": [4, -1],
+        "begin_suppress_tokens": [5],
+        "min_length": 6,
+        "min_new_tokens": 7,
+    }
+    config = GenerationConfig.from_file(config_file(tmp_path, json.dumps(stated)))
+    expected = {name: tuple(value) if isinstance(value, list) else value for name, value in stated.items()}
+    assert {name: getattr(config, name) for name in stated} == expected | {"bad_words_ids": ((1, 2), (3,))}
+    assert GenerationConfig().override(**{name: getattr(config, name) for name in stated}, do_sample=False) == config

@@ -91,6 +91,14 @@ def test_decode_equals_transformers(theirs, ids, skip):
         {"extra_special_tokens": {"image_token": "<|image|>"}},
         {"image_token": "<|image|>"},
         {"additional_special_tokens": ["<|brand_new|>"]},
+        {"extra_special_tokens": ["<|brand_new|>"], "additional_special_tokens": ["<|image|>"]},
+        {"extra_special_tokens": {"a_token": "<|brand_new|>"}, "additional_special_tokens": ["<|image|>"]},
+        {"extra_special_tokens": [], "additional_special_tokens": ["<|image|>"]},
+        {"extra_special_tokens": [{"__type": "AddedToken", "content": "<|image|>", "lstrip": True}]},
+        {"model_specific_special_tokens": {"a": "<|image|>"}},
+        {"model_specific_special_tokens": {"a": "<|image|>"}, "b_token": "<|brand_new|>"},
+        {"split_special_tokens": True},
+        {"split_special_tokens": True, "extra_special_tokens": ["<|brand_new|>"]},
         {"pad_token": None},
         {"bos_token": {"__type": "AddedToken", "content": "<|startoftext|>", "lstrip": True}},
     ],
@@ -106,6 +114,34 @@ def test_tokenizer_config_means_what_it_means_to_transformers(tmp_path, options)
     assert ours.decode(ours.encode(text), skip_special_tokens=True) == theirs.decode(
         theirs(text)["input_ids"], skip_special_tokens=True
     )
+
+
+@pytest.mark.parametrize("key", ["extra_special_tokens", "additional_special_tokens"])
+def test_special_tokens_map_goes_on_from_the_list_of_the_config(tmp_path, key):
+    folder = copy_tokenizer(tmp_path, extra_special_tokens=["<|image|>"])
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "added_tokens_decoder"}))
+    (folder / "special_tokens_map.json").write_text(json.dumps({key: ["<|brand_new|>"]}))
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(folder)
+    text = "a<|brand_new|> b <|image|>c"
+    assert Tokenizer.from_dir(folder).encode(text) == theirs(text)["input_ids"]
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("special", [True, False])
+def test_a_token_is_special_where_only_the_config_says_so(tmp_path, special, split):
+    markers = {"10": "<|tool_call_start|>", "14": "<|reserved_0|>"}
+    declared = {ident: {"content": text, "special": special, "normalized": False} for ident, text in markers.items()}
+    folder = copy_tokenizer(tmp_path, added_tokens_decoder=declared, split_special_tokens=split)
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    for entry in raw["added_tokens"]:
+        entry["special"] = not special
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(folder)
+    ours, text = Tokenizer.from_dir(folder), "a <|tool_call_start|>[f()]<|tool_call_end|> b<|reserved_0|><|im_end|>"
+    assert ours.encode(text) == theirs(text)["input_ids"]
+    ids = [token for marker in ours.encode(text) for token in (marker, 10, 14)]
+    assert ours.decode(ids, skip_special_tokens=True) == theirs.decode(ids, skip_special_tokens=True)
 
 
 def test_truncation_and_padding_of_the_file_are_switched_off(tmp_path):
@@ -240,7 +276,7 @@ def test_missing_and_damaged_files_are_named(tmp_path):
         Tokenizer.from_dir(folder)
 
 
-def assert_streams(ids: list[int], skip: bool = True) -> list[str]:
+def assert_streams(ids: list[int], skip: bool | None = True) -> list[str]:
     decoder = StreamDecoder(TOKENIZER, skip_special_tokens=skip)
     pieces = [decoder.push(token) for token in ids] + [decoder.finish()]
     assert "".join(pieces) == TOKENIZER.decode(ids, skip_special_tokens=skip)
@@ -255,7 +291,7 @@ def test_any_text_streams_whole_and_without_broken_characters(text):
 
 
 @settings(max_examples=150, deadline=None)
-@given(ids=st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=40), skip=st.booleans())
+@given(ids=st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=40), skip=st.sampled_from([True, False, None]))
 def test_any_tokens_stream_to_what_decode_gives(ids, skip):
     assert_streams(ids, skip)
 
@@ -266,7 +302,7 @@ BYTES = [TOKENIZER.token_id(token) for token in ("ðŁĺĢ", "ð", "Ł", "ĺ", "
 @settings(max_examples=200, deadline=None)
 @given(
     ids=st.lists(st.sampled_from([b for b in BYTES if b is not None]), max_size=60),
-    skip=st.booleans(),
+    skip=st.sampled_from([True, False, None]),
 )
 def test_streams_of_broken_bytes(ids, skip):
     """Invalid, unfinished and genuine U+FFFD sequences, long enough to be cut."""
@@ -294,3 +330,27 @@ def test_a_stream_of_invalid_bytes_stays_fast():
     for _ in range(500):
         decoder.push(token)
         assert len(decoder._pending) <= 20
+
+
+MARKED = (
+    "<|startoftext|><|im_start|>assistant\n<|tool_call_start|>[f()]<|tool_call_end|> ok<|im_end|><|pad|><|endoftext|>"
+)
+
+
+def test_a_reply_is_read_with_its_markers_and_without_what_frames_it():
+    ids = TOKENIZER.encode(MARKED, add_special_tokens=False)
+    decoder = StreamDecoder(TOKENIZER)
+    assert decoder.push_all(ids) + decoder.finish() == "assistant\n<|tool_call_start|>[f()]<|tool_call_end|> ok"
+    assert TOKENIZER.decode(ids) == MARKED
+    assert TOKENIZER.decode(ids, skip_special_tokens=True) == "assistant\n[f()] ok"
+    stops = (TOKENIZER.token_id("<|tool_call_end|>"),)
+    assert (
+        TOKENIZER.decode(ids, skip_special_tokens=None, stop_tokens=stops) == "assistant\n<|tool_call_start|>[f()] ok"
+    )
+
+
+def test_what_frames_a_text_is_known_by_its_role(tmp_path):
+    options = {"eos_token": "<turn>", "pad_token": "<|reserved_0|>", "extra_special_tokens": ["<think>"]}
+    tokenizer = Tokenizer.from_dir(copy_tokenizer(tmp_path, **options))
+    ids = tokenizer.encode("<think>a<turn><|reserved_0|><|reserved_1|>")
+    assert tokenizer.decode(ids, skip_special_tokens=None) == "<think>a<|reserved_1|>"

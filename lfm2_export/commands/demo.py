@@ -74,6 +74,6 @@ def _generate(artifact: Artifact, scheme: str, prompt: str) -> None:
     runner = load_runner(artifact, scheme=scheme)
     events = generate(runner, [encode_prompt(tokenizer, prompt, raw=False)], config)
     console.stream(f"\n{scheme}> {prompt}\n")
-    for piece in stream_text(tokenizer, events):
+    for piece in stream_text(tokenizer, events, stop_tokens=config.stop_tokens):
         console.stream(piece)
     console.stream("\n")

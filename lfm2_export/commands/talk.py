@@ -6,7 +6,7 @@ import argparse
 import io
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -48,6 +48,11 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repetition-penalty", type=float, help="above 1: avoid tokens that were there")
     parser.add_argument("--seed", type=int, help="make sampling repeatable")
     parser.add_argument("--system", metavar="TEXT", help="system message")
+    parser.add_argument(
+        "--skip-special-tokens",
+        action="store_true",
+        help="leave the markers of tool calls and the like out of the text",
+    )
 
 
 def open_for_text(options: argparse.Namespace) -> Opened:
@@ -103,10 +108,16 @@ class RunCommand:
         started = time.perf_counter()
         events = generate(opened.runner, [ids], opened.config)
         timed = _Timed(events, started)
+        pieces = stream_text(
+            opened.tokenizer,
+            timed,
+            stop_tokens=opened.config.stop_tokens,
+            skip_special_tokens=options.skip_special_tokens,
+        )
         if options.json:
-            console.print_json(_collect(opened, ids, timed))
+            console.print_json(_collect(opened, ids, timed, "".join(pieces)))
         else:
-            for piece in stream_text(opened.tokenizer, timed):
+            for piece in pieces:
                 console.stream(piece)
             console.stream("\n")
             console.note(f"{opened.program}: {timed.summary(len(ids))}")
@@ -155,12 +166,17 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, *, raw: bool, system: str |
     return tokenizer.encode_chat([*messages, {"role": "user", "content": prompt}])
 
 
-def stream_text(tokenizer: Tokenizer, events: Iterator[TokenEvent]) -> Iterator[str]:
+def stream_text(
+    tokenizer: Tokenizer,
+    events: Iterator[TokenEvent],
+    *,
+    stop_tokens: Collection[int] = (),
+    skip_special_tokens: bool = False,
+) -> Iterator[str]:
     """The text of a single row as it grows, never half a character."""
-    decoder = StreamDecoder(tokenizer)
+    decoder = StreamDecoder(tokenizer, skip_special_tokens=skip_special_tokens or None, stop_tokens=stop_tokens)
     for event in events:
-        if event.finish_reason != "stop":
-            yield decoder.push(event.token)
+        yield decoder.push(event.token)
     yield decoder.finish()
 
 
@@ -189,8 +205,7 @@ class _Timed(Iterator[TokenEvent]):
         )
 
 
-def _collect(opened: Opened, ids: list[int], timed: _Timed) -> dict[str, Any]:
-    text = "".join(stream_text(opened.tokenizer, timed))
+def _collect(opened: Opened, ids: list[int], timed: _Timed, text: str) -> dict[str, Any]:
     return {
         "program": str(opened.program),
         "text": text,
@@ -216,7 +231,13 @@ class ChatCommand:
         opened = open_for_text(options)
         if not opened.tokenizer.has_chat_template:
             raise GenerationError(f"{options.artifact}: has no chat template; use `lfm2-export run --raw`")
-        chat = Chat(opened.runner, opened.tokenizer, opened.config, system=options.system)
+        chat = Chat(
+            opened.runner,
+            opened.tokenizer,
+            opened.config,
+            system=options.system,
+            skip_special_tokens=options.skip_special_tokens,
+        )
         console.note(f"{opened.program}   {_CHAT_HELP}")
         while (line := _read_line()) is not None:
             if not _answer(chat, line.strip()):

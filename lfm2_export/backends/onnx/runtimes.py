@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lfm2_export import files, paths
+from lfm2_export import files, paths, template_files
 from lfm2_export.artifact import ArtifactWriter
 from lfm2_export.backends.onnx.variants import CPU
 from lfm2_export.cache import CONV_STATE, KEY_STATE, VALUE_STATE, StateTensor
@@ -36,15 +36,18 @@ def write(checkpoint: Checkpoint, writer: ArtifactWriter) -> None:
     generation = _read_object(checkpoint.path, "generation_config.json") or {}
     writer.write_json("genai_config.json", genai_config(config, generation, checkpoint.stop_token_ids, programs[0]))
     writer.write_json("config.json", transformers_js_config(checkpoint.raw_config, config, programs))
-    _embed_chat_template(checkpoint.path, writer)
+    _embed_chat_templates(checkpoint.path, writer)
 
 
-def _embed_chat_template(folder: Path, writer: ArtifactWriter) -> None:
-    """Transformers.js looks for the template in tokenizer_config.json alone; elsewhere chat_template.jinja wins."""
-    path, settings = folder / "chat_template.jinja", _read_object(folder, "tokenizer_config.json")
-    if settings is not None and paths.exists(path, CheckpointError):
-        template = files.read_text(path, folder, CheckpointError)
-        writer.write_json("tokenizer_config.json", {**settings, "chat_template": template})
+def _embed_chat_templates(folder: Path, writer: ArtifactWriter) -> None:
+    """Transformers.js looks for templates in tokenizer_config.json alone; elsewhere those in files of their own win."""
+    settings, found = _read_object(folder, "tokenizer_config.json"), template_files.read_files(folder, CheckpointError)
+    if settings is not None and found:
+        named = [{"name": name, "template": template} for name, template in found.items()]
+        lone = found.keys() == {template_files.DEFAULT}
+        writer.write_json(
+            "tokenizer_config.json", {**settings, "chat_template": found[template_files.DEFAULT] if lone else named}
+        )
 
 
 def _read_object(folder: Path, name: str) -> dict[str, Any] | None:
