@@ -22,7 +22,8 @@ from tests.artifacts import snapshot
 from tests.checkpoints import tiny_config, write_random_checkpoint
 
 ROOT = Path(__file__).parents[3]
-RAW_CONFIG = tiny_config("lfm2_moe", num_hidden_layers=2, layer_types=["conv", "full_attention"])
+# One layer: four programs are put together here.
+RAW_CONFIG = tiny_config("lfm2_moe", num_hidden_layers=1, layer_types=["full_attention"], num_dense_layers=0)
 OPTIONS: dict[str, Any] = {"backend": "executorch", "scheme": "8da4w", "moe_op": "both", "max_context": 64}
 
 # argv: checkpoint, output, how many pieces are written before the process dies. The programs themselves, which would
@@ -109,17 +110,16 @@ def test_a_killed_export_goes_on_with_either_way_to_run_experts(tmp_path: Path, 
     assert os.listdir(out.parent) == ["out"], "nothing is left beside it"
 
 
-def test_the_command_says_what_is_done_and_other_settings_start_anew(
+def test_other_settings_start_anew_and_leave_nothing(
     tmp_path: Path, written: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is done belongs to the command that did it."""
     checkpoint = write_random_checkpoint(tmp_path / "checkpoint", RAW_CONFIG, seed=0, dtype="F32")
     out = tmp_path / "parent" / "out"
     kill_after(20, checkpoint, out)
-    stop = KeyboardInterrupt()
 
     def make_pte(*arguments: object) -> None:
-        raise stop
+        raise KeyboardInterrupt
 
     monkeypatch.setattr("lfm2_export.backends.executorch.trace.make_pte", make_pte)
     seen: list[int] = []
@@ -127,4 +127,5 @@ def test_the_command_says_what_is_done_and_other_settings_start_anew(
     with pytest.raises(KeyboardInterrupt):
         lfm2_export.export(checkpoint, output=out, progress=progress, **{**OPTIONS, "embedding_bits": 4})
     assert seen == []
+    assert len(written) == len(set(written)) > 20, "every weight of the first program, from the beginning"
     assert os.listdir(out.parent) == []
