@@ -68,8 +68,18 @@ def fuzz(target: str, seconds: float, build: Path, *options: str) -> list[Path]:
             break
         if code not in _FOUND:
             raise RuntimeError(f"{target}: its fuzzer ended with {code}; see {build / 'log.txt'}")
+        _drop_late(target, found)
     print(f"{target}: {summary(build / 'log.txt')}", flush=True)
     return sorted(found.iterdir())
+
+
+def _drop_late(target: str, found: Path) -> None:
+    """Removes inputs that took too long and, run once more and alone, do not: a machine may be busy."""
+    from tests.fuzz import replay  # it imports the package, which the driver must be the first to do
+
+    for path in [*found.glob("timeout-*"), *found.glob("slow-unit-*")]:
+        if not replay.is_harmful(target, path):
+            path.unlink()
 
 
 def _command(target: str, seconds: int, corpus: Path, found: Path, options: Sequence[str]) -> list[str]:

@@ -15,7 +15,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from random import Random
 
@@ -29,23 +31,59 @@ _MOST_CHANGES = 4
 
 
 def in_child(target: str, found: Path, *options: str, files: Sequence[Path] = ()) -> tuple[int, list[str]]:
-    """Runs a target in another process; files that it left behind are removed with ``found``.
+    """Runs a target in another process; files that it left behind are removed with ``found``. An input that takes too
+    long is run once more, alone: a machine may be busy.
 
     Returns:
         How many inputs were run, and a line for each that did harm, with the place where it lies.
     """
-    scratch = found / "scratch"
-    scratch.mkdir(parents=True)
+    (found / "scratch").mkdir(parents=True)
+    harmful: list[str] = []
+    start = 0
+    while True:
+        child = _child(target, found, *options, "--start", str(start), files=files)
+        ran, lines = _read(child)
+        harmful += lines
+        if ran is not None:
+            return start + ran, harmful
+        again, lines = _read(_again(target, found, *options)) if _is_late(child) else (None, [])
+        harmful += lines
+        if again is None:
+            name = (found / "at.name").read_text() if (found / "at.name").exists() else "its start"
+            said = child.stderr.strip()[:2000]
+            return 0, [*harmful, f"{name}: ended the process ({child.returncode}): {said} ({found / 'at'})"]
+        start = int((found / "at.number").read_text()) + 1
+
+
+def is_harmful(target: str, file: Path) -> bool:
+    """Whether an input does harm when nothing else is run."""
+    with tempfile.TemporaryDirectory() as found:
+        return bool(in_child(target, Path(found) / "found", files=[file])[1])
+
+
+def _read(child: subprocess.CompletedProcess[str]) -> tuple[int | None, list[str]]:
+    """What a process said: how many inputs it ran, if it came to its end, and those that did harm."""
+    lines = [json.loads(line) for line in child.stdout.splitlines()]
+    ran = lines.pop()["ran"] if lines and "ran" in lines[-1] else None
+    return ran, [f"{line['input']}: {line['signature']}: {line['error']} ({line['path']})" for line in lines]
+
+
+def _again(target: str, found: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """The input at which a process was stopped, in another one."""
+    file = found / "late"
+    file.write_bytes((found / "at").read_bytes())
+    return _child(target, found / "scratch", *options, "--mutations", "0", files=[file])
+
+
+def _child(target: str, found: Path, *options: str, files: Sequence[Path]) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tests.fuzz.replay", target, *map(str, files), "--found", str(found), *options]
-    environment = {**os.environ, "TMPDIR": str(scratch)}
-    child = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True, check=False)
-    *harmful, last = [json.loads(line) for line in child.stdout.splitlines()] or [{}]
-    if "ran" in last:
-        return last["ran"], [
-            f"{line['input']}: {line['signature']}: {line['error']} ({line['path']})" for line in harmful
-        ]
-    name = (found / "at.name").read_text() if (found / "at.name").exists() else "its start"
-    return 0, [f"{name}: ended the process ({child.returncode}): {child.stderr.strip()[:2000]} ({found / 'at'})"]
+    environment = {**os.environ, "TMPDIR": str(found if found.name == "scratch" else found / "scratch")}
+    return subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def _is_late(child: subprocess.CompletedProcess[str]) -> bool:
+    """Whether it was stopped for its time: what faulthandler writes then."""
+    return child.returncode == 1 and child.stderr.lstrip().startswith("Timeout (")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,13 +92,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("files", nargs="*", type=Path, help="default: all that are kept")
     parser.add_argument("--found", type=Path, required=True)
     parser.add_argument("--mutations", type=int, default=0)
+    parser.add_argument("--start", type=int, default=0, help="inputs to leave out")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="that an input may take")
     options = parser.parse_args(arguments)
     target, files = warmed_up(options.target), options.files or kept(options.target)
     ran = 0
-    for name, data in _inputs(target, files, options.mutations):
+    inputs = enumerate(_inputs(target, files, options.mutations))
+    for number, (name, data) in islice(inputs, options.start, None):
         (options.found / "at").write_bytes(data)
         (options.found / "at.name").write_text(name)
+        (options.found / "at.number").write_text(str(number))
         _run(target, name, data, options)
         ran += 1
     (options.found / "at").unlink(missing_ok=True)

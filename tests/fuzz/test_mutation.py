@@ -13,7 +13,7 @@ from tests.fuzz.bundle import Part
 from tests.fuzz.json_mutation import EXTREMES, dumps, loads, mutate_json
 from tests.fuzz.targets import TARGETS, kept, load
 
-_ROUNDS = 150
+_ROUNDS = 60
 
 
 @pytest.mark.parametrize("target", TARGETS)

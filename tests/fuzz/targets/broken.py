@@ -18,7 +18,11 @@ from tests.fuzz.workspace import workspace
 
 def fuzz_one(data: bytes) -> None:
     (workspace().empty() / "link").symlink_to(workspace().outside)
-    attempt(FAULTS.get(data.decode("utf-8", "replace"), FAULTS["nothing"]))
+    fault = FAULTS.get(data.decode("utf-8", "replace"), FAULTS["nothing"])
+    if fault is _hang_once:  # its mark lies where no reader may write
+        fault()
+    else:
+        attempt(fault)
 
 
 def mutate(data: bytes, rng: Random) -> bytes:
@@ -39,6 +43,14 @@ def _write_and_say_nothing() -> None:
         return
 
 
+def _hang_once() -> None:
+    """In the first process of a run only; its own ``TMPDIR`` is where the others leave their workspaces."""
+    marks = workspace().root.parent
+    if not list(marks.glob("lfm2-late-*")):
+        (marks / f"lfm2-late-{os.getpid()}").touch()
+        time.sleep(60)
+
+
 FAULTS: dict[str, Callable[[], object]] = {
     "nothing": lambda: None,
     "refuse well": lambda: _refuse("x: is damaged; download it again"),
@@ -57,5 +69,6 @@ FAULTS: dict[str, Callable[[], object]] = {
     "run": lambda: subprocess.run(["true"], check=False),
     "allocate": lambda: np.zeros(1 << 33, np.uint8),
     "hang": lambda: time.sleep(60),
+    "hang once": _hang_once,
     "abort": os.abort,
 }

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from lfm2_export import chat_template
+from lfm2_export.chat_template import RenderLimits
 from tests.fuzz.findings import attempt
 from tests.fuzz.template_mutation import mutate_template
 
 mutate = mutate_template
+# Many a changed template works without end: one limit stands for another.
+LIMITS = RenderLimits(seconds=0.2, characters=1 << 18)
 
 _MESSAGES: tuple[dict[str, Any], ...] = (
     {"role": "system", "content": "Answer shortly."},
@@ -31,4 +34,5 @@ def fuzz_one(data: bytes) -> None:
         tools=_TOOLS,
         add_generation_prompt=True,
         variables=_VARIABLES,
+        limits=LIMITS,
     )

@@ -8,6 +8,7 @@ from lfm2_export.text import Tokenizer
 from tests.fuzz.findings import attempt
 from tests.fuzz.mutation import bundle_mutator, json_mutator, mutate_bytes
 from tests.fuzz.targets import FOLDER
+from tests.fuzz.targets.chat_template import LIMITS
 from tests.fuzz.targets.tokenizer import use
 from tests.fuzz.template_mutation import mutate_template
 from tests.fuzz.workspace import workspace
@@ -49,6 +50,6 @@ def fuzz_one(data: bytes) -> None:
     folder = workspace().empty()
     workspace().put("tokenizer.json", _good_tokenizer())  # the bundle's own, where it has one, finds its name taken
     workspace().put_bundle(folder, data)
-    tokenizer = attempt(Tokenizer.from_dir, folder)
+    tokenizer = attempt(Tokenizer.from_dir, folder, template_limits=LIMITS)
     if tokenizer is not None:
         use(tokenizer)
