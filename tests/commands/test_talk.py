@@ -15,7 +15,6 @@ from lfm2_export.generation_config import GenerationConfig
 from tests.artifacts import program
 from tests.hash_runner import TOKENIZER, HashRunner
 
-
 SHORT = GenerationConfig(max_new_tokens=6)
 
 
