@@ -223,7 +223,7 @@ def test_an_artifact_has_all_templates(checkpoint, tmp_path, source):
     theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(made)
     for options in ({}, {"tools": TOOLS}, {"chat_template": "rag"}):
         text = theirs.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True, **options)
-        assert text.replace("\r\n", "\n") == expected.render_chat(TALK, **options).replace("\r\n", "\n")
+        assert text == expected.render_chat(TALK, **options)
 
 
 @pytest.mark.parametrize("content", [b"\xff", b"x" * (TEXT_LIMIT + 1)], ids=["bytes", "size"])
