@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,9 @@ def read(folder: Path, config: Mapping[str, Any], kind: type[Lfm2ExportError] = 
     found = read_files(folder, kind)
     if not found:
         place = folder / "tokenizer_config.json"
-        found = _bounded(dict(_stated(config.get("chat_template"))), place, kind)
+        stated = dict(_stated(config.get("chat_template")))
+        plain = _plain_names(stated, place)
+        found = _bounded({name: stated[name] for name in plain}, place, kind)
         for name, template in found.items():
             _check(name, template, place, kind)
     return found
@@ -73,13 +76,28 @@ def additional(folder: Path, kind: type[Lfm2ExportError]) -> dict[str, Path]:
     if not paths.is_folder(place, kind):
         return {}
     names = [name.removesuffix(_SUFFIX) for name in paths.names(place, kind, lambda name: name.endswith(_SUFFIX))]
-    chosen = [name for name in names if _NAME.fullmatch(name)]
-    if len(chosen) < len(names):
-        odd = [name + _SUFFIX for name in names if name not in chosen]
-        logger.warning("%s: these are no names of chat templates; left out: %s", paths.shown(place), listed(odd))
+    chosen = _plain_names(names, place)
     if len(chosen) > MOST_TEMPLATES:
         raise kind(f"{paths.shown(place)}: holds {len(chosen)} chat templates, more than {MOST_TEMPLATES}; remove some")
     return {name: place / (name + _SUFFIX) for name in chosen}
+
+
+def file_name(name: str) -> str:
+    """Where the template of this name lies in its folder."""
+    return TEMPLATE if name == DEFAULT else f"{FOLDER}/{name}{_SUFFIX}"
+
+
+def _plain_names(names: Iterable[str], place: Path) -> list[str]:
+    """Those that a file may have anywhere; a warning says which others there are."""
+    names = list(names)
+    if odd := [name for name in names if not _NAME.fullmatch(name)]:
+        _warn_of_names(paths.shown(place), listed(odd))
+    return [name for name in names if _NAME.fullmatch(name)]
+
+
+@cache
+def _warn_of_names(place: str, names: str) -> None:
+    logger.warning("%s: these are no names of chat templates; left out: %s", place, names)
 
 
 def _stated(value: object) -> Iterator[tuple[str, str]]:
@@ -108,13 +126,12 @@ def _bounded(found: dict[str, str], place: Path, kind: type[Lfm2ExportError]) ->
 
 def _check(name: str, template: str, place: Path, kind: type[Lfm2ExportError]) -> None:
     what = "chat_template" if name == DEFAULT else f"chat_template {name[:40]!a}"
-    for text in (name, template):
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise kind(
-                f"{paths.shown(place)}: {what} has no Unicode text at character {error.start}; bring back the original"
-            ) from error
+    try:
+        template.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise kind(
+            f"{paths.shown(place)}: {what} has no Unicode text at character {error.start}; bring back the original"
+        ) from error
     if len(template) > TEXT_LIMIT:
         raise kind(
             f"{paths.shown(place)}: {what} has {len(template)} characters, more than {TEXT_LIMIT}; bring back the "

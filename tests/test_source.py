@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from lfm2_export import paths, source
+from lfm2_export import paths, source, template_files
 from lfm2_export.checkpoint import open_checkpoint
 from lfm2_export.errors import CheckpointError, Lfm2ExportError, ResourceError
 from lfm2_export.source import resolve
@@ -274,3 +274,27 @@ def test_other_failures_keep_their_first_line(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(source, "_snapshot", fail)
     assert "org/model: the Hub could not give it (proxy says no); try again" in refusal("org/model")
+
+
+def test_templates_come_from_their_folder_and_nothing_else_does(hub: dict[str, bytes]) -> None:
+    wanted = {"additional_chat_templates/tool_use.jinja": b"t", "additional_chat_templates/rag.jinja": b"r"}
+    unwanted = [
+        "additional_chat_templates/config.json",
+        "additional_chat_templates/model.safetensors",
+        "additional_chat_templates/deeper/x.jinja",
+        "additional_chat_templates_2/x.jinja",
+        "additional_chat_template/x.jinja",
+        "additional/x.jinja",
+        "a/x.jinja",
+        "b/x.json",
+        "b/additional_chat_templates/x.jinja",
+        "LICENSES/MIT.txt",
+        "onnx/tokenizer.json",
+    ]
+    hub |= wanted | dict.fromkeys(unwanted, b"unwanted")
+    path = resolve("org/model").path
+    found = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+    assert {name for name in found if "/" in name} == wanted.keys()
+    assert {"config.json", "chat_template.jinja", "LICENSE"} <= found
+    assert template_files.read(path, {}) == {"default": "x", "rag": "r", "tool_use": "t"}
+    assert resolve("org/model", offline=True).path == path

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
+from itertools import cycle
 
+import numpy as np
 import pytest
 
 from lfm2_export import cli
@@ -11,6 +14,8 @@ from lfm2_export.commands import talk
 from lfm2_export.generation_config import GenerationConfig
 from tests.artifacts import program
 from tests.hash_runner import TOKENIZER, HashRunner
+
+SHORT = GenerationConfig(max_new_tokens=6)
 
 
 class InterruptedRunner(HashRunner):
@@ -32,12 +37,17 @@ class InterruptedRunner(HashRunner):
 def say(monkeypatch, capsys):
     """``say(bytes, *arguments)`` runs a command with that standard input; exit code, stdout, stderr."""
 
-    def run(stdin: bytes, *arguments: str, runner: HashRunner | None = None) -> tuple[int, str, str]:
+    def run(
+        stdin: bytes,
+        *arguments: str,
+        runner: HashRunner | None = None,
+        config: GenerationConfig = SHORT,
+    ) -> tuple[int, str, str]:
         opened = talk.Opened(
             program=program(),
             runner=runner or HashRunner(vocab_size=TOKENIZER.vocab_size),
             tokenizer=TOKENIZER,
-            config=GenerationConfig(max_new_tokens=6),
+            config=config,
         )
         monkeypatch.setattr(talk, "open_for_text", lambda options: opened)
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
@@ -101,3 +111,33 @@ def test_ctrl_c_before_a_reply_begins_stops_only_the_reply(say, at):
     assert "\n" in replies
     replies.remove("\n")
     assert "".join(replies) == expected
+
+
+CALL = "<|tool_call_start|>[look_up(name='x')]<|tool_call_end|>"
+
+
+class CallingRunner(HashRunner):
+    """Its likeliest tokens are those of a tool call and of the end of a turn."""
+
+    def __init__(self) -> None:
+        super().__init__(vocab_size=TOKENIZER.vocab_size)
+        self.script = cycle(TOKENIZER.encode(f"{CALL}<|im_end|>", add_special_tokens=False))
+
+    def logits_of(self, row):
+        return np.eye(self.vocab_size, dtype=np.float32)[next(self.script)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [((), CALL), (("--skip-special-tokens",), "[look_up(name='x')]")],
+    ids=["shown", "skipped"],
+)
+def test_a_tool_call_is_written_with_its_markers_unless_told_otherwise(say, arguments, expected):
+    config = GenerationConfig(max_new_tokens=40, stop_token_ids=(TOKENIZER.token_id("<|im_end|>"),))
+    for command in (("run", "DIR", "--prompt", "a"), ("chat", "DIR")):
+        code, out, _ = say(b"a\n", *command, *arguments, runner=CallingRunner(), config=config)
+        assert (code, out) == (0, f"{expected}\n")
+    _, out, _ = say(b"", "run", "DIR", "--prompt", "a", "--json", *arguments, runner=CallingRunner(), config=config)
+    answer = json.loads(out)
+    assert answer["text"] == expected
+    assert TOKENIZER.decode(answer["tokens"]) == f"{CALL}<|im_end|>"

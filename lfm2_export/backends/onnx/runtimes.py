@@ -36,18 +36,23 @@ def write(checkpoint: Checkpoint, writer: ArtifactWriter) -> None:
     generation = _read_object(checkpoint.path, "generation_config.json") or {}
     writer.write_json("genai_config.json", genai_config(config, generation, checkpoint.stop_token_ids, programs[0]))
     writer.write_json("config.json", transformers_js_config(checkpoint.raw_config, config, programs))
-    _embed_chat_templates(checkpoint.path, writer)
+    _write_chat_templates(checkpoint.path, writer)
 
 
-def _embed_chat_templates(folder: Path, writer: ArtifactWriter) -> None:
-    """Transformers.js looks for templates in tokenizer_config.json alone; elsewhere those in files of their own win."""
-    settings, found = _read_object(folder, "tokenizer_config.json"), template_files.read_files(folder, CheckpointError)
-    if settings is not None and found:
-        named = [{"name": name, "template": template} for name, template in found.items()]
-        lone = found.keys() == {template_files.DEFAULT}
-        writer.write_json(
-            "tokenizer_config.json", {**settings, "chat_template": found[template_files.DEFAULT] if lone else named}
-        )
+def _write_chat_templates(folder: Path, writer: ArtifactWriter) -> None:
+    """Transformers.js and onnxruntime-genai look into tokenizer_config.json alone, where genai takes one text and opens
+    no tokenizer with a list: the default lies there. Several have files, too, which transformers and we read first.
+    """
+    settings = _read_object(folder, "tokenizer_config.json")
+    found = {} if settings is None else template_files.read(folder, settings, CheckpointError)
+    if settings is None or not found:
+        return
+    rest = {key: value for key, value in settings.items() if key != "chat_template"}
+    default = found.get(template_files.DEFAULT)
+    writer.write_json("tokenizer_config.json", rest if default is None else {**rest, "chat_template": default})
+    if found.keys() != {template_files.DEFAULT} and not template_files.read_files(folder, CheckpointError):
+        for name, text in found.items():
+            writer.path(template_files.file_name(name)).write_bytes(text.encode())
 
 
 def _read_object(folder: Path, name: str) -> dict[str, Any] | None:
