@@ -18,7 +18,7 @@ struct Operand {
   Kind kind = Kind::kOther;
   bool is_there = false;     // false: an optional one that was left out
   int64_t rank = 0;          // where it is above kMostAxes, `sizes` says nothing
-  int64_t sizes[kMostAxes] = {};
+  int64_t sizes[kMostAxes];  // of the first `rank` axes: clearing the others would take longer than all of the checks
 
   // What the shape says; of more axes than kMostAxes it says nothing.
   int64_t elements() const {
