@@ -18,6 +18,9 @@ from filelock import FileLock
 import lfm2_export
 from tests.checkpoints import write_random_checkpoint
 
+# Of tests that open programs with onnxruntime alone; through the package it is off anyway.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 # torch reports every traced operator here, at a level that pytest would collect: 30,000 lines an export.
 logging.getLogger("torch.__trace").propagate = False
 

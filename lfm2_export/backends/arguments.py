@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # Of a row beside its numbers: the objects that hold them.
 _ROW_OVERHEAD = 256
+# Beyond what any context holds: a range of a billion would take all memory before anything could be said of it.
+_LONGEST = 1 << 24
 # Beyond what any context holds, and within what every library takes for a size.
 _LARGEST_CHUNK = 1 << 30
 # What to do where the memory is too small.
@@ -53,6 +55,8 @@ def _as_rows(input_ids: object) -> list[Any]:
             f"input_ids: {shown(input_ids, 40)} is not a list of rows; pass one list of token ids for each row"
         )
     with short_of_memory("input_ids"), _refusing("input_ids"):
+        if len(input_ids) > _LONGEST:  # type: ignore[arg-type]
+            raise ValueError(f"it has {len(input_ids)} rows")  # type: ignore[arg-type]
         rows = list(input_ids)  # type: ignore[call-overload]
     if rows and all(isinstance(row, int | float | np.number) for row in rows):
         raise RunnerError(
@@ -82,7 +86,17 @@ def _check_row(row: object, index: int, vocab_size: int) -> np.ndarray:
 
 def as_array(value: object, what: str) -> np.ndarray:
     with short_of_memory(what), _refusing(what):
+        if not hasattr(value, "__array__"):
+            _check_flat(value)
         return np.asarray(value)
+
+
+def _check_flat(value: object) -> None:
+    """Raises a ValueError where numpy would unfold more than a row can hold before it finds that it is none."""
+    if hasattr(value, "__len__") and len(value) > _LONGEST:
+        raise ValueError(f"it has {len(value)} entries")
+    if isinstance(value, list | tuple) and any(issubclass(kind, Sequence) for kind in set(map(type, value))):
+        raise ValueError("it is a list of lists, or of texts")
 
 
 @contextmanager
@@ -187,7 +201,7 @@ def check_logits_fit(rows: Sequence[np.ndarray], vocab_size: int) -> None:
         ResourceError: states what is needed and what is available.
     """
     tokens = sum(len(row) for row in rows)
-    check_memory(4 * tokens * vocab_size, purpose=f"the logits of {tokens} tokens", remedy=LESS)
+    check_memory(4 * tokens * vocab_size, purpose=f"keeping the logits of {tokens} tokens", remedy=LESS)
 
 
 def check_indices(indices: Sequence[int] | np.ndarray, batch_size: int) -> np.ndarray:

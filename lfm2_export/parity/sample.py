@@ -92,7 +92,7 @@ def _read(path: Path) -> str:
             f"{path}: has {human_bytes(found.st_size)}, more than the {human_bytes(TEXT_LIMIT)} of text that are read; "
             "cut a piece out of it"
         )
-    data = files.read_bytes(real, real.parent, Lfm2ExportError, limit=TEXT_LIMIT)
+    data = files.read_bytes(path, real.parent, Lfm2ExportError, limit=TEXT_LIMIT)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

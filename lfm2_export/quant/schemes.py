@@ -15,8 +15,12 @@ from typing import Any, Literal, NamedTuple
 
 from lfm2_export.errors import QuantizationError
 from lfm2_export.families.tensors import EMBEDDING, HEAD, ModelTensor, TensorClass
+from lfm2_export.messages import one_line
 from lfm2_export.quant.formats import FloatFormat, IntFormat, WeightFormat
 from lfm2_export.registry import Registry
+
+# Of a pattern that a person types: as much of it is shown, and compared with the names.
+_LONGEST_PATTERN = 120
 
 NEVER_QUANTIZED: Mapping[TensorClass, str] = MappingProxyType(
     {
@@ -110,15 +114,15 @@ def check_patterns(patterns: Iterable[str], fqns: Iterable[str]) -> None:
     names = list(fqns)
     idle = [pattern for pattern in patterns if not any(fnmatchcase(fqn, pattern) for fqn in names)]
     if idle:
-        hints = "; ".join(dict.fromkeys(_hint(pattern, names) for pattern in idle))
-        raise QuantizationError(f"--exclude {' '.join(idle)}: matches no weight; {hints}")
+        hints = "; ".join(dict.fromkeys(_hint(pattern[:_LONGEST_PATTERN], names) for pattern in idle[:2]))
+        raise QuantizationError(f"--exclude {one_line(' '.join(idle), _LONGEST_PATTERN)}: matches no weight; {hints}")
 
 
 def _hint(pattern: str, names: list[str]) -> str:
     """What may have been meant by a pattern that matches none of ``names``."""
     if fnmatchcase(HEAD, pattern):
         return f"the head is tied to the token table: exclude {EMBEDDING}"
-    return f"closest to {pattern}: {', '.join(get_close_matches(pattern, names, n=3, cutoff=0.0))}"
+    return f"closest to {one_line(pattern, 40)}: {', '.join(get_close_matches(pattern, names, n=3, cutoff=0.0))}"
 
 
 def get_scheme(name: str) -> Scheme:

@@ -79,7 +79,9 @@ class Session:
         self.path = path
         wanted = check_threads(threads)
         # The runtime takes all of it at once and writes to it: with too little memory the system would end the process.
-        check_memory(file.planned_bytes(FORWARD), purpose=f"{path}", remedy="export it with a smaller --max-context")
+        check_memory(
+            file.planned_bytes(FORWARD), purpose=f"{path}: loading it", remedy="export it with a smaller --max-context"
+        )
         self._runtime = runtime()
         register_operators(path, operators)
         self._program = self._load()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lfm2_export.backends import ExportOption
+from lfm2_export.messages import one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,7 +84,7 @@ const generator = await pipeline("text-generation", "<this folder or repository>
 
 def how_to_run(programs: Sequence[Program]) -> str:
     """The card's section on onnxruntime, onnxruntime-genai and Transformers.js."""
-    return _HOW_TO_RUN.format(dtype=programs[0].scheme)
+    return _HOW_TO_RUN.format(dtype=one_line(programs[0].scheme).replace('"', "'"))
 
 
 def estimate(request: ExportRequest) -> Estimate:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +15,12 @@ import pytest
 
 pytest.importorskip("executorch")
 
+from lfm2_export import resources
 from lfm2_export.backends.base import Runner
 from lfm2_export.backends.executorch import session
 from lfm2_export.backends.executorch.pte import PteFile
 from lfm2_export.backends.executorch.runner import ExecutorchRunner
-from lfm2_export.errors import ArtifactError, ContextLimitError, RunnerError
+from lfm2_export.errors import ArtifactError, ContextLimitError, ResourceError, RunnerError
 from lfm2_export.manifest import FileEntry, Program
 from tests.backends.executorch.programs import MAX_CONTEXT, Made, checkpoint_of, make, max_error, prompt
 
@@ -232,3 +235,44 @@ def test_metadata_is_what_the_stock_runners_ask_for(runner: ExecutorchRunner) ->
         "use_sdpa_with_kv_cache": True,
     }.items():
         assert runner._session.constant(name) == expected, name
+
+
+def test_a_ctrl_c_during_a_step_leaves_a_state_that_its_length_tells(made: Made, runner: ExecutorchRunner) -> None:
+    """The signal arrives while the runtime computes and is raised right after: what was appended counts."""
+    held, tokens = prompt(made, 8), prompt(made, 80, seed=3)
+    interrupted = set()
+    for delay in np.geomspace(1e-5, 0.05, 12).tolist():
+        runner.reset()
+        runner.prefill([held])
+        before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+        try:
+            with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+                signal.setitimer(signal.ITIMER_REAL, delay)
+                runner.prefill([tokens])
+                time.sleep(1)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        length = int(runner.lengths[0])
+        interrupted.add(length)
+        assert length in (len(held), len(held) + len(tokens))
+        row = np.concatenate([held, tokens]) if length > len(held) else held
+        after = runner.decode([5])
+        runner.reset()
+        runner.prefill([row])
+        assert max_error(runner.decode([5]), after) < 1e-5
+    print("tokens held after the signal:", sorted(interrupted))
+
+
+def test_a_program_whose_buffers_do_not_fit_is_refused_before_it_is_loaded(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = PteFile(made.path).planned_bytes("forward")
+    monkeypatch.setattr(resources, "available_memory", lambda: needed - 1)
+    with pytest.raises(ResourceError) as caught:
+        made.runner()
+    print(caught.value)
+    assert str(caught.value).startswith(f"{made.path}: loading it needs ")
+    assert str(caught.value).endswith("; export it with a smaller --max-context")
+    monkeypatch.setattr(resources, "available_memory", lambda: needed)
+    made.runner().prefill([[1]])
