@@ -23,7 +23,7 @@ from lfm2_export.backends.eager import EagerRunner
 from lfm2_export.checkpoint import Checkpoint, open_checkpoint
 from lfm2_export.manifest import CheckpointRecord
 from lfm2_export.models.loading import load_model
-from lfm2_export.pipeline import versions
+from lfm2_export.packages import recorded_versions
 from lfm2_export.source import BUNDLED
 from lfm2_export.text import Tokenizer
 
@@ -78,7 +78,7 @@ def golden_output(checkpoint: Checkpoint, runner: Runner, prompt: str | list[dic
     steps = follow(runner, prompt_ids)
     return {
         "checkpoint": checkpoint_hashes(checkpoint),
-        "versions": {name: found for name, found in versions().items() if name in ("python", "torch", "numpy")},
+        "versions": {name: found for name, found in recorded_versions().items() if name in ("python", "torch", "numpy")},
         "prompt": prompt,
         "prompt_ids": prompt_ids,
         "tokens": steps.tokens,

@@ -369,7 +369,7 @@ def test_threads_are_counted_and_no_more_than_there_are_cores(threads: Any) -> N
         check_threads(threads)
 
 
-@pytest.mark.parametrize("path", [None, 7, 1.5, b"folder", ["a"], object()], ids=repr)
+@pytest.mark.parametrize("path", [None, 7, 1.5, b"folder", ["a"], object()], ids=lambda path: type(path).__name__)
 def test_load_runner_takes_the_name_of_a_folder(path: Any) -> None:
     with pytest.raises(Lfm2ExportError, match="is not the name of a folder"):
         lfm2_export.load_runner(path)
