@@ -78,7 +78,7 @@ def golden_output(checkpoint: Checkpoint, runner: Runner, prompt: str | list[dic
     steps = follow(runner, prompt_ids)
     return {
         "checkpoint": checkpoint_hashes(checkpoint),
-        "versions": {name: found for name, found in recorded_versions().items() if name in ("python", "torch", "numpy")},
+        "versions": {name: recorded_versions()[name] for name in ("python", "torch", "numpy")},
         "prompt": prompt,
         "prompt_ids": prompt_ids,
         "tokens": steps.tokens,

@@ -82,7 +82,7 @@ def carry_over(checkpoint: Checkpoint, writer: ArtifactWriter) -> None:
     if not _has(checkpoint, TOKENIZER):
         logger.warning(
             "%s: has no %s, so the artifact takes token ids only; add one to use `run` and `chat`",
-            checkpoint.path,
+            paths.shown(checkpoint.path),
             TOKENIZER,
         )
 

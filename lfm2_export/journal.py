@@ -190,7 +190,12 @@ class Commit:
         except FileNotFoundError:
             return False
         except UnexpectedKindError as error:
-            logger.warning("%s: is not needed any more, but is left (%s is %s)", name, error.path, error.what)
+            logger.warning(
+                "%s: is not needed any more, but is left (%s is %s)",
+                paths.shown(name),
+                paths.shown(error.path),
+                error.what,
+            )
             return False
         return found is not None and not is_folder(found)
 

@@ -311,7 +311,7 @@ def _is_as_made(root: Folder, owner: int) -> bool:
         root.child(FILES, make=True).close()  # a commit that was killed may have moved it as a whole
         return all(status.st_nlink <= 1 for status in root.files(owner).values())
     except UnexpectedKindError as error:
-        logger.warning("%s: is %s; the export starts anew", error.path, error.what)
+        logger.warning("%s: is %s; the export starts anew", paths.shown(error.path), error.what)
         return False
 
 
