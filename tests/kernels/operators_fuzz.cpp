@@ -27,10 +27,10 @@ int64_t odd_integer(Random& random, int64_t was) {
     case 0: return random.of<int64_t>({0, -1, 1, 2, 3, 7, 16, 31, 33, 48, 64, 100, 256, kGreatest, kLeast});
     case 1: return raised(1ull << random.between(28, 63));
     case 2: return raised(random.bits() << random.between(0, 63));
-    case 3: return was + random.between(-2, 2);
+    case 3: return raised(static_cast<uint64_t>(random.between(-2, 2)));
     case 4: return raised(static_cast<uint64_t>(was) * static_cast<uint64_t>(random.between(0, 3)));
     case 5: return was / 2;
-    case 6: return -was;
+    case 6: return static_cast<int64_t>(0 - static_cast<uint64_t>(was));
     case 7: return static_cast<int64_t>(1ull << random.between(0, 62));
     default: return static_cast<int64_t>(random.bits());
   }
