@@ -143,13 +143,13 @@ def test_names_of_nothing_are_shown_on_one_line(refused: Callable[..., str], ver
 def test_an_export_into_a_folder_of_any_name_says_where(
     capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path
 ) -> None:
-    for name, shown in (("[/x]", "[/x]"), ("a\nb[bold]", "a b[bold]"), ("\x1b[2Jc", "\\x1b[2Jc")):
-        assert cli.main(["export", str(checkpoint), "--scheme", "fp32", "-o", str(tmp_path / name)]) == 0
-        assert cli.main(["inspect", str(tmp_path / name)]) == 0
-        out = capsys.readouterr().out
-        assert not [c for c in out if not c.isprintable() and c != "\n"]
-        assert " ".join(out.split()).count(shown) == 2
-        assert (tmp_path / name / "lfm2_export.json").is_file()
+    name, shown = "[/x]a\nb[bold]\x1b[2Jc", "[/x]a b[bold]\\x1b[2Jc"
+    assert cli.main(["export", str(checkpoint), "--scheme", "fp32", "-o", str(tmp_path / name)]) == 0
+    assert cli.main(["inspect", str(tmp_path / name)]) == 0
+    out = capsys.readouterr().out
+    assert not [c for c in out if not c.isprintable() and c != "\n"]
+    assert " ".join(out.split()).count(shown) == 2
+    assert (tmp_path / name / "lfm2_export.json").is_file()
 
 
 @pytest.mark.parametrize(
