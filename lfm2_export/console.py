@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,7 +17,6 @@ from typing import Any
 
 from rich import box
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -58,11 +58,24 @@ def stderr() -> Console:
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on one line, in escapes where the stream cannot spell it or a terminal would act on it."""
+    """One JSON object on one line, in escapes where the stream cannot spell it or a terminal would act on it; null for
+    numbers that are none, which JSON cannot say."""
+    value = _finite(value)
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     if not text.isprintable() or not _can_spell(text):
         text = json.dumps(value, allow_nan=False)
     _deliver(f"{text}\n")
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case dict():
+            return {key: _finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_finite(item) for item in value]
+        case float():
+            return value if math.isfinite(value) else None
+    return value
 
 
 def _can_spell(text: str) -> bool:
@@ -133,6 +146,9 @@ def error(text: str) -> None:
 @contextmanager
 def export_progress() -> Iterator[ExportProgress]:
     """A bar on stderr with the bytes of checkpoint read and the time left; nothing where stderr is no terminal."""
+    # A twentieth of what `lfm2-export --help` takes.
+    from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
     console = stderr()
     columns = (
         SpinnerColumn(),

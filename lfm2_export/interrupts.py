@@ -30,6 +30,11 @@ _last = float("-inf")
 _earned: int | None = None
 
 
+class Interrupted(KeyboardInterrupt):
+    """SIGINT arrived. Python takes note of a plain KeyboardInterrupt that leaves an ``exec`` (every dataclass is made
+    by one), and in the end kills a process of ``python -m`` by that signal, whatever became of the exception."""
+
+
 class Terminated(SystemExit):
     """SIGTERM or SIGHUP arrived; ``code`` is what a shell makes of it, 128 and the signal's number."""
 
@@ -81,7 +86,7 @@ def _raise(number: int, frame: FrameType | None) -> None:
         os._exit(_earned)
     before, _last = _last, time.monotonic()
     if _last - before > _SAME_PRESS_S:
-        raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
+        raise Interrupted if number == signal.SIGINT else Terminated(number)
 
 
 def leave_with(code: int) -> None:

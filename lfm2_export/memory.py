@@ -16,7 +16,7 @@ _STATM = PurePath("/proc/self/statm")
 # ExecuTorch's error code, the loader of shared libraries, Python's threads.
 _SAID = re.compile(
     r"bad[_ ]alloc|(can't|cannot|could not|failed to|unable to) allocate(?! memory in static TLS)|out of memory"
-    r"|MemoryAllocationFailed|failed to map segment from shared object(?!: Operation not permitted)"
+    r"|MemoryAllocationFailed|error: 0x:?21\b|failed to map segment from shared object(?!: Operation not permitted)"
     r"|can't start new thread|pthread_create failed",
     re.IGNORECASE,
 )

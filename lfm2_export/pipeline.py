@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from lfm2_export import companions, interrupts, model_card
@@ -39,7 +41,7 @@ def export(
     scheme: str | Sequence[str] = "q4",
     output: str | Path,
     group_size: int | None = None,
-    exclude: Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     algorithm: str = DEFAULT_ALGORITHM,
     revision: str | None = None,
     offline: bool = False,
@@ -53,7 +55,7 @@ def export(
         scheme: one name or several.
         output: a folder that does not exist, is empty, or is an artifact of the same checkpoint, which is added to.
         group_size: weights that share a scale, in the schemes that have groups; default: the scheme's.
-        exclude: patterns of tensor names (as in ``fnmatch``) to leave unquantized in those schemes.
+        exclude: one or several patterns of tensor names (as in ``fnmatch``) to leave unquantized in those schemes.
         algorithm: how integer weights are fitted: "refit" (least squared error) or "round" (plain rounding, faster).
         options: the backend's own settings (``Backend.OPTIONS``), each of which is checked; None leaves one to the
             backend. executorch has ``max_context``, positions that the buffers hold (4096); ``moe_op``, how quantized
@@ -64,11 +66,20 @@ def export(
         Lfm2ExportError: the matching kind; what was there is unchanged. Nothing else is left behind, unless memory or
             disk ran out (ResourceError): then what is done waits beside ``output`` for the same call.
     """
+    schemes_asked, excluded = _names("scheme", scheme), _names("exclude", exclude)
+    _check_kinds((str, os.PathLike), "a name", checkpoint=checkpoint, output=output)
+    _check_kinds(str, "a name", backend=backend, algorithm=algorithm)
+    _check_kinds((str, NoneType), "a name or None", revision=revision)
+    _check_kinds(
+        (int, NoneType),
+        "an integer or None",
+        group_size=group_size,
+    )
     if not str(output).strip():
         raise ExportError(f"output={str(output)!r} names no folder; give a name, or . for this one")
     lowering = get_backend(backend)
     options = _checked_options(backend, options)
-    schemes = _customized(_schemes(lowering, backend, scheme), group_size, exclude)
+    schemes = _customized(_schemes(lowering, backend, schemes_asked), group_size, excluded)
     opened = open_checkpoint(checkpoint, revision=revision, offline=offline)
     companions.check(opened)
     progress = progress or Progress()
@@ -116,7 +127,9 @@ def _checked_options(backend: str, options: dict[str, int | str | None]) -> dict
     """Those that were given, all of them the backend's."""
     given: dict[str, int | str | None] = {name: value for name, value in options.items() if value is not None}
     for name, value in given.items():
-        if name in get_backend(backend).OPTIONS:
+        if option := get_backend(backend).OPTIONS.get(name):
+            expected = "an integer or None" if option.kind is int else "a name or None"
+            _check_kinds(option.kind, expected, **{name: value})
             continue
         owners = [other for other, one in BACKENDS.items() if name in one.OPTIONS]
         if not owners:
@@ -129,8 +142,21 @@ def _checked_options(backend: str, options: dict[str, int | str | None]) -> dict
     return given
 
 
-def _schemes(lowering: Backend, backend: str, scheme: str | Sequence[str]) -> list[Scheme]:
-    names = [scheme] if isinstance(scheme, str) else list(scheme)
+def _names(what: str, value: str | Sequence[str]) -> list[str]:
+    """One name or several; a text is one, not a list of its letters."""
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ExportError(f"{what}={shown(value)}: a name, or a list of names expected")
+    return list(names)
+
+
+def _check_kinds(kinds: type | tuple[type, ...], expected: str, **values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise ExportError(f"{name}={shown(value)}: {expected} expected")
+
+
+def _schemes(lowering: Backend, backend: str, names: Sequence[str]) -> list[Scheme]:
     if not names:
         raise ExportError("no scheme was given; pass --scheme q4, for instance")
     found = [get_scheme(name) for name in dict.fromkeys(names)]

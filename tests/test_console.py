@@ -90,6 +90,12 @@ def test_generated_text_is_exact_except_on_a_terminal(kind: type[io.StringIO]) -
         assert output.getvalue() == text
 
 
+def test_json_stays_json_where_numbers_are_none() -> None:
+    with printing(io.StringIO) as output:
+        console.print_json({"a": [float("nan"), (1.5, float("-inf"))], "b": {"c": 10**400, "d": None}})
+    assert json.loads(output.getvalue()) == {"a": [None, [1.5, None]], "b": {"c": 10**400, "d": None}}
+
+
 def test_results_that_nobody_reads_or_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     class Failing(io.StringIO):
         def __init__(self, error: Exception):

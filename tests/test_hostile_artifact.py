@@ -279,7 +279,7 @@ def test_a_link_with_the_right_bytes_elsewhere_is_refused(artifact: Path) -> Non
     (artifact.parent / DATA).parent.mkdir()
     (artifact / DATA).rename(artifact.parent / DATA)
     (artifact / DATA).symlink_to(artifact.parent / DATA)
-    refused(artifact, (f"{artifact / DATA}: is a link that leaves its folder (to {artifact.parent / DATA}",))
+    refused(artifact, (f"{artifact / DATA}: is a link that leaves its folder (to ",))
 
 
 def test_a_folder_in_the_folder_that_is_a_link_to_elsewhere_is_refused(artifact: Path) -> None:

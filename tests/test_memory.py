@@ -34,6 +34,7 @@ SHORT: list[Exception] = [
     ),
     RuntimeError("bad allocation"),
     RuntimeError("Failed to load method forward, error: 0x21:MemoryAllocationFailed"),
+    RuntimeError("Failed to load method forward, error: 0x:21"),
     RuntimeError("can't start new thread"),
     ImportError("lib.so: failed to map segment from shared object"),
     ImportError("lib.so: failed to map segment from shared object: Cannot allocate memory"),
@@ -45,6 +46,7 @@ NOT_SHORT: list[Exception] = [
     ImportError("lib.so: cannot allocate memory in static TLS block"),
     ImportError("lib.so: failed to map segment from shared object: Operation not permitted"),
     RuntimeError("Protobuf parsing failed"),
+    RuntimeError("Failed to load program, error: 0x:22"),
 ]
 
 

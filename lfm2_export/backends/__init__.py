@@ -6,7 +6,7 @@ only where that is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class ExportOption:
     """A setting of ``export`` that belongs to one backend: a keyword of the Python function, ``--name`` on the command
-    line. ``parse`` makes the value of a word and raises ValueError; ``metavar`` and ``help`` are for the help text."""
+    line. ``kind`` is its type; ``metavar`` and ``help`` are for the help text."""
 
-    parse: Callable[[str], int | str]
+    kind: type[int] | type[str]
     metavar: str
     help: str
 

@@ -137,9 +137,9 @@ def _onnx(request: pytest.FixtureRequest) -> Runner:
 
 def _executorch(request: pytest.FixtureRequest) -> Runner:
     pytest.importorskip("executorch")
-    from tests.backends.executorch.programs import checkpoint_of, make
+    from tests.backends.executorch.programs import plain
 
-    return make(checkpoint_of("lfm2"), "fp32").runner()
+    return plain().runner()
 
 
 @pytest.fixture(scope="module", params=[_eager, _onnx, _executorch], ids=["eager", "onnx", "executorch"])

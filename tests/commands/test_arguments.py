@@ -96,6 +96,40 @@ def test_the_python_api_takes_no_empty_name_either(checkpoint: Path) -> None:
         lfm2_export.export(checkpoint, output="")
 
 
+NO_VALUES: dict[str, list[object]] = {
+    "checkpoint": [None, 5, b"a", ["tiny-dense"], True, object()],
+    "output": [None, 5, b"a", [], 2**70],
+    "backend": [None, 5, ["onnx"], b"onnx", {}],
+    "scheme": [None, 5, b"q4", [5], {}, (name for name in ["q4"])],
+    "exclude": [None, 5, b"a", [5], 2**70],
+    "algorithm": [None, 5, [], b"refit", object()],
+    "group_size": ["32", 32.0, float("nan"), True, [32]],
+    "max_context": ["128", 128.0, True, [128], object()],
+    "moe_op": [5, b"both", [], object()],
+    "embedding_bits": ["8", 8.0, True, object()],
+    "revision": [5, b"main", []],
+}
+
+
+@pytest.mark.parametrize("name", NO_VALUES)
+def test_the_python_api_says_which_argument_is_of_another_kind(name: str, tmp_path: Path) -> None:
+    import lfm2_export
+
+    for value in NO_VALUES[name]:
+        asked = {"checkpoint": "tiny-dense", "output": tmp_path / "made", name: value}
+        with pytest.raises(Lfm2ExportError, match=rf"^{name}=.* expected$") as caught:
+            lfm2_export.export(**asked)  # type: ignore[arg-type]
+        assert len(str(caught.value)) < 400
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_single_pattern_is_not_a_list_of_letters(tmp_path: Path) -> None:
+    import lfm2_export
+
+    with pytest.raises(Lfm2ExportError, match=r"--exclude model\.nothing: matches no weight"):
+        lfm2_export.export("tiny-dense", exclude="model.nothing", output=tmp_path / "made")
+
+
 @pytest.mark.parametrize(
     "name", [NAME, "[/x]", "a\nb", "x" * 5000, "\0"], ids=["all", "markup", "lines", "long", "nul"]
 )
@@ -109,13 +143,13 @@ def test_names_of_nothing_are_shown_on_one_line(refused: Callable[..., str], ver
 def test_an_export_into_a_folder_of_any_name_says_where(
     capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path
 ) -> None:
-    for name, shown in (("[/x]", "[/x]"), ("a\nb[bold]", "a b[bold]"), ("\x1b[2Jc", "\\x1b[2Jc")):
-        assert cli.main(["export", str(checkpoint), "--scheme", "fp32", "-o", str(tmp_path / name)]) == 0
-        assert cli.main(["inspect", str(tmp_path / name)]) == 0
-        out = capsys.readouterr().out
-        assert not [c for c in out if not c.isprintable() and c != "\n"]
-        assert " ".join(out.split()).count(shown) == 2
-        assert (tmp_path / name / "lfm2_export.json").is_file()
+    name, shown = "[/x]a\nb[bold]\x1b[2Jc", "[/x]a b[bold]\\x1b[2Jc"
+    assert cli.main(["export", str(checkpoint), "--scheme", "fp32", "-o", str(tmp_path / name)]) == 0
+    assert cli.main(["inspect", str(tmp_path / name)]) == 0
+    out = capsys.readouterr().out
+    assert not [c for c in out if not c.isprintable() and c != "\n"]
+    assert " ".join(out.split()).count(shown) == 2
+    assert (tmp_path / name / "lfm2_export.json").is_file()
 
 
 @pytest.mark.parametrize(

@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 SCHEMES = {"fp32": "model_fp32.pte", "8da4w": "model_8da4w.pte"}
 OPTIONS = {
     "max_context": ExportOption(
-        parse=int, metavar="N", help="positions that a .pte program's buffers hold (default: 4096)"
+        kind=int, metavar="N", help="positions that a .pte program's buffers hold (default: 4096)"
     ),
     "moe_op": ExportOption(
-        parse=str,
+        kind=str,
         metavar="{stock,lfm2,both}",
         help="how a .pte runs quantized experts: ExecuTorch's operator (default), ours, or a file for each",
     ),
     "embedding_bits": ExportOption(
-        parse=int, metavar="N", help="bits of a .pte's quantized token table: 8 (default) or 4"
+        kind=int, metavar="N", help="bits of a .pte's quantized token table: 8 (default) or 4"
     ),
 }
 TESTED_WITH = dict.fromkeys(SCHEMES, "lfm2-export, ExecuTorch's TextLLMRunner")

@@ -78,11 +78,8 @@ class Session:
         operators = file.operators(FORWARD)
         self.path = path
         wanted = check_threads(threads)
-        # The runtime takes all of it at once and writes to it: with too little memory the system would end the process.
-        check_memory(
-            file.planned_bytes(FORWARD), purpose=f"{path}: loading it", remedy="export it with a smaller --max-context"
-        )
         self._runtime = runtime()
+        _check_memory(path, file.planned_bytes(FORWARD))
         register_operators(path, operators)
         self._program = self._load()
         _resize_pool(wanted)
@@ -166,6 +163,17 @@ class Session:
         self._methods[FORWARD] = self._load_method(FORWARD)
         if state is not None:
             self.call(WRITE_STATE, state)
+
+
+def _check_memory(path: Path, planned: int) -> None:
+    """Refuses a program whose buffers this machine has no room for: the runtime takes all of them at once and writes to
+    them, so that the system would end the process. Where the address space is limited the file, too, has to fit.
+
+    Raises:
+        ResourceError: states what is needed and what is available.
+    """
+    mapped = path.stat().st_size if memory.address_space_left() is not None else 0
+    check_memory(planned + mapped, purpose=f"{path}: loading it", remedy="export it with a smaller --max-context")
 
 
 _live: weakref.WeakSet[Session] = weakref.WeakSet()

@@ -59,6 +59,12 @@ def scratch() -> Path:
     return folder
 
 
+@cache
+def plain() -> Made:
+    """The program that most tests of the runner look at: dense, fp32."""
+    return make(checkpoint_of("lfm2"), "fp32")
+
+
 def checkpoint_of(model_type: str, *, layer_types: tuple[str, ...] = LAYERS, **overrides: Any) -> Checkpoint:
     """A random checkpoint of few layers."""
     folder = Path(tempfile.mkdtemp(dir=scratch()))

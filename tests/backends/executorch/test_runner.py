@@ -22,12 +22,12 @@ from lfm2_export.backends.executorch.pte import PteFile
 from lfm2_export.backends.executorch.runner import ExecutorchRunner
 from lfm2_export.errors import ArtifactError, ContextLimitError, ResourceError, RunnerError
 from lfm2_export.manifest import FileEntry, Program
-from tests.backends.executorch.programs import MAX_CONTEXT, Made, checkpoint_of, make, max_error, prompt
+from tests.backends.executorch.programs import MAX_CONTEXT, Made, max_error, plain, prompt
 
 
 @pytest.fixture(scope="module")
 def made() -> Made:
-    return make(checkpoint_of("lfm2"), "fp32")
+    return plain()
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from lfm2_export.backends.base import Runner
 from lfm2_export.backends.onnx.runner import OnnxRunner
 from lfm2_export.cache import CacheSpec, StateTensor
-from lfm2_export.errors import ArtifactError, ContextLimitError, RunnerError
+from lfm2_export.errors import ArtifactError, ContextLimitError, ResourceError, RunnerError
 
 VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, WIDTH, CONTEXT = 50, 32, 2, 1, 16, 3, 200
 
@@ -387,7 +387,7 @@ def test_a_failed_prefill_leaves_the_state_as_it_was(runner, reference, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(ort.InferenceSession, "run_with_iobinding", failing)
-        with pytest.raises(RunnerError, match=r"no memory left"):
+        with pytest.raises(ResourceError, match=r"the memory is too small for a run on 4 tokens; pass fewer rows"):
             runner.prefill([prompt(20, 3)], chunk_size=4)
     assert runner.lengths.tolist() == [6]
     assert_close(runner.prefill([tail])[0], reference(start + tail)[-1])
