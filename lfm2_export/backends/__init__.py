@@ -32,11 +32,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class ExportOption:
     """A setting of ``export`` that belongs to one backend: a keyword of the Python function, ``--name`` on the command
-    line. ``kind`` is its type; ``metavar`` and ``help`` are for the help text."""
+    line. ``kind`` is its type, ``choices`` all that it may be; ``metavar`` (None: the choices) and ``help`` are for the
+    help text."""
 
     kind: type[int] | type[str]
-    metavar: str
     help: str
+    metavar: str | None = None
+    choices: tuple[int | str, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

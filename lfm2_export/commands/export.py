@@ -49,7 +49,13 @@ class ExportCommand:
         )
         for backend in BACKENDS.values():
             for name, option in backend.OPTIONS.items():
-                parser.add_argument(option_flag(name), type=option.kind, metavar=option.metavar, help=option.help)
+                parser.add_argument(
+                    option_flag(name),
+                    type=option.kind,
+                    metavar=option.metavar,
+                    choices=option.choices,
+                    help=option.help,
+                )
         add_source(parser)
         add_json(parser)
 

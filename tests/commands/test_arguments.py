@@ -11,6 +11,7 @@ import pytest
 
 from lfm2_export import cli
 from lfm2_export.errors import Lfm2ExportError, ResourceError
+from lfm2_export.parity import page
 from lfm2_export.parity.figures import Hop
 from lfm2_export.parity.report import ParityReport
 from lfm2_export.parity.sample import TEXT_LIMIT
@@ -160,7 +161,7 @@ def test_an_export_into_a_folder_of_any_name_says_where(
         (("--temperature", "nan"), ("temperature=nan",)),
         (("--temperature", "inf"), ("temperature=inf",)),
         (("--temperature", "-1"), ("temperature=-1",)),
-        (("--top-p", "0"), ("top_p=0",)),
+        (("--top-p", "2"), ("top_p=2",)),
         (("--top-p", "nan"), ("top_p=nan",)),
         (("--top-k", "-1"), ("top_k=-1",)),
         (("--min-p", "2"), ("min_p=2",)),
@@ -308,13 +309,13 @@ def _report(name: str) -> ParityReport:
 
 
 def test_a_report_holds_any_name(tmp_path: Path) -> None:
-    _report(f"<script>{NAME}").write_html(tmp_path / "report.html")
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "&lt;script&gt;x" in page
-    assert "\\udcff" in page
+    page.write(_report(f"<script>{NAME}"), tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "&lt;script&gt;x" in text
+    assert "\\udcff" in text
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_a_full_disk_below_the_report_is_the_machines_fault() -> None:
     with pytest.raises(ResourceError, match=r"^/dev/full: the report cannot be written \(No space left on device\)"):
-        _report("name").write_html("/dev/full")
+        page.write(_report("name"), "/dev/full")

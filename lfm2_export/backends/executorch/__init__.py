@@ -31,11 +31,11 @@ OPTIONS = {
     ),
     "moe_op": ExportOption(
         kind=str,
-        metavar="{stock,lfm2,both}",
+        choices=("stock", "lfm2", "both"),
         help="how a .pte runs quantized experts: ExecuTorch's operator (default), ours, or a file for each",
     ),
     "embedding_bits": ExportOption(
-        kind=int, metavar="N", help="bits of a .pte's quantized token table: 8 (default) or 4"
+        kind=int, metavar="N", choices=(4, 8), help="bits of a .pte's quantized token table: 8 (default) or 4"
     ),
 }
 TESTED_WITH = dict.fromkeys(SCHEMES, "lfm2-export, ExecuTorch's TextLLMRunner")
