@@ -11,6 +11,7 @@ import functools
 import json
 import logging
 import os
+import stat
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -255,6 +256,14 @@ def edited(folder: Path, entries: Mapping[str, FileEntry]) -> list[str]:
     return sorted(name for name, entry in entries.items() if digests[folder / name] != entry.sha256)
 
 
+def _is_regular(path: Path) -> bool:
+    """Whether a regular file is there, and no link to one."""
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except OSError:
+        return False
+
+
 def _check_text(path: Path, folder: Path) -> None:
     """Refuses what is neither JSON, where the name says so, nor text."""
     if path.suffix == ".json":
@@ -462,7 +471,8 @@ class ArtifactWriter:
         ours = {
             name: entry
             for name, entry in self.existing.files.items()
-            if (self._staging.files / name).is_file() and paths.is_file(self.folder / name, ArtifactError)
+            # A link is replaced itself, wherever it leads.
+            if (self._staging.files / name).is_file() and _is_regular(self.folder / name)
         }
         for name in edited(self.folder, ours):
             logger.warning(

@@ -376,8 +376,12 @@ def test_no_reader_changes_anything(
     """Planted inside and beside."""
     for where in (INSIDE, BESIDE):
         plant(downloaded, where)
-    if plant is removal_through_a_link:  # it edits the manifest, which is then checked
-        (downloaded.out / "extra" / "victim").write_text(VICTIM)
+    if plant is removal_through_a_link:  # the manifest then names a file outside of the folder, which is not read
+        before = downloaded.seen()
+        with pytest.raises(ArtifactError, match="victim: is a link that leaves its folder"):
+            read(downloaded.out)
+        assert downloaded.seen() == before
+        return
 
     def measured(path: Path, *_: object, **__: object) -> ParityReport:
         Artifact.open(path, verify=False).verify()

@@ -126,7 +126,10 @@ def test_any_name_can_be_printed_in_any_encoding(tmp_path: Path, encoding: str) 
 
     code, out, err = printed("inspect", folder, "--json")
     assert (code, err) == (0, "")
-    assert json.loads(out)["name"] == as_unicode(str(folder))  # what is no text stands as escapes
+    name = json.loads(out)["name"]
+    assert name.endswith("[/x]:smile:")
+    if encoding != "locale C":  # where letters are no text either; what is none stands as escapes
+        assert name == as_unicode(str(folder))
     code, table, err = printed("inspect", folder)
     assert (code, err) == (0, "")
     assert "[/x]:smile:" in table
