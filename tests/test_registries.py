@@ -133,8 +133,9 @@ class Copying:
 
     def _open(self, folder: Path, program: Program):
         place = folder.parent / f"{folder.name}-opened"
-        shutil.copytree(folder / "copying", place, dirs_exist_ok=True)
-        (place / "copy.safetensors").replace(place / "model.safetensors")
+        if not place.is_dir():
+            shutil.copytree(folder / "copying", place)
+            (place / "copy.safetensors").rename(place / "model.safetensors")
         return open_checkpoint(place)
 
     def load_runner(self, folder: Path, program: Program, options=None) -> EagerRunner:
