@@ -161,7 +161,7 @@ def run_once(program: Program, rival: llama_cpp.LlamaBench | None, options: argp
 
 def versions(compiler: Compiler, rival: llama_cpp.LlamaBench | None, runs: Sequence[Run]) -> dict[str, str]:
     """Of everything that took part; llama.cpp's commit as it prints it."""
-    from lfm2_export.pipeline import versions as ours
+    from lfm2_export.packages import recorded_versions as ours
 
     found = {"compiler": compiler.name}
     if rival is not None:
