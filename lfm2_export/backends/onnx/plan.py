@@ -108,8 +108,8 @@ class _OnnxStorage(Storage):
         form, reason = min(choices.values(), key=lambda choice: (_group_size(choice.format), choice.reason))
         if any(_in_groups_of(_group_size(form), choice.format) != form for choice in choices.values()):
             raise QuantizationError(
-                f"{tensors[0].name}: --exclude names some experts of this layer and not others, but QMoE holds all of "
-                "them in one format; exclude the whole layer (model.layers.N.feed_forward.experts.*)"
+                f"{tensors[0].name}: this layer's experts are to be stored in several formats, but QMoE holds all of "
+                "them in one; exclude the whole layer (model.layers.N.feed_forward.experts.*) or none of it"
             )
         if isinstance(form, IntFormat) and form.group_size in {tensor.shape[-1] for tensor in tensors}:
             # onnxruntime 1.30's QMoE misreads 4-bit zero points where a row is a single group (measured; 1.31 is
