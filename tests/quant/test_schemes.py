@@ -55,6 +55,14 @@ def test_q4_has_int4_linears_and_experts_and_an_int8_embedding():
     assert scheme.format_for(weight(W1, TensorClass.LINEAR)).reason == "scheme q4: linear"
 
 
+def test_q8_has_groups_of_32_everywhere():
+    """onnxruntime's kernels round activations in the weights' groups, which costs q8 more than its weights do."""
+    scheme = get_scheme("q8")
+    for kind in (TensorClass.LINEAR, TensorClass.EXPERTS, TensorClass.EMBEDDING, TensorClass.HEAD):
+        format = scheme.format_for(weight("w", kind)).format
+        assert (format.bits, format.group_size, format.bits_per_weight) == (8, 32, 8.5)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
 def test_onnx_scales_take_two_bytes(scheme):
     for kind in (TensorClass.LINEAR, TensorClass.EXPERTS, TensorClass.EMBEDDING, TensorClass.HEAD):

@@ -148,14 +148,15 @@ def test_scales_are_float16_whatever_the_activations_are(scheme):
 
 
 def test_a_width_that_is_no_multiple_of_the_schemes_groups_gets_the_largest_that_divides_it():
-    plan = plan_of(config_of(hidden_size=192, intermediate_size=384, moe_intermediate_size=160), "q8")
-    found = {weight.shape[-1]: weight for weight in plan.values() if isinstance(weight.format, IntFormat)}
-    assert {columns: weight.format.group_size for columns, weight in found.items()} == {192: 64, 384: 128, 160: 32}
-    assert found[384].reason == "scheme q8: linear"
-    assert plan[EMBEDDING].reason == "scheme q8: embedding; groups of 64: 192 columns are no multiple of 128"
+    plan = plan_of(config_of(hidden_size=192), "q4")
+    sizes = {name: weight.format.group_size for name, weight in plan.items() if isinstance(weight.format, IntFormat)}
+    assert {sizes[EMBEDDING], sizes[HEAD], sizes["model.layers.0.conv.out_proj"]} == {64}
+    assert sizes["model.layers.0.conv.in_proj"] == 32
+    assert plan["model.layers.0.conv.in_proj"].reason == "scheme q4: linear"
+    assert plan[EMBEDDING].reason == "scheme q4: embedding; groups of 64: 192 columns are no multiple of 128"
     assert plan[HEAD].format == plan[EMBEDDING].format
     with pytest.raises(QuantizationError, match=r"in_features=48 is not a multiple of group_size=128; pass --group-"):
-        plan_of(config_of(intermediate_size=48), "q8")
+        plan_of(config_of(hidden_size=48), "q4")
 
 
 @pytest.mark.parametrize(("hidden", "inner", "size"), [(256, 128, 64), (256, 96, 32), (96, 128, 32), (128, 64, 64)])
