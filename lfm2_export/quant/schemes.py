@@ -170,9 +170,9 @@ def _onnx_int_scheme(
     """Scales are float16 in the file; where activations are float32, a Cast in the graph restores them.
 
     In q4, 8-bit weights lose nothing in groups of 128, experts without zero points 1 % in groups of 64 (KL, measured on
-    three models). In q8 rounding activations to int8 costs more than rounding weights, and onnxruntime's kernels do it in
-    the weights' groups: tiny-moe loses 4.1e-4 in groups of 32, 6.0e-4 and 7.3e-4 in those of 64 and 128. WebGPU, for
-    which q4f16 is meant, has its fast kernels for groups of 32, and its QMoE takes no zero points."""
+    three models). In q8 rounding activations to int8 costs more than rounding weights, and onnxruntime's kernels do
+    that in the weights' groups: tiny-moe loses 4.1e-4 in groups of 32, 6.0e-4 and 7.3e-4 in those of 64 and 128.
+    WebGPU, for which q4f16 is meant, has its fast kernels for groups of 32, and its QMoE takes no zero points."""
     wide, middle = (128, 64) if (bits, activations) == (4, "float32") else (32, 32)
     int8 = IntFormat(bits=8, group_size=wide, symmetric=True, signed_scale=True, scale_dtype="float16")
     linear = int8 if bits == 8 else IntFormat(bits=4, symmetric=False, scale_dtype="float16")
