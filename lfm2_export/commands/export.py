@@ -33,7 +33,7 @@ class ExportCommand:
             "--group-size",
             type=int,
             metavar="N",
-            help="weights that share a scale, of schemes that have groups (default: 32)",
+            help="weights that share a scale, in every tensor that is quantized (default: the scheme's sizes, README)",
         )
         parser.add_argument(
             "--exclude",
