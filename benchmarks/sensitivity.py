@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from lfm2_export.backends.onnx.plan import make_plan
+from lfm2_export.backends.weights.widths import Counted
 from lfm2_export.checkpoint import Checkpoint, open_checkpoint
 from lfm2_export.mixing.measured import Meter
-from lfm2_export.mixing.units import Counted, make_space
+from lfm2_export.mixing.units import make_space
 from lfm2_export.parity.sample import read_sample
 from lfm2_export.quant.algorithms import get_algorithm
 from lfm2_export.quant.formats import FloatArray, IntFormat

@@ -14,12 +14,12 @@ from lfm2_export.config import ModelConfig
 from lfm2_export.errors import QuantizationError
 from lfm2_export.mixing.budget import Budget, bytes_for, make_budget
 from lfm2_export.mixing.estimate import Damages, estimate
-from lfm2_export.mixing.units import Counted, Space, make_space
+from lfm2_export.mixing.units import Space, make_space
 from lfm2_export.quant.algorithms import get_algorithm
 from lfm2_export.quant.mixture import Option, Unit, choose
 from lfm2_export.quant.schemes import FormatChoice, Scheme
 
-__all__ = ["Budget", "Counted", "check_mixable", "make_budget", "mix", "mixed", "with_choices"]
+__all__ = ["Budget", "check_mixable", "make_budget", "mix", "mixed", "with_choices"]
 
 MakePlan = Callable[[ModelConfig, Scheme], WeightPlan]
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from lfm2_export.backends.weights.widths import Counted
 from lfm2_export.errors import QuantizationError
 from lfm2_export.messages import shown
-from lfm2_export.mixing.units import Counted, Space
+from lfm2_export.mixing.units import Space
 from lfm2_export.quant.recipes import q4_k_m_bytes
 from lfm2_export.resources import human_bytes
 

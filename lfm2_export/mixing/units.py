@@ -10,12 +10,12 @@ stays at 8 bits: at 4 it costs more than all the rest (measured, on three models
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from math import prod
 
 from lfm2_export.backends.weights.plan import StoredWeight, WeightPlan
+from lfm2_export.backends.weights.widths import Counted, owners, read_bytes, share
 from lfm2_export.config import ModelConfig
 from lfm2_export.families import get_family
 from lfm2_export.families.tensors import Part, Tensors
@@ -25,13 +25,6 @@ from lfm2_export.quant.schemes import Scheme
 GROUP_SIZES = (32, 64, 128)
 _TOGETHER = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "w1": "w1 w3", "w3": "w1 w3"}
 _TABLES = (Part.EMBEDDING, Part.HEAD)
-
-
-class Counted(StrEnum):
-    """What a budget counts: every byte of the weights, or those that a decode step reads."""
-
-    FILE = "file"
-    STEP = "step"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +60,13 @@ class Space:
     def fixed(self) -> int:
         free = {weight.name for unit in self.units for weight in unit.weights}
         return sum(
-            read_bytes(weight, self.plan, self.counted) for weight in _owners(self.plan) if weight.name not in free
+            read_bytes(weight, self.plan, self.counted) for weight in owners(self.plan) if weight.name not in free
         )
 
     @property
     def count(self) -> int:
         """Weights."""
-        return sum(_share(prod(weight.shape), weight, self.plan, self.counted) for weight in _owners(self.plan))
+        return sum(share(prod(weight.shape), weight, self.plan, self.counted) for weight in owners(self.plan))
 
 
 def make_space(
@@ -87,16 +80,11 @@ def make_space(
     plan = make_plan(config, free)
     tensors = get_family(config.model_type).tensors(config)
     groups: dict[str, list[StoredWeight]] = {}
-    for weight in _owners(plan):
+    for weight in owners(plan):
         if isinstance(weight.format, IntFormat):
             groups.setdefault(_unit_name(weight), []).append(weight)
     units = (_unit(name, weights, free, tensors) for name, weights in groups.items())
     return Space(units=tuple(unit for unit in units if unit.formats), plan=plan, counted=counted)
-
-
-def _owners(plan: WeightPlan) -> Iterator[StoredWeight]:
-    """The weights that have bytes of their own."""
-    return (weight for weight in plan.values() if weight.same_bytes_as is None)
 
 
 def _unit_name(weight: StoredWeight) -> str:
@@ -116,28 +104,3 @@ def _unit(name: str, weights: Iterable[StoredWeight], scheme: Scheme, tensors: T
     formats = (replace(form, group_size=size) for form in bases for size in GROUP_SIZES)
     fitting = tuple(form for form in formats if not any(width % form.group_size for width in widths))
     return UnitShape(name=name, weights=found, formats=fitting)
-
-
-def read_bytes(weight: StoredWeight, plan: WeightPlan, counted: Counted) -> int:
-    """Bytes of a weight: all, or those that a decode step reads."""
-    return _share(weight.nbytes(), weight, plan, counted)
-
-
-def _share(whole: int, weight: StoredWeight, plan: WeightPlan, counted: Counted) -> int:
-    """Of experts those that a token is sent to; of a token table one row, unless the head reads it all."""
-    if counted is Counted.FILE:
-        return whole
-    if weight.part is Part.EXPERTS:
-        return whole * plan.config.num_experts_per_tok // plan.config.num_experts
-    if weight.part is Part.EMBEDDING and not any(one.same_bytes_as == weight.name for one in plan.values()):
-        return whole // weight.shape[0]
-    return whole
-
-
-def counted_bytes(plan: WeightPlan, counted: Counted) -> tuple[int, int]:
-    """Bytes and weights of a plan."""
-    weights = list(_owners(plan))
-    return (
-        sum(read_bytes(weight, plan, counted) for weight in weights),
-        sum(_share(prod(weight.shape), weight, plan, counted) for weight in weights),
-    )
