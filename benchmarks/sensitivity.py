@@ -4,17 +4,17 @@
 
 In: checkpoints. Out: JSON: for every matrix (an expert stack counts as one) and format: the KL divergence that
 quantizing it alone causes, the relative squared error of its values and of its outputs; and the prior: by class of
-matrix, KL over relative error, the geometric mean over layers and checkpoints (``lfm2_export/mixing/prior.py``).
+matrix, KL over relative error and share of the stream (``lfm2_export/mixing/prior.py``).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections import defaultdict
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import geometric_mean
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,10 @@ from torch.overrides import TorchFunctionMode
 from lfm2_export.backends.onnx.plan import make_plan
 from lfm2_export.backends.weights.widths import Counted
 from lfm2_export.checkpoint import Checkpoint, open_checkpoint
+from lfm2_export.mixing.estimate import share_of
 from lfm2_export.mixing.measured import Meter
 from lfm2_export.mixing.prior import class_of
+from lfm2_export.mixing.shares import feed_forward_shares
 from lfm2_export.mixing.units import make_space
 from lfm2_export.parity.sample import read_sample
 from lfm2_export.quant.algorithms import get_algorithm
@@ -34,6 +36,7 @@ from lfm2_export.quant.formats import FloatArray
 from lfm2_export.quant.schemes import get_scheme
 
 TOKENS = 4096
+_ROUNDS = 100  # of alternating means, which converge long before
 FORMATS = ((4, 32), (4, 128), (8, 128))
 
 
@@ -81,6 +84,7 @@ def measure(name: str, *, tokens: int = TOKENS) -> list[dict[str, Any]]:
     rows = rows_of(checkpoint, None, first=0, count=tokens)
     meter, refit = Meter(checkpoint, rows), get_algorithm("refit")
     space = make_space(checkpoint.config, get_scheme("q4"), make_plan, Counted.FILE)
+    shares = feed_forward_shares(checkpoint)
     seen = hessians(meter, checkpoint, rows)
     found = []
     for unit in space.units:
@@ -95,7 +99,8 @@ def measure(name: str, *, tokens: int = TOKENS) -> list[dict[str, Any]]:
                         "checkpoint": name,
                         "weight": weight.name,
                         "unit": unit.name,
-                        "class": class_of(weight.part, weight.matrix, weight.layer),
+                        "class": class_of(weight.part, weight.matrix),
+                        "share": share_of(weight, shares),
                         "layer": weight.layer,
                         "layers": checkpoint.config.num_hidden_layers,
                         "bits": form.bits,
@@ -128,19 +133,23 @@ def _energy(weight: FloatArray, hessian: FloatArray) -> float:
     return float(((weight @ hessian) * weight).sum(dtype=np.float64))
 
 
-def prior(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """By class, at 4 bits in groups of 32: the geometric mean of KL over relative error, every checkpoint's in units of
-    its own mean."""
-    found: dict[str, list[float]] = defaultdict(list)
-    for checkpoint in dict.fromkeys(record["checkpoint"] for record in records):
-        ratios = [
-            (record["class"], record["kl"] / record["error"])
-            for record in _at(records, checkpoint=checkpoint, bits=4, group_size=32)
-        ]
-        middle = geometric_mean(ratio for _, ratio in ratios)
-        for name, ratio in ratios:
-            found[name].append(ratio / middle)
-    return {name: float(f"{geometric_mean(ratios):.3g}") for name, ratios in sorted(found.items())}
+def prior(records: Sequence[Mapping[str, Any]], error: str = "error") -> dict[str, float]:
+    """By class, at 4 bits in groups of 32: KL over relative error and share, as a factor for the class times one for
+    the checkpoint, fitted to the logarithms; classes that a checkpoint lacks do not distort the others."""
+    ratios = [
+        (record["class"], record["checkpoint"], math.log(record["kl"] / record[error] / record["share"]))
+        for record in _at(records, bits=4, group_size=32)
+        if record[error]
+    ]
+    by_class = {name: 0.0 for name, _, _ in ratios}
+    by_checkpoint = {name: 0.0 for _, name, _ in ratios}
+    for _ in range(_ROUNDS):
+        for name in by_checkpoint:
+            by_checkpoint[name] = fmean(ratio - by_class[kind] for kind, other, ratio in ratios if other == name)
+        for kind in by_class:
+            by_class[kind] = fmean(ratio - by_checkpoint[name] for other, name, ratio in ratios if other == kind)
+    middle = fmean(by_class.values())
+    return {kind: float(f"{math.exp(value - middle):.3g}") for kind, value in sorted(by_class.items())}
 
 
 def _at(records: Sequence[Mapping[str, Any]], **wanted: object) -> Iterator[Mapping[str, Any]]:
@@ -154,9 +163,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     records = [record for name in options.checkpoints for record in measure(name)]
-    found = {"prior": prior(records), "records": records}
+    found = {"prior": prior(records), "output_prior": prior(records, "output_error"), "records": records}
     options.output.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found["prior"], indent=1))
+    print(json.dumps({name: found[name] for name in ("prior", "output_prior")}, indent=1))
 
 
 if __name__ == "__main__":

@@ -13,13 +13,13 @@ from lfm2_export.checkpoint import Checkpoint
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import QuantizationError
 from lfm2_export.mixing.budget import Budget, bytes_for, make_budget
-from lfm2_export.mixing.estimate import Damages, estimate_damages
+from lfm2_export.mixing.estimate import Damages, Statistics, estimate_damages
 from lfm2_export.mixing.units import Space, make_space
 from lfm2_export.quant.algorithms import get_algorithm
 from lfm2_export.quant.mixture import Option, Unit, choose
 from lfm2_export.quant.schemes import FormatChoice, Scheme
 
-__all__ = ["Budget", "check_mixable", "make_budget", "mix", "mixed", "with_choices"]
+__all__ = ["Budget", "Statistics", "check_mixable", "make_budget", "mix", "mixed", "with_choices"]
 
 MakePlan = Callable[[ModelConfig, Scheme], WeightPlan]
 
@@ -69,8 +69,10 @@ def mix(
     make_plan: MakePlan,
     *,
     algorithm: str,
+    statistics: Statistics | None = None,
 ) -> Scheme:
-    """The scheme with the best choice that the budget allows, by what the weights alone say.
+    """The scheme with the best choice that the budget allows, by what the weights alone say, or the weights and
+    ``statistics``.
 
     Raises:
         QuantizationError: the budget is below the floor or above 8 bits, or a width does not fit the groups.
@@ -78,7 +80,8 @@ def mix(
     """
     space = make_space(checkpoint.config, scheme, make_plan, budget.counted)
     limit = bytes_for(budget, space)
-    return with_choices(scheme, space, estimate_damages(checkpoint, space, get_algorithm(algorithm)), limit, str(budget))
+    damages = estimate_damages(checkpoint, space, get_algorithm(algorithm), statistics)
+    return with_choices(scheme, space, damages, limit, str(budget))
 
 
 def with_choices(scheme: Scheme, space: Space, damages: Damages, limit: int, because: str) -> Scheme:
