@@ -1,8 +1,8 @@
 """What a relative error of one size does in each class of matrix: the KL divergence that it causes; for parts of a
 feed-forward, that over the feed-forward's share of the stream (``shares``).
 
-Measured by ``python -m benchmarks.sensitivity tiny-moe tiny-dense``; only ratios mean something. Either of the two alone
-gives the same to a factor of two (a dense model's convolutions), and experts what dense feed-forwards have.
+Measured by ``python -m benchmarks.sensitivity tiny-moe tiny-dense``; only ratios mean something. Either of the two
+alone gives the same to a factor of two (a dense model's convolutions), and experts what dense feed-forwards have.
 """
 
 from __future__ import annotations
