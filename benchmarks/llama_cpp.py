@@ -26,7 +26,7 @@ from benchmarks.toolchain import Compiler, find_cmake
 from lfm2_export.hashing import cache_folder
 
 PACKAGE, VERSION = "llama-cpp-python", "0.3.36"
-_BINARY, _RECORD = "llama-bench", "build.json"
+_BINARY, _QUANTIZE, _RECORD = "llama-bench", "llama-quantize", "build.json"
 _OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DGGML_NATIVE=ON",
@@ -101,17 +101,39 @@ def get_llama_bench(compiler: Compiler, version: str = VERSION) -> LlamaBench:
         flags=compiler.flags,
     )
     if not built.path.is_file():
-        _build(built, find_cmake(), compiler, version)
+        _build(built.path, find_cmake(), compiler, version)
     return built
 
 
-def _cached(compiler: Compiler, version: str) -> Path:
-    key = json.dumps([version, compiler.name, compiler.cxx, compiler.flags, _OPTIONS])
+def get_llama_quantize(compiler: Compiler, version: str = VERSION) -> Path:
+    """The cached ``llama-quantize``, or a new one, as ``get_llama_bench``.
+
+    Raises:
+        BenchmarkError: the index, cmake or the compiler is missing or fails.
+    """
+    path = _cached(compiler, version, program=_QUANTIZE) / _QUANTIZE
+    if not path.is_file():
+        _build(path, find_cmake(), compiler, version)
+    return path
+
+
+def quantize_gguf(program: Path, source: Path, target: Path, type: str) -> Path:
+    """Writes ``target``: ``source`` as ``llama-quantize`` stores it under a type such as Q4_K_M.
+
+    Raises:
+        BenchmarkError: it fails; the message is its last line about an error.
+    """
+    _run([str(program), str(source), str(target), type, "1"], f"quantizing {source.name} to {type}")
+    return target
+
+
+def _cached(compiler: Compiler, version: str, program: str = "") -> Path:
+    key = json.dumps([version, compiler.name, compiler.cxx, compiler.flags, _OPTIONS, *filter(None, [program])])
     return cache_folder() / "llama.cpp" / f"{version}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
-def _build(built: LlamaBench, cmake: str, compiler: Compiler, version: str) -> None:
-    target = built.path.parent
+def _build(path: Path, cmake: str, compiler: Compiler, version: str) -> None:
+    target, program, package = path.parent, path.name, f"{PACKAGE} {version}"
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="building-") as name:
         scratch = Path(name)
@@ -123,16 +145,16 @@ def _build(built: LlamaBench, cmake: str, compiler: Compiler, version: str) -> N
         _run([cmake, "-S", str(source), "-B", str(scratch / "build"), *_OPTIONS, *chosen], "configuring llama.cpp")
         jobs = str(os.cpu_count() or 1)
         _run(
-            [cmake, "--build", str(scratch / "build"), "--target", _BINARY, "--config", "Release", "-j", jobs],
+            [cmake, "--build", str(scratch / "build"), "--target", program, "--config", "Release", "-j", jobs],
             "building llama.cpp",
         )
-        made = next((p for p in (scratch / "build").rglob(_BINARY) if p.is_file()), None)
+        made = next((p for p in (scratch / "build").rglob(program) if p.is_file()), None)
         if made is None:
-            raise BenchmarkError(f"building llama.cpp left no {_BINARY}; {PACKAGE} {VERSION} is known to")
+            raise BenchmarkError(f"building llama.cpp left no {program}; {PACKAGE} {VERSION} is known to")
         ready = scratch / "ready"
         ready.mkdir()
-        shutil.copy(made, ready / _BINARY)
-        record: dict[str, Any] = {"package": built.package, "compiler": built.compiler, "flags": built.flags}
+        shutil.copy(made, ready / program)
+        record: dict[str, Any] = {"package": package, "compiler": compiler.name, "flags": compiler.flags}
         (ready / _RECORD).write_text(json.dumps(record, indent=1) + "\n")
         with contextlib.suppress(OSError):  # another process was faster
             ready.rename(target)

@@ -26,7 +26,7 @@ from lfm2_export.config import ModelConfig
 from lfm2_export.families import get_family
 from lfm2_export.families.tensors import ModelTensor, Part, TensorClass
 
-_ARCHITECTURES = {"lfm2": gguf.MODEL_ARCH.LFM2, "lfm2_moe": gguf.MODEL_ARCH.LFM2MOE}
+ARCHITECTURES = {"lfm2": gguf.MODEL_ARCH.LFM2, "lfm2_moe": gguf.MODEL_ARCH.LFM2MOE}
 _STEP_DEVIATION = {Type.Q4_0: 4.6, Type.Q8_0: 74.0, Type.Q6_K: 18.5 * 12.0}  # of a uniform code, times its scale's mean
 
 
@@ -52,17 +52,17 @@ class GgufTensor:
 def tensors(raw_config: Mapping[str, Any]) -> list[GgufTensor]:
     """Every tensor of the file, in its order."""
     config = get_family(raw_config["model_type"]).parse_config(raw_config)
-    names = gguf.get_tensor_name_map(_ARCHITECTURES[config.model_type], config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(ARCHITECTURES[config.model_type], config.num_hidden_layers)
     found = []
     for tensor in get_family(config.model_type).tensors(config).values():
         if tensor.expert in (None, 0):  # a layer's experts are stacked
-            stored = names.get_name(_converted_name(tensor), try_suffixes=(".weight", ".bias"))
+            stored = names.get_name(converted_name(tensor), try_suffixes=(".weight", ".bias"))
             assert stored is not None, tensor.name
             found.append(_stacked(tensor, stored, config))
     return found
 
 
-def _converted_name(tensor: ModelTensor) -> str:
+def converted_name(tensor: ModelTensor) -> str:
     """As conversion/lfm2.py makes it."""
     if tensor.kind is TensorClass.EXPERTS:
         return f"layers.{tensor.layer}.feed_forward.experts.{tensor.matrix}.weight"
@@ -89,8 +89,8 @@ def write_random_gguf(path: Path, raw_config: Mapping[str, Any], *, seed: int) -
     """Writes the file, or leaves none."""
     config = get_family(raw_config["model_type"]).parse_config(raw_config)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    writer = gguf.GGUFWriter(unfinished, gguf.MODEL_ARCH_NAMES[_ARCHITECTURES[config.model_type]])
-    _add_settings(writer, config)
+    writer = gguf.GGUFWriter(unfinished, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type]])
+    add_settings(writer, config)
     chosen = tensors(raw_config)
     for tensor in chosen:
         shape = tensor.shape if tensor.type is Type.F32 else gguf.quant_shape_to_byte_shape(tensor.shape, tensor.type)
@@ -109,7 +109,7 @@ def write_random_gguf(path: Path, raw_config: Mapping[str, Any], *, seed: int) -
     return path
 
 
-def _add_settings(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
+def add_settings(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
     attention = set(config.attention_layers)
     writer.add_name("random weights")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)

@@ -78,6 +78,8 @@ def _program(program: Program, artifact: Artifact) -> dict[str, Any]:
         "here": artifact.is_here(program),
         "bytes": sum(entry.bytes for entry in program.files.values()),
         "weights_by_dtype": dict(dtypes),
+        "bits_per_weight": dict(program.options.get("bits_per_weight", {})),
+        "widths": list(program.options.get("widths", ())),
         "largest_error": None if worst is None else {"tensor": worst.name, "relative_error": worst.error},
         "operators": dict(program.operators),
         "state_bytes_per_token": program.cache.bytes_per_token(),

@@ -214,6 +214,7 @@ def _check_program(program: Program) -> None:
     for tensor in tensors:
         _check_shape(program, tensor)
     _check_figures(program)
+    _check_widths(program)
     moe_op = program.options.get("moe_op")  # read by ExecuTorch's runner
     if moe_op is not None and not _is_mapping_of(moe_op, str):
         raise ArtifactError(f"{program} has options.moe_op={shown(moe_op)}, which is not a string for each file")
@@ -235,6 +236,25 @@ def _check_figures(program: Program) -> None:
         for name in _SHOWN_FIGURES:
             if not isinstance(figure := figures.get(name), int | float | None):
                 raise ArtifactError(f"{program} has parity.{hop}.{name}={shown(figure)}, which is not a number")
+
+
+def _check_widths(program: Program) -> None:
+    """Those that ``inspect`` and the model card show; artifacts of older versions have none."""
+    bits = program.options.get("bits_per_weight", {})
+    if not _is_mapping_of(bits, int | float) or not all(0 <= value <= 64 for value in bits.values()):
+        raise ArtifactError(f"{program} has options.bits_per_weight={shown(bits)}, which is not a number for each kind")
+    rows = program.options.get("widths", [])
+    if not isinstance(rows, list | tuple) or not all(map(_is_width, rows)):
+        raise ArtifactError(f"{program} has options.widths={shown(rows)}, which is not a list of parts and formats")
+
+
+def _is_width(row: object) -> bool:
+    if not isinstance(row, Mapping) or set(row) != {"part", "format", "tensors", "weights"}:
+        return False
+    names, counts = (row["part"], row["format"]), (row["tensors"], row["weights"])
+    return all(isinstance(name, str) for name in names) and all(
+        type(count) is int and 0 <= count < 2**63 for count in counts
+    )
 
 
 def _is_mapping_of(value: object, kind: Any) -> bool:

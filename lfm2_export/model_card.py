@@ -28,8 +28,8 @@ def render(record: CheckpointRecord, programs: Sequence[Program], checkpoint: Ch
         by_backend.setdefault(program.backend, []).append(program)
     sections = [_front_matter(record, checkpoint), _title(record, checkpoint), _programs(programs)]
     sections += [BACKENDS[name].how_to_run(own) for name, own in by_backend.items() if name in BACKENDS]
-    figures = _figures(programs)
-    return "\n".join([*sections, *([figures] if figures else []), _licence(checkpoint)])
+    found = filter(None, (_widths(programs), _figures(programs)))
+    return "\n".join([*sections, *found, _licence(checkpoint)])
 
 
 def _plain(name: object) -> str:
@@ -71,6 +71,25 @@ def _programs(programs: Sequence[Program]) -> str:
     ]
     head = "| Backend | Scheme | File | Size with weights | Context |\n|---|---|---|---|---|"
     return "\n".join(["## Programs\n", head, *rows, ""])
+
+
+def _widths(programs: Sequence[Program]) -> str:
+    """Bits a weight, and what has which width, of quantized programs."""
+    rows = []
+    for program in programs:
+        bits = program.options.get("bits_per_weight", {})
+        widths = [row for row in program.options.get("widths", ()) if "groups" in row["format"]]
+        if widths and bits:
+            cells = (_figure(bits, "file", ".2f"), _figure(bits, "step", ".2f"), "; ".join(map(_width, widths)))
+            rows.append(f"| {_plain(program)} | {' | '.join(cells)} |")
+    if not rows:
+        return ""
+    head = "| Program | Bits a weight, file | Read by a decode step | Stored as |\n|---|---|---|---|"
+    return "\n".join(["## Widths\n", head, *rows, ""])
+
+
+def _width(row: Mapping[str, Any]) -> str:
+    return f"{_plain(row['part'])}: {row['tensors']:,} {_plain(row['format'])}"
 
 
 def _figures(programs: Sequence[Program]) -> str:

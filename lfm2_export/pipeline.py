@@ -25,6 +25,7 @@ from lfm2_export.errors import ExportError
 from lfm2_export.leftovers import swept
 from lfm2_export.manifest import CheckpointRecord, Program
 from lfm2_export.messages import shown
+from lfm2_export.mixing import check_mixable, make_budget, mixed
 from lfm2_export.packages import recorded_versions
 from lfm2_export.progress import Progress
 from lfm2_export.quant.algorithms import DEFAULT_ALGORITHM
@@ -43,6 +44,9 @@ def export(
     group_size: int | None = None,
     exclude: str | Sequence[str] = (),
     algorithm: str = DEFAULT_ALGORITHM,
+    target_bits: float | None = None,
+    target_size: str | int | None = None,
+    budget: str | None = None,
     revision: str | None = None,
     offline: bool = False,
     progress: Progress | None = None,
@@ -57,6 +61,11 @@ def export(
         group_size: weights that share a scale, in the schemes that have groups; default: the scheme's.
         exclude: one or several patterns of tensor names (as in ``fnmatch``) to leave unquantized in those schemes.
         algorithm: how integer weights are fitted: "refit" (least squared error) or "round" (plain rounding, faster).
+        target_bits: mixes 4 and 8 bits and groups of 32 to 128 (``mixing``) within so many bits a weight, scales and
+            token table included; q4 does so by itself, in the bytes of llama.cpp's Q4_K_M, unless ``group_size`` or
+            ``exclude`` is given.
+        target_size: the same within so many bytes of data, or "700MB", "1.2GB", "650MiB".
+        budget: what these two count: "file" (default) or "step", what a decode step reads.
         options: the backend's own settings (``Backend.OPTIONS``), each of which is checked; None leaves one to the
             backend. executorch has ``max_context``, positions that the buffers hold (4096); ``moe_op``, how quantized
             experts run: "stock" (default: ExecuTorch's operator), "lfm2" (ours) or "both"; ``embedding_bits``, how
@@ -70,6 +79,9 @@ def export(
     _check_kinds((str, os.PathLike), "a name", checkpoint=checkpoint, output=output)
     _check_kinds(str, "a name", backend=backend, algorithm=algorithm)
     _check_kinds((str, NoneType), "a name or None", revision=revision)
+    _check_kinds((str, NoneType), "a name or None", budget=budget)
+    _check_kinds((str, int, NoneType), "bytes, a size such as 700MB, or None", target_size=target_size)
+    _check_kinds((int, float, NoneType), "a number or None", target_bits=target_bits)
     _check_kinds(
         (int, NoneType),
         "an integer or None",
@@ -79,9 +91,13 @@ def export(
         raise ExportError(f"output={str(output)!r} names no folder; give a name, or . for this one")
     lowering = get_backend(backend)
     options = _checked_options(backend, options)
+    asked = make_budget(target_bits, target_size, budget)
     schemes = _customized(_schemes(lowering, backend, schemes_asked), group_size, excluded)
+    check_mixable(schemes, asked, group_size)
     opened = open_checkpoint(checkpoint, revision=revision, offline=offline)
     companions.check(opened)
+    uniform = group_size is not None or excluded
+    schemes = mixed(opened, schemes, asked, lowering.make_plan, algorithm=algorithm, by_default=not uniform)
     progress = progress or Progress()
     key = _key(opened, backend, schemes, {"algorithm": algorithm, **options})
     record = Background(lambda: writer.confirm(CheckpointRecord.of(opened)))

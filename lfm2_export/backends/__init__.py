@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from lfm2_export.backends.base import Runner, RunnerOptions
     from lfm2_export.backends.profile import Profile
     from lfm2_export.backends.program import Estimate, ExportedProgram, ExportRequest
+    from lfm2_export.backends.weights.plan import WeightPlan
     from lfm2_export.checkpoint import Checkpoint
     from lfm2_export.config import ModelConfig
     from lfm2_export.manifest import Program
     from lfm2_export.models.loading import WeightSource
+    from lfm2_export.quant.schemes import Scheme
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,9 @@ class Backend(Protocol):
     OPTIONS: Mapping[str, ExportOption]
     TESTED_WITH: Mapping[str, str]
     KL_TOLERANCE: float
+
+    def make_plan(self, config: ModelConfig, scheme: Scheme) -> WeightPlan:
+        """How every weight is stored; called for schemes whose widths can be mixed (``Scheme.can_mix``)."""
 
     def estimate(self, request: ExportRequest) -> Estimate:
         """What the export will need; refuses what cannot be lowered, before any work."""

@@ -33,8 +33,10 @@ class ExportCommand:
             "--group-size",
             type=int,
             metavar="N",
-            help="weights that share a scale, of schemes that have groups (default: 32)",
+            help="weights that share a scale, of schemes that have groups, for all tensors alike (q4's default: mixed "
+            "widths, see --target-bits)",
         )
+        add_budget(parser)
         parser.add_argument(
             "--exclude",
             action="append",
@@ -71,6 +73,9 @@ class ExportCommand:
                 group_size=options.group_size,
                 exclude=options.exclude,
                 algorithm=options.algorithm,
+                target_bits=options.target_bits,
+                target_size=options.target_size,
+                budget=options.budget,
                 revision=options.revision,
                 offline=options.offline,
                 progress=progress,
@@ -82,6 +87,24 @@ class ExportCommand:
         else:
             print_programs(str(artifact.path), artifact.programs)
         return 0
+
+
+def add_budget(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--target-bits",
+        type=float,
+        metavar="N",
+        help="mix 4 and 8 bits within N bits a weight, scales and token table included (q4's default: the bytes of "
+        "llama.cpp's Q4_K_M)",
+    )
+    parser.add_argument(
+        "--target-size", metavar="SIZE", help="the same within so many bytes of weights and tables (700MB, 1.2GB)"
+    )
+    parser.add_argument(
+        "--budget",
+        metavar="file|step",
+        help="what these count: the file (default), or what a decode step reads",
+    )
 
 
 def print_programs(title: str, programs: tuple[Program, ...]) -> None:

@@ -56,6 +56,13 @@ def _print_artifact(found: dict[str, Any]) -> None:
         ("program", "file", "size", "weights", "largest error", "state bytes per token"),
         [_program_row(program) for program in found["programs"] if program["here"]],
     )
+    widths = [row for program in found["programs"] if program["here"] for row in _width_rows(program)]
+    if widths:
+        console.print_table("widths", ("program", "part", "stored as", "tensors", "weights"), widths)
+    for program in found["programs"]:
+        if bits := program["bits_per_weight"]:
+            counted = ", ".join(f"{bits[name]:.2f} of {what}" for name, what in _COUNTED.items() if name in bits)
+            print(f"{program['backend']} {program['scheme']}: bits a weight: {counted}")
     absent = [f"{program['backend']} {program['scheme']}" for program in found["programs"] if not program["here"]]
     for note, names in (
         ("not in this folder", absent),
@@ -64,6 +71,20 @@ def _print_artifact(found: dict[str, Any]) -> None:
     ):
         if names:
             print(f"{note}: {listed(names)}")
+
+
+# What bits a weight are counted of.
+_COUNTED = {"file": "the file", "step": "what a decode step reads"}
+
+
+def _width_rows(program: dict[str, Any]) -> list[tuple[str, ...]]:
+    """How many tensors of each part have which width; of quantized parts alone."""
+    name = f"{program['backend']} {program['scheme']}"
+    return [
+        (name, row["part"], row["format"], f"{row['tensors']:,}", f"{row['weights']:,}")
+        for row in program["widths"]
+        if "groups" in row["format"]
+    ]
 
 
 def _program_row(program: dict[str, Any]) -> tuple[str, ...]:

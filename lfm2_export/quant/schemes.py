@@ -7,7 +7,7 @@ which goes into the manifest: no layer is left unquantized silently.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from types import MappingProxyType
@@ -49,6 +49,8 @@ class Scheme:
     ``sensitive_patterns``, whatever their class; weights that match ``exclude`` stay in the activations' dtype.
     Patterns are published names with ``*`` and ``?`` as in a shell. ``accuracy_level``: MatMulNBits' and QMoE's, 4
     allows int8 activations inside the kernels. The state has the activations' dtype; logits are always float32.
+    ``choices``: the formats of single weights by their published names (``mixing``); only ``exclude`` goes before.
+    ``mixed``: whether widths are chosen for each checkpoint where nobody asks for something else.
     ``preference`` orders programs where the caller names none: the lowest is taken.
     """
 
@@ -63,6 +65,13 @@ class Scheme:
     preference: int = 100
     sensitive_patterns: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    mixed: bool = False
+    choices: Mapping[str, FormatChoice] = field(default_factory=dict, hash=False)
+
+    @property
+    def can_mix(self) -> bool:
+        """Whether its linear layers have 4 bits and some of them may have 8."""
+        return [form.bits for form in (self.linear, self.sensitive) if isinstance(form, IntFormat)] == [4, 8]
 
     @property
     def has_groups(self) -> bool:
@@ -92,6 +101,8 @@ class Scheme:
             return FormatChoice(plain, f"never quantized: {NEVER_QUANTIZED[kind]}")
         if pattern := _first_match(tensor.name, self.exclude):
             return FormatChoice(plain, f"excluded by --exclude {pattern}")
+        if tensor.name in self.choices:
+            return self.choices[tensor.name]
         if pattern := _first_match(tensor.name, self.sensitive_patterns):
             return FormatChoice(self.sensitive, f"sensitive: {pattern}")
         return FormatChoice(getattr(self, kind.value), f"scheme {self.name}: {kind.value}")
@@ -181,6 +192,7 @@ def _onnx_int_scheme(
         accuracy_level=4,
         preference=preference,
         sensitive_patterns=Q4_SENSITIVE if bits == 4 else (),
+        mixed=bits == 4 and activations == "float32",
     )
 
 

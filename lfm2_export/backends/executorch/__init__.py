@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from lfm2_export.backends.executorch.stored import StoredWeights
     from lfm2_export.backends.profile import Profile
     from lfm2_export.backends.program import Estimate, ExportedProgram, ExportRequest
+    from lfm2_export.backends.weights.plan import WeightPlan
     from lfm2_export.checkpoint import Checkpoint
     from lfm2_export.config import ModelConfig
     from lfm2_export.manifest import Program
+    from lfm2_export.quant.schemes import Scheme
 
 SCHEMES = {"fp32": "model_fp32.pte", "8da4w": "model_8da4w.pte"}
 OPTIONS = {
@@ -54,6 +56,13 @@ lfm2-export run . --backend executorch --prompt "What is C. elegans?"
 def how_to_run(programs: Sequence[Program]) -> str:
     """The card's section on .pte programs."""
     return _HOW_TO_RUN
+
+
+def make_plan(config: ModelConfig, scheme: Scheme) -> WeightPlan:
+    """How every weight of a checkpoint is stored under a scheme."""
+    from lfm2_export.backends.executorch import plan
+
+    return plan.make_plan(config, scheme)
 
 
 def estimate(request: ExportRequest) -> Estimate:

@@ -19,6 +19,7 @@ from lfm2_export import interrupts
 from lfm2_export.backends.executorch.plan import MoeOp, PtePlan, make_plan
 from lfm2_export.backends.executorch.stream import PteStream, read_bytes
 from lfm2_export.backends.program import Estimate, ExportedProgram, ExportRequest
+from lfm2_export.backends.weights.widths import describe
 from lfm2_export.cache import CacheSpec
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import ExportError
@@ -156,7 +157,7 @@ def _options(
     request: ExportRequest, context: int, plans: Mapping[str, PtePlan], made: Mapping[str, Made]
 ) -> dict[str, Any]:
     """Settings, and per file what was made: its delegates, operators, and where its weights lie."""
-    scheme = next(iter(plans.values())).scheme
+    plan = next(iter(plans.values()))
     return {
         "algorithm": request.algorithm,
         "max_context": context,
@@ -164,7 +165,8 @@ def _options(
         "delegates": {name: one.delegates for name, one in made.items()},
         "operators": {name: dict(one.operators) for name, one in made.items()},
         "weights": {name: one.places for name, one in made.items()},
-        **scheme.options(),
+        **plan.scheme.options(),
+        **describe(plan),
     }
 
 

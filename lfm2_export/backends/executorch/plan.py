@@ -166,6 +166,10 @@ def _with_embedding_bits(scheme: Scheme, bits: int) -> Scheme:
 
 
 def _check_linear(name: str, form: IntFormat) -> None:
+    if form.bits != 4:
+        raise QuantizationError(
+            f"{name}: {form.bits} bits in groups, but XNNPACK takes groups of 4 bits only; pass --backend onnx"
+        )
     if form.group_size % XNNPACK_GROUP:
         raise QuantizationError(
             f"{name}: group_size={form.group_size}, but XNNPACK takes multiples of {XNNPACK_GROUP}; "

@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     from lfm2_export.backends.onnx.stored import StoredWeights
     from lfm2_export.backends.profile import Profile
     from lfm2_export.backends.program import Estimate, ExportedProgram, ExportRequest
+    from lfm2_export.backends.weights.plan import WeightPlan
     from lfm2_export.checkpoint import Checkpoint
     from lfm2_export.config import ModelConfig
     from lfm2_export.manifest import Program
+    from lfm2_export.quant.schemes import Scheme
 
 # Transformers.js looks for these names.
 SCHEMES = {
@@ -85,6 +87,13 @@ const generator = await pipeline("text-generation", "<this folder or repository>
 def how_to_run(programs: Sequence[Program]) -> str:
     """The card's section on onnxruntime, onnxruntime-genai and Transformers.js."""
     return _HOW_TO_RUN.format(dtype=one_line(programs[0].scheme).replace('"', "'"))
+
+
+def make_plan(config: ModelConfig, scheme: Scheme) -> WeightPlan:
+    """How every weight of a checkpoint is stored under a scheme."""
+    from lfm2_export.backends.onnx import plan
+
+    return plan.make_plan(config, scheme)
 
 
 def estimate(request: ExportRequest) -> Estimate:

@@ -27,6 +27,7 @@ from lfm2_export.backends.program import Estimate, ExportedProgram, ExportReques
 from lfm2_export.backends.weights.pieces import CHUNK_VALUES, Placement, pieces
 from lfm2_export.backends.weights.plan import WeightPlan
 from lfm2_export.backends.weights.stream import FIGURES, WeightStream, bytes_on_disk
+from lfm2_export.backends.weights.widths import describe
 from lfm2_export.cache import CacheSpec
 from lfm2_export.ledger import Ledger
 from lfm2_export.manifest import TensorSpec
@@ -113,7 +114,12 @@ def export_program(request: ExportRequest) -> ExportedProgram:
 
 
 def _options(request: ExportRequest, plan: WeightPlan) -> dict[str, object]:
-    return {"algorithm": request.algorithm, "accuracy_level": plan.accuracy_level, **request.scheme.options()}
+    return {
+        "algorithm": request.algorithm,
+        "accuracy_level": plan.accuracy_level,
+        **request.scheme.options(),
+        **describe(plan),
+    }
 
 
 def _save_graphs(graphs: Graphs, file_name: str, folder: Path) -> dict[str, str]:

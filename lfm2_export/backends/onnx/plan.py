@@ -64,7 +64,10 @@ def make_plan(config: ModelConfig, scheme: Scheme) -> WeightPlan:
     Raises:
         QuantizationError: a width is no multiple of the group size, or an excluding pattern matches nothing.
     """
-    return plans.make_plan(config, scheme, _OnnxStorage())
+    plan = plans.make_plan(config, scheme, _OnnxStorage())
+    # cos and sin of every position, for half of a head.
+    values = config.max_position_embeddings * config.head_dim if config.attention_layers else 0
+    return replace(plan, table_bytes=values * np.dtype(plan.activation_dtype).itemsize)
 
 
 class _OnnxStorage(Storage):

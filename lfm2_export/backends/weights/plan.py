@@ -90,11 +90,12 @@ class StoredWeight:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightPlan(Mapping[str, StoredWeight]):
-    """Every ``StoredWeight`` by name, in the order of the work."""
+    """Every ``StoredWeight`` by name, in the order of the work. ``table_bytes``: RoPE's tables beside them."""
 
     config: ModelConfig
     scheme: Scheme
     weights: Mapping[str, StoredWeight]
+    table_bytes: int = 0
 
     def __getitem__(self, name: str) -> StoredWeight:
         return self.weights[name]

@@ -1,0 +1,106 @@
+"""Mixed widths: which tensors get 8 bits and which 4, in groups of what size, so that a budget of bytes loses least.
+
+In: a checkpoint, a scheme with 4-bit linear layers, a budget. Out: the scheme with a choice for every tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from lfm2_export.backends.weights.plan import WeightPlan
+from lfm2_export.checkpoint import Checkpoint
+from lfm2_export.config import ModelConfig
+from lfm2_export.errors import QuantizationError
+from lfm2_export.mixing.budget import Budget, bytes_for, make_budget
+from lfm2_export.mixing.estimate import Damages, estimate
+from lfm2_export.mixing.units import Space, make_space
+from lfm2_export.quant.algorithms import get_algorithm
+from lfm2_export.quant.mixture import Option, Unit, choose
+from lfm2_export.quant.schemes import FormatChoice, Scheme
+
+__all__ = ["Budget", "check_mixable", "make_budget", "mix", "mixed", "with_choices"]
+
+MakePlan = Callable[[ModelConfig, Scheme], WeightPlan]
+
+
+def check_mixable(schemes: Sequence[Scheme], budget: Budget | None, group_size: int | None) -> None:
+    """Refuses a budget that nothing can be done with, before a checkpoint is opened.
+
+    Raises:
+        QuantizationError: no scheme has widths to mix, or the group size was given as well.
+    """
+    if budget is None:
+        return
+    if not any(scheme.can_mix for scheme in schemes):
+        names = ", ".join(scheme.name for scheme in schemes)
+        raise QuantizationError(f"{budget}: scheme {names} has one width for its linear layers; pass --scheme q4")
+    if group_size is not None:
+        raise QuantizationError(f"{budget}: chooses the group sizes, too; leave --group-size {group_size} out")
+
+
+def mixed(
+    checkpoint: Checkpoint,
+    schemes: Sequence[Scheme],
+    budget: Budget | None,
+    make_plan: MakePlan,
+    *,
+    algorithm: str,
+    by_default: bool,
+) -> list[Scheme]:
+    """The schemes, with choices in those that mix: all that can where a budget was asked for; else, ``by_default``,
+    those that do so by themselves.
+
+    Raises:
+        QuantizationError: the budget is below the floor or above 8 bits, or a width does not fit the groups.
+        CheckpointError: a tensor holds NaN or infinity.
+    """
+    found = []
+    for scheme in schemes:
+        wanted = budget if budget is not None and scheme.can_mix else Budget() if scheme.mixed and by_default else None
+        found.append(scheme if wanted is None else mix(checkpoint, scheme, wanted, make_plan, algorithm=algorithm))
+    return found
+
+
+def mix(
+    checkpoint: Checkpoint,
+    scheme: Scheme,
+    budget: Budget,
+    make_plan: MakePlan,
+    *,
+    algorithm: str,
+) -> Scheme:
+    """The scheme with the best choice that the budget allows, by what the weights alone say.
+
+    Raises:
+        QuantizationError: the budget is below the floor or above 8 bits, or a width does not fit the groups.
+        CheckpointError: a tensor holds NaN or infinity.
+    """
+    space = make_space(checkpoint.config, scheme, make_plan, budget.counted)
+    limit = bytes_for(budget, space)
+    return with_choices(scheme, space, estimate(checkpoint, space, get_algorithm(algorithm)), limit, str(budget))
+
+
+def with_choices(scheme: Scheme, space: Space, damages: Damages, limit: int, because: str) -> Scheme:
+    """The scheme with the choice that does least damage in ``limit`` bytes, counted as the space counts them."""
+    units = [
+        Unit(
+            name=shape.name,
+            tensors=shape.tensors,
+            options=tuple(
+                Option(format=form, nbytes=space.nbytes(shape, form), damage=damage)
+                for form, damage in damages[shape.name].items()
+            ),
+        )
+        for shape in space.units
+    ]
+    chosen = choose(units, limit - space.fixed)
+    return replace(scheme, sensitive_patterns=(), choices=_by_tensor(units, chosen, because))
+
+
+def _by_tensor(units: Sequence[Unit], chosen: Mapping[str, Option], because: str) -> dict[str, FormatChoice]:
+    return {
+        tensor: FormatChoice(chosen[unit.name].format, f"mixed within {because}")
+        for unit in units
+        for tensor in unit.tensors
+    }

@@ -1,0 +1,104 @@
+"""What each format of each unit will cost the model, estimated from the weights alone.
+
+In: a checkpoint and the units of its plan. Out: damages by unit and format: the relative squared error of a matrix,
+quantized, times what such an error does in a matrix of this class (``prior``). Rows are sampled, so that the largest
+models take seconds. No sum depends on a processor's vector width: every machine finds the same figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from lfm2_export.backends.weights.plan import StoredWeight
+from lfm2_export.background import map_in_threads
+from lfm2_export.checkpoint import Checkpoint, check_finite, is_finite
+from lfm2_export.mixing.prior import weight_of
+from lfm2_export.mixing.units import Space, UnitShape
+from lfm2_export.quant.algorithms import Algorithm
+from lfm2_export.quant.formats import IntFormat
+from lfm2_export.quant.groups import Workspace
+from lfm2_export.resources import usable_cores
+
+Damages = dict[str, dict[IntFormat, float]]
+
+# Weights of a matrix that are looked at, in so many places of it; and experts of a layer.
+_SAMPLED, _PLACES, _EXPERTS = 1 << 17, 8, 4
+
+
+def estimate(checkpoint: Checkpoint, space: Space, algorithm: Algorithm) -> Damages:
+    """The damage of every format of every unit, by the unit's name; only ratios mean something.
+
+    Raises:
+        CheckpointError: a tensor holds NaN or infinity.
+        QuantizationError: a value does not fit a format.
+    """
+    found = map_in_threads(lambda unit: _unit(checkpoint, unit, algorithm), space.units, threads=usable_cores())
+    return {unit.name: damages for unit, damages in found}
+
+
+def _unit(checkpoint: Checkpoint, unit: UnitShape, algorithm: Algorithm) -> dict[IntFormat, float]:
+    workspace = Workspace()
+    damages = dict.fromkeys(unit.formats, 0.0)
+    for weight in unit.weights:
+        errors = {form: np.zeros(2) for form in unit.formats}
+        for name, values in _samples(checkpoint, weight):
+            for form in unit.formats:
+                errors[form] += squared_error(values, form, algorithm, workspace, fqn=name)
+        for form, (lost, energy) in errors.items():
+            damages[form] += weight_of(weight.part, weight.matrix) * float(lost / energy) if energy else 0.0
+    return damages
+
+
+def _samples(checkpoint: Checkpoint, weight: StoredWeight) -> Iterator[tuple[str, np.ndarray]]:
+    """Rows of a weight's sources, as they are stored."""
+    experts = sorted(
+        {index for source in weight.sources if (index := checkpoint.model_tensors[source].expert) is not None}
+    )
+    looked_at = set(_spread(experts, _EXPERTS))
+    for source in weight.sources:
+        tensor = checkpoint.model_tensors[source]
+        if tensor.expert is not None and tensor.expert not in looked_at:
+            continue
+        rows, columns = tensor.shape
+        each = max(1, _SAMPLED // columns // _PLACES)
+        starts = (
+            range(0, rows, each)
+            if each * _PLACES >= rows
+            else range(0, rows - each + 1, (rows - each) // (_PLACES - 1))
+        )
+        for start in starts:
+            for values in checkpoint.read_raw_blocks(source, slice(start, min(start + each, rows)), each):
+                if not is_finite(values):
+                    check_finite(source, checkpoint.read(source))
+                yield source, values
+
+
+def _spread(items: Sequence[int], count: int) -> list[int]:
+    if len(items) <= count:
+        return list(items)
+    return [items[index * (len(items) - 1) // (count - 1)] for index in range(count)]
+
+
+def squared_error(
+    values: np.ndarray, form: IntFormat, algorithm: Algorithm, workspace: Workspace, *, fqn: str
+) -> np.ndarray:
+    """Float64 [2]: the squared error of quantizing ``values`` (rows as they are stored), and their squared size."""
+    chunk = algorithm.rows(values, form, workspace, fqn=fqn, rows=range(len(values)))
+    difference_GC = (chunk.codes_GC - chunk.zero_point_C) * chunk.scale_C - chunk.values_GC
+    return np.array([_sum_of_squares(difference_GC), _sum_of_squares(chunk.values_GC)])
+
+
+def _sum_of_squares(values_GC: np.ndarray) -> float:
+    """In one order on every machine: rows are added to rows, then halves to halves."""
+    sums_C = np.zeros(values_GC.shape[1], np.float64)
+    for row_C in values_GC:
+        sums_C += np.square(row_C, dtype=np.float64)
+    while len(sums_C) > 1:
+        half = len(sums_C) // 2
+        rest_C = sums_C[2 * half :]
+        sums_C = sums_C[:half] + sums_C[half : 2 * half]
+        if len(rest_C):
+            sums_C[0] += rest_C[0]
+    return float(sums_C[0])
