@@ -81,10 +81,14 @@ def open_checkpoint(
     if config_from is None:
         return Checkpoint(str(name), source)
     if not source.is_gguf:
-        raise CheckpointError(f"{paths.shown(source.path)}: is no GGUF file and has a config of its own; leave --config-from out")
+        raise CheckpointError(
+            f"{paths.shown(source.path)}: is no GGUF file and has a config of its own; leave --config-from out"
+        )
     companions = resolve(str(config_from), offline=offline)
     if companions.is_gguf:
-        raise CheckpointError(f"--config-from {paths.shown(companions.path)}: give a folder or a Hub id, not a GGUF file")
+        raise CheckpointError(
+            f"--config-from {paths.shown(companions.path)}: give a folder or a Hub id, not a GGUF file"
+        )
     return Checkpoint(str(name), source, companions.path)
 
 

@@ -41,7 +41,9 @@ def _nested_but(folder: str, last: str) -> tuple[str, ...]:
 _IGNORED = _nested_but("additional_chat_templates", "a")  # of ".jinja": no other data file's name ends so
 
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*", re.ASCII)
-_HUB_FILE = re.compile(rf"({_HUB_ID.pattern})/((?:[\w.-]+/)*[\w][\w.-]*\{SUFFIX})", re.ASCII | re.IGNORECASE)
+_HUB_FILE = re.compile(
+    rf"(?P<repository>{_HUB_ID.pattern})/(?P<file>(?:[\w.-]+/)*[\w][\w.-]*\{SUFFIX})", re.ASCII | re.IGNORECASE
+)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -79,7 +81,7 @@ def resolve(name: str, *, revision: str | None = None, offline: bool = False) ->
             f"{name}: is a file, not a checkpoint; give the folder that holds config.json, or a {SUFFIX} file"
         )
     if found := _HUB_FILE.fullmatch(name):
-        return _file_from_hub(name, *found.groups(), revision, offline)
+        return _file_from_hub(name, found["repository"], found["file"], revision, offline)
     if not _HUB_ID.fullmatch(name):
         raise CheckpointError(
             f"{name}: no such directory, and neither a bundled checkpoint ({', '.join(BUNDLED)}) "

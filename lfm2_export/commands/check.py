@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from lfm2_export import console
-from lfm2_export.commands.base import add_artifact, add_json, add_machine, add_source, given
+from lfm2_export.commands.base import add_artifact, add_json, add_machine, add_source, given, source_options
 from lfm2_export.errors import Lfm2ExportError
 from lfm2_export.resources import human_bytes
 
@@ -31,7 +31,7 @@ class ParityCommand:
     def run(self, options: argparse.Namespace) -> int:
         from lfm2_export.parity import measure_parity
 
-        source: dict[str, Any] = {"revision": options.revision, "offline": options.offline}
+        source = source_options(options)
         if options.report:
             check_writable(options.report)
         with console.busy("comparing with the eager model") as doing:

@@ -50,7 +50,9 @@ def tokenizer_files(settings: Settings) -> dict[str, dict[str, Any]] | None:
     vocabulary = {token: index for index, token in enumerate(tokens) if kinds[index] != _UNUSED}
     if len(vocabulary) != sum(kind != _UNUSED for kind in kinds):
         raise CheckpointError(f"{settings.place}: tokenizer.ggml.tokens has a token twice; convert the model again")
-    added = [_added(index, tokens[index], kind) for index, kind in enumerate(kinds) if kind in (_CONTROL, _USER_DEFINED)]
+    added = [
+        _added(index, tokens[index], kind) for index, kind in enumerate(kinds) if kind in (_CONTROL, _USER_DEFINED)
+    ]
     model = {
         "type": "BPE",
         "dropout": None,
