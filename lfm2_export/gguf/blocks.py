@@ -116,9 +116,10 @@ def _q8_0(blocks: ByteArray) -> Codes:
 def _q6_k(blocks: ByteArray) -> Codes:
     lower = blocks[:, :128].reshape(-1, 2, 1, 64) >> np.array([[0], [4]], np.uint8)
     upper = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> np.array([[0], [2], [4], [6]], np.uint8)
-    six_bits: ByteArray = (lower & 15).reshape(-1, 2, 4, 32) | (upper & 3) << 4
+    six_bits = (lower & 15).reshape(-1, 2, 4, 32) | (upper & 3) << 4
+    # Codes are minus 32 there, minus 128 here.
     inner = np.ascontiguousarray(blocks[:, 192:208]).view(np.int8).astype(np.float32)
-    return Codes(np.add(six_bits.reshape(-1, 256), 128 - 32, dtype=np.uint8), inner * _float16(blocks[:, 208:]))
+    return Codes(np.asarray(six_bits.reshape(-1, 256) + 96, np.uint8), inner * _float16(blocks[:, 208:]))
 
 
 _EXACT: dict[str, tuple[IntFormat, Callable[[ByteArray], Codes]]] = {

@@ -15,6 +15,8 @@ from lfm2_export.messages import shown
 # general.architecture -> model_type and the class that config.json names.
 ARCHITECTURES = {"lfm2": ("lfm2", "Lfm2ForCausalLM"), "lfm2moe": ("lfm2_moe", "Lfm2MoeForCausalLM")}
 _SIGMOID = 2  # of gguf's ExpertGatingFuncType
+# Of these families' tokens, those that llama.cpp takes for the end of a reply by their text.
+_ENDS = ("<|im_end|>", "<|endoftext|>")
 _MOST_LAYERS = 1 << 12
 
 
@@ -108,13 +110,15 @@ def raw_config(settings: Settings, tensors: Collection[str]) -> dict[str, Any]:
 
 def generation_config(settings: Settings) -> dict[str, Any]:
     """The contents of a generation_config.json: the tokens that begin and end a text."""
-    stops = dict.fromkeys(settings.token(name) for name in ("eos", "eot", "eom"))
-    tokens = {
+    tokens = settings.get("tokenizer.ggml.tokens", list, [])
+    by_text = (tokens.index(text) for text in _ENDS if text in tokens)
+    stops = dict.fromkeys([*(settings.token(name) for name in ("eos", "eot", "eom")), *by_text])
+    found = {
         "bos_token_id": settings.token("bos"),
         "eos_token_id": [token for token in stops if token is not None],
         "pad_token_id": settings.token("padding"),
     }
-    return {name: value for name, value in tokens.items() if value not in (None, [])}
+    return {name: value for name, value in found.items() if value not in (None, [])}
 
 
 def _kv_heads(settings: Settings, layers: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""GGUF files of a checkpoint as llama.cpp's conversion and quantizer write them: names, keys, types, stacked experts."""
+"""GGUF files of a checkpoint as llama.cpp writes them: names, keys, types, stacked experts, a tokenizer."""
 
 from __future__ import annotations
 
