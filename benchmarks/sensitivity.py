@@ -4,7 +4,7 @@
 
 In: checkpoints. Out: JSON: for every matrix (an expert stack counts as one) and format: the KL divergence that
 quantizing it alone causes, the relative squared error of its values and of its outputs; and the prior: by class of
-matrix, the median over layers and checkpoints of KL over relative error, in units of the median of all.
+matrix, KL over relative error, the geometric mean over layers and checkpoints (``lfm2_export/mixing/prior.py``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean
 from typing import Any
 
 import numpy as np
@@ -26,13 +26,15 @@ from lfm2_export.backends.onnx.plan import make_plan
 from lfm2_export.backends.weights.widths import Counted
 from lfm2_export.checkpoint import Checkpoint, open_checkpoint
 from lfm2_export.mixing.measured import Meter
+from lfm2_export.mixing.prior import class_of
 from lfm2_export.mixing.units import make_space
 from lfm2_export.parity.sample import read_sample
 from lfm2_export.quant.algorithms import get_algorithm
-from lfm2_export.quant.formats import FloatArray, IntFormat
+from lfm2_export.quant.formats import FloatArray
 from lfm2_export.quant.schemes import get_scheme
 
 TOKENS = 4096
+FORMATS = ((4, 32), (4, 128), (8, 128))
 
 
 def rows_of(checkpoint: Checkpoint, text: Path | None, *, first: int, count: int) -> list[np.ndarray]:
@@ -84,14 +86,16 @@ def measure(name: str, *, tokens: int = TOKENS) -> list[dict[str, Any]]:
     for unit in space.units:
         for weight in unit.weights:
             before = {source: checkpoint.read(source) for source in weight.sources}
-            for form in map(_float16, unit.formats):
+            for form in unit.formats:
+                if (form.bits, form.group_size) not in FORMATS:
+                    continue
                 after = {source: refit(values, form).dequantize() for source, values in before.items()}
                 found.append(
                     {
                         "checkpoint": name,
                         "weight": weight.name,
                         "unit": unit.name,
-                        "class": class_of(weight.part, weight.matrix),
+                        "class": class_of(weight.part, weight.matrix, weight.layer),
                         "layer": weight.layer,
                         "layers": checkpoint.config.num_hidden_layers,
                         "bits": form.bits,
@@ -103,16 +107,6 @@ def measure(name: str, *, tokens: int = TOKENS) -> list[dict[str, Any]]:
                 )
                 print(found[-1], flush=True)
     return found
-
-
-def _float16(form: IntFormat) -> IntFormat:
-    from dataclasses import replace
-
-    return replace(form, scale_dtype="float16")
-
-
-def class_of(part: str, matrix: str | None) -> str:
-    return f"{part} {matrix}" if matrix else str(part)
 
 
 def relative_error(before: Mapping[str, FloatArray], after: Mapping[str, FloatArray]) -> float:
@@ -134,14 +128,19 @@ def _energy(weight: FloatArray, hessian: FloatArray) -> float:
     return float(((weight @ hessian) * weight).sum(dtype=np.float64))
 
 
-def prior(records: Sequence[Mapping[str, Any]], error: str = "error") -> dict[str, float]:
-    """By class: the median of KL over relative error at 4 bits in groups of 32, in units of the median of all."""
-    ratios = defaultdict(list)
-    for record in _at(records, bits=4, group_size=32):
-        if record[error]:
-            ratios[record["class"]].append(record["kl"] / record[error])
-    middle = median(ratio for found in ratios.values() for ratio in found)
-    return {name: round(median(found) / middle, 3) for name, found in sorted(ratios.items())}
+def prior(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """By class, at 4 bits in groups of 32: the geometric mean of KL over relative error, every checkpoint's in units of
+    its own mean."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for checkpoint in dict.fromkeys(record["checkpoint"] for record in records):
+        ratios = [
+            (record["class"], record["kl"] / record["error"])
+            for record in _at(records, checkpoint=checkpoint, bits=4, group_size=32)
+        ]
+        middle = geometric_mean(ratio for _, ratio in ratios)
+        for name, ratio in ratios:
+            found[name].append(ratio / middle)
+    return {name: float(f"{geometric_mean(ratios):.3g}") for name, ratios in sorted(found.items())}
 
 
 def _at(records: Sequence[Mapping[str, Any]], **wanted: object) -> Iterator[Mapping[str, Any]]:

@@ -13,7 +13,7 @@ from lfm2_export.checkpoint import Checkpoint
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import QuantizationError
 from lfm2_export.mixing.budget import Budget, bytes_for, make_budget
-from lfm2_export.mixing.estimate import Damages, estimate
+from lfm2_export.mixing.estimate import Damages, estimate_damages
 from lfm2_export.mixing.units import Space, make_space
 from lfm2_export.quant.algorithms import get_algorithm
 from lfm2_export.quant.mixture import Option, Unit, choose
@@ -78,7 +78,7 @@ def mix(
     """
     space = make_space(checkpoint.config, scheme, make_plan, budget.counted)
     limit = bytes_for(budget, space)
-    return with_choices(scheme, space, estimate(checkpoint, space, get_algorithm(algorithm)), limit, str(budget))
+    return with_choices(scheme, space, estimate_damages(checkpoint, space, get_algorithm(algorithm)), limit, str(budget))
 
 
 def with_choices(scheme: Scheme, space: Space, damages: Damages, limit: int, because: str) -> Scheme:

@@ -27,7 +27,7 @@ Damages = dict[str, dict[IntFormat, float]]
 _SAMPLED, _PLACES, _EXPERTS = 1 << 17, 8, 4
 
 
-def estimate(checkpoint: Checkpoint, space: Space, algorithm: Algorithm) -> Damages:
+def estimate_damages(checkpoint: Checkpoint, space: Space, algorithm: Algorithm) -> Damages:
     """The damage of every format of every unit, by the unit's name; only ratios mean something.
 
     Raises:
@@ -47,7 +47,9 @@ def _unit(checkpoint: Checkpoint, unit: UnitShape, algorithm: Algorithm) -> dict
             for form in unit.formats:
                 errors[form] += squared_error(values, form, algorithm, workspace, fqn=name)
         for form, (lost, energy) in errors.items():
-            damages[form] += weight_of(weight.part, weight.matrix) * float(lost / energy) if energy else 0.0
+            damages[form] += (
+                weight_of(weight.part, weight.matrix, weight.layer) * float(lost / energy) if energy else 0.0
+            )
     return damages
 
 

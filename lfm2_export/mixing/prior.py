@@ -8,5 +8,10 @@ from __future__ import annotations
 PRIOR: dict[str, float] = {}
 
 
-def weight_of(part: str, matrix: str | None) -> float:
-    return PRIOR.get(f"{part} {matrix}" if matrix else str(part), 1.0)
+def weight_of(part: str, matrix: str | None, layer: int | None) -> float:
+    return PRIOR.get(class_of(part, matrix, layer), 1.0)
+
+
+def class_of(part: str, matrix: str | None, layer: int | None) -> str:
+    """What matrices are alike: part, name, and whether they are in the first layer."""
+    return " ".join(filter(None, (part, matrix, "first" if layer == 0 else None)))
