@@ -78,7 +78,9 @@ def mix(
     """
     space = make_space(checkpoint.config, scheme, make_plan, budget.counted)
     limit = bytes_for(budget, space)
-    return with_choices(scheme, space, estimate_damages(checkpoint, space, get_algorithm(algorithm)), limit, str(budget))
+    return with_choices(
+        scheme, space, estimate_damages(checkpoint, space, get_algorithm(algorithm)), limit, str(budget)
+    )
 
 
 def with_choices(scheme: Scheme, space: Space, damages: Damages, limit: int, because: str) -> Scheme:
