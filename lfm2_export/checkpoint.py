@@ -24,10 +24,14 @@ from lfm2_export.config import ModelConfig
 from lfm2_export.errors import CheckpointError
 from lfm2_export.families import find_family
 from lfm2_export.families.tensors import EMBEDDING, HEAD, ModelTensor, Part
+from lfm2_export.gguf import open_gguf
+from lfm2_export.gguf.blocks import Codes
+from lfm2_export.gguf.weights import GgufShard, exact_formats, published_tensors
 from lfm2_export.hashing import sha256_files
 from lfm2_export.matching import match_tensors, with_prefix
 from lfm2_export.messages import listed, shown
-from lfm2_export.safetensors_file import TensorInfo, read_float32, read_row_blocks, read_stored
+from lfm2_export.quant.formats import IntFormat
+from lfm2_export.safetensors_file import Shard, TensorInfo
 from lfm2_export.source import Source, resolve
 from lfm2_export.weight_files import open_weights
 
@@ -54,8 +58,19 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _VOLATILE_KEYS = ("transformers_version", "_name_or_path")
 
 
-def open_checkpoint(name: str | Path, *, revision: str | None = None, offline: bool = False) -> Checkpoint:
-    """Opens a checkpoint by directory, bundled name or Hub id and checks all that can be checked without its weights.
+def open_checkpoint(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    config_from: str | Path | None = None,
+) -> Checkpoint:
+    """Opens a checkpoint by directory, GGUF file, bundled name or Hub id and checks all that can be checked without its
+    weights.
+
+    Args:
+        config_from: for a GGUF file: the checkpoint (directory, bundled name or Hub id) whose config, tokenizer, chat
+            template and generation settings count instead of those in the file.
 
     Raises:
         CheckpointError: it cannot be found, or its files are missing, damaged or do not fit its config.
@@ -63,7 +78,18 @@ def open_checkpoint(name: str | Path, *, revision: str | None = None, offline: b
         ResourceError: the download filled the disk.
     """
     source = resolve(str(name), revision=revision, offline=offline)
-    return Checkpoint(str(name), source)
+    if config_from is None:
+        return Checkpoint(str(name), source)
+    if not source.is_gguf:
+        raise CheckpointError(
+            f"{paths.shown(source.path)}: is no GGUF file and has a config of its own; leave --config-from out"
+        )
+    companions = resolve(str(config_from), offline=offline)
+    if companions.is_gguf:
+        raise CheckpointError(
+            f"--config-from {paths.shown(companions.path)}: give a folder or a Hub id, not a GGUF file"
+        )
+    return Checkpoint(str(name), source, companions.path)
 
 
 class Checkpoint:
@@ -73,19 +99,49 @@ class Checkpoint:
     ``revision`` is the commit of a Hub snapshot; ``raw_config`` is config.json as it stands, ``config`` its meaning.
     """
 
-    def __init__(self, name: str, source: Source):
+    def __init__(self, name: str, source: Source, companions: Path | None = None):
         self.name = name
-        self.path = source.path
+        self.source = source
+        self._gguf = open_gguf(source.path, companions) if source.is_gguf else None
+        self.path = source.path if self._gguf is None else self._gguf.folder
         self.revision = source.revision
         self.raw_config = _read_config(self.path)
         self.family = find_family(self.raw_config, paths.shown(self.path / "config.json"))
         self.config: ModelConfig = self.family.parse_config(self.raw_config)
-        self._shards = {shard.path: shard for shard in open_weights(self.path)}
-        stored = with_prefix({name: info for shard in self._shards.values() for name, info in shard.tensors.items()})
+        self._shards: dict[Path, Shard | GgufShard]
+        stored = self._open_weights()
         self._settle_head(stored)
         self.model_tensors: Mapping[str, ModelTensor] = self.family.tensors(self.config)
         fused = self.family.fused_tensors(self.config)
-        self.tensors: Mapping[str, TensorInfo] = match_tensors(self.path, self.model_tensors, fused, stored)
+        self.tensors: Mapping[str, TensorInfo] = match_tensors(source.path, self.model_tensors, fused, stored)
+
+    def _open_weights(self) -> dict[str, TensorInfo]:
+        """The stored tensors by the names of a whole model."""
+        if self._gguf is not None:
+            self._shards = {self._gguf.shard.path: self._gguf.shard}
+            return published_tensors(self._gguf.shard, self.config)
+        shards = open_weights(self.path)
+        self._shards = {shard.path: shard for shard in shards}
+        return with_prefix({name: info for shard in shards for name, info in shard.tensors.items()})
+
+    @cached_property
+    def exact_formats(self) -> Mapping[str, IntFormat]:
+        """The tensors that are quantized already on a grid of ours, by published name: an artifact in this format (or
+        with wider scales) holds the very same values. Empty for safetensors."""
+        return {} if self._gguf is None else exact_formats(self.tensors)
+
+    def read_code_blocks(self, name: str, rows: slice | None, block_rows: int) -> Iterator[Codes]:
+        """Codes and scales of a tensor that has an exact format, in blocks of ``block_rows`` rows.
+
+        Raises:
+            CheckpointError: the file changed or cannot be read, or a scale is not finite.
+        """
+        info = self.tensors[name].rows(rows)
+        shard = self._shards[info.file]
+        assert isinstance(shard, GgufShard)
+        for block in shard.code_blocks(info, block_rows):
+            check_finite(f"{name}: scales", block.scale)
+            yield block
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         """A tensor, or a range of its first axis, as float32.
@@ -110,7 +166,7 @@ class Checkpoint:
             CheckpointError: the file changed or cannot be read.
         """
         info = self.tensors[name].rows(rows)
-        return read_row_blocks(self._shards[info.file], info, block_rows)
+        return self._shards[info.file].row_blocks(info, block_rows)
 
     @property
     def parameter_count(self) -> int:
@@ -243,10 +299,10 @@ class Checkpoint:
         return np.array_equal(self._part(left, None), self._part(right, None))
 
     def _raw(self, info: TensorInfo) -> np.ndarray:
-        return read_stored(self._shards[info.file], info)
+        return self._shards[info.file].stored(info)
 
     def _part(self, info: TensorInfo, rows: slice | None) -> np.ndarray:
-        return read_float32(self._shards[info.file], info.rows(rows))
+        return self._shards[info.file].float32(info.rows(rows))
 
 
 def check_finite(name: str, array: np.ndarray) -> None:

@@ -19,21 +19,27 @@ from lfm2_export.manifest import MANIFEST, Program
 from lfm2_export.messages import as_unicode
 
 
-def inspect(name: str | Path, *, revision: str | None = None, offline: bool = False) -> dict[str, Any]:
-    """Describes an artifact (a folder with a manifest) or else a checkpoint.
+def inspect(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    config_from: str | Path | None = None,
+) -> dict[str, Any]:
+    """Describes an artifact (a folder with a manifest) or else a checkpoint; arguments as ``open_checkpoint``'s.
 
     Raises:
         Lfm2ExportError: it is neither, or damaged.
     """
     if paths.exists(Path(name) / MANIFEST, ArtifactError):
         return _artifact(Artifact.open(name))
-    return _checkpoint(str(name), revision, offline)
+    return _checkpoint(str(name), revision, offline, config_from)
 
 
-def _checkpoint(name: str, revision: str | None, offline: bool) -> dict[str, Any]:
+def _checkpoint(name: str, revision: str | None, offline: bool, config_from: str | Path | None) -> dict[str, Any]:
     from lfm2_export.checkpoint import open_checkpoint
 
-    checkpoint = open_checkpoint(name, revision=revision, offline=offline)
+    checkpoint = open_checkpoint(name, revision=revision, offline=offline, config_from=config_from)
     config = checkpoint.config
     cache = CacheSpec.from_config(config)
     return {

@@ -87,7 +87,9 @@ class CheckpointRecord:
             CheckpointError: a file of the Hub's cache was altered.
         """
         return cls(
-            name=as_unicode(checkpoint.name if checkpoint.revision is not None else checkpoint.path.resolve().name),
+            name=as_unicode(
+                checkpoint.name if checkpoint.revision is not None else checkpoint.source.path.resolve().name
+            ),
             revision=checkpoint.revision,
             model_type=checkpoint.config.model_type,
             config_sha256=checkpoint.config_sha256,

@@ -31,6 +31,7 @@ from lfm2_export.progress import Progress
 from lfm2_export.quant.algorithms import DEFAULT_ALGORITHM
 from lfm2_export.quant.schemes import Scheme, get_scheme
 from lfm2_export.resources import check_disk, check_memory, disk_needed
+from lfm2_export.takeover import taken_over
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ def export(
     target_bits: float | None = None,
     target_size: str | int | None = None,
     budget: str | None = None,
+    config_from: str | Path | None = None,
+    requantize_table: bool = False,
     revision: str | None = None,
     offline: bool = False,
     progress: Progress | None = None,
@@ -55,7 +58,8 @@ def export(
     """Exports a checkpoint under one or more schemes into a folder.
 
     Args:
-        checkpoint: a directory, a Hub id, or a bundled name ("tiny-moe", "tiny-dense").
+        checkpoint: a directory, a Hub id, a bundled name ("tiny-moe", "tiny-dense"), or a GGUF file, which is taken
+            over bit for bit where its types are grids of ours (Q4_0, Q8_0, Q6_K).
         scheme: one name or several.
         output: a folder that does not exist, is empty, or is an artifact of the same checkpoint, which is added to.
         group_size: weights that share a scale, in the schemes that have groups; default: the scheme's.
@@ -66,6 +70,9 @@ def export(
             ``exclude`` is given.
         target_size: the same within so many bytes of data, or "700MB", "1.2GB", "650MiB".
         budget: what these two count: "file" (default) or "step", what a decode step reads.
+        config_from: for a GGUF file: the checkpoint whose config, tokenizer and templates count instead of the file's.
+        requantize_table: for a GGUF file: a token table that is quantized already is so again, in the scheme's format;
+            llama.cpp's 6 bits take 10 here, for exactness.
         options: the backend's own settings (``Backend.OPTIONS``), each of which is checked; None leaves one to the
             backend. executorch has ``max_context``, positions that the buffers hold (4096); ``moe_op``, how quantized
             experts run: "stock" (default: ExecuTorch's operator), "lfm2" (ours) or "both"; ``embedding_bits``, how
@@ -80,6 +87,7 @@ def export(
     _check_kinds(str, "a name", backend=backend, algorithm=algorithm)
     _check_kinds((str, NoneType), "a name or None", revision=revision)
     _check_kinds((str, NoneType), "a name or None", budget=budget)
+    _check_kinds((str, os.PathLike, NoneType), "a name or None", config_from=config_from)
     _check_kinds((str, int, NoneType), "bytes, a size such as 700MB, or None", target_size=target_size)
     _check_kinds((int, float, NoneType), "a number or None", target_bits=target_bits)
     _check_kinds(
@@ -94,10 +102,13 @@ def export(
     asked = make_budget(target_bits, target_size, budget)
     schemes = _customized(_schemes(lowering, backend, schemes_asked), group_size, excluded)
     check_mixable(schemes, asked, group_size)
-    opened = open_checkpoint(checkpoint, revision=revision, offline=offline)
+    opened = open_checkpoint(checkpoint, revision=revision, offline=offline, config_from=config_from)
     companions.check(opened)
     uniform = group_size is not None or excluded
-    schemes = mixed(opened, schemes, asked, lowering.make_plan, algorithm=algorithm, by_default=not uniform)
+    if opened.exact_formats:
+        schemes = [taken_over(opened, one, asked, requantize_table=requantize_table) for one in schemes]
+    else:
+        schemes = mixed(opened, schemes, asked, lowering.make_plan, algorithm=algorithm, by_default=not uniform)
     progress = progress or Progress()
     key = _key(opened, backend, schemes, {"algorithm": algorithm, **options})
     record = Background(lambda: writer.confirm(CheckpointRecord.of(opened)))

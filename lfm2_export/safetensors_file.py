@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 
@@ -96,15 +96,39 @@ class TensorInfo:
         return replace(self, name=name, shape=shape, offset=offset, nbytes=math.prod(shape) * bits // 8)
 
 
+class WeightFile(Protocol):
+    """A file that tensors are read from. ``real`` is its path without links, ``identity`` what tells a later change."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def real(self) -> Path: ...
+
+    @property
+    def identity(self) -> tuple[int, ...]: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """A safetensors file as its header describes it. ``real`` is its path without links, ``identity`` what tells a
-    later change."""
+    """A safetensors file as its header describes it, a ``WeightFile``."""
 
     path: Path
     real: Path
     identity: tuple[int, ...]
     tensors: dict[str, TensorInfo]
+
+    def stored(self, info: TensorInfo) -> np.ndarray:
+        """A tensor as stored (``read_stored``)."""
+        return read_stored(self, info)
+
+    def float32(self, info: TensorInfo) -> np.ndarray:
+        """A tensor as float32."""
+        return read_float32(self, info)
+
+    def row_blocks(self, info: TensorInfo, rows: int) -> Iterator[np.ndarray]:
+        """A tensor as stored, in blocks of so many rows (``read_row_blocks``)."""
+        return read_row_blocks(self, info, rows)
 
 
 def read_shard(path: Path) -> Shard:
@@ -119,10 +143,10 @@ def read_shard(path: Path) -> Shard:
         header, data_start = _read_header(path, file, status.st_size)
     tensors = _parse_header(path, header, data_start)
     _check_layout(path, tensors, data_start, status.st_size)
-    return Shard(path=path, real=real, identity=_identity(status), tensors=tensors)
+    return Shard(path=path, real=real, identity=file_identity(status), tensors=tensors)
 
 
-def read_stored(shard: Shard, info: TensorInfo) -> np.ndarray:
+def read_stored(shard: WeightFile, info: TensorInfo) -> np.ndarray:
     """The tensor as stored; bfloat16 as its bits in uint16, float64 as float32 (what does not fit becomes infinite).
 
     Raises:
@@ -131,13 +155,13 @@ def read_stored(shard: Shard, info: TensorInfo) -> np.ndarray:
     out = np.empty(info.shape, info.raw_dtype)
     flat = out.reshape(-1)
     done = 0
-    for block in map(_narrowed, _blocks(shard, info, _BLOCK_BYTES)):
+    for block in map(_narrowed, read_blocks(shard, info, _BLOCK_BYTES)):
         flat[done : done + block.size] = block
         done += block.size
     return out
 
 
-def read_row_blocks(shard: Shard, info: TensorInfo, rows: int) -> Iterator[np.ndarray]:
+def read_row_blocks(shard: WeightFile, info: TensorInfo, rows: int) -> Iterator[np.ndarray]:
     """The tensor as stored (see ``read_stored``), in blocks of so many rows, the last one shorter. The next block
     overwrites the one before.
 
@@ -145,11 +169,11 @@ def read_row_blocks(shard: Shard, info: TensorInfo, rows: int) -> Iterator[np.nd
         CheckpointError: the file changed since its header was read.
     """
     row_bytes = math.prod(info.shape[1:]) * info.stored_dtype.itemsize
-    for block in map(_narrowed, _blocks(shard, info, rows * row_bytes)):
+    for block in map(_narrowed, read_blocks(shard, info, rows * row_bytes)):
         yield block.reshape(-1, *info.shape[1:])
 
 
-def read_float32(shard: Shard, info: TensorInfo) -> np.ndarray:
+def read_float32(shard: WeightFile, info: TensorInfo) -> np.ndarray:
     """The tensor as float32, converted block by block: the stored bytes never stand in memory beside the result.
 
     Raises:
@@ -159,7 +183,7 @@ def read_float32(shard: Shard, info: TensorInfo) -> np.ndarray:
     flat = out.reshape(-1)
     bits = flat.view(np.uint32)
     done = 0
-    for block in map(_narrowed, _blocks(shard, info, _BLOCK_BYTES)):
+    for block in map(_narrowed, read_blocks(shard, info, _BLOCK_BYTES)):
         if info.dtype == "BF16":
             part = bits[done : done + block.size]
             part[...] = block
@@ -178,7 +202,7 @@ def _narrowed(block: np.ndarray) -> np.ndarray:
         return block.astype(np.float32)
 
 
-def _blocks(shard: Shard, info: TensorInfo, block_bytes: int) -> Iterator[np.ndarray]:
+def read_blocks(shard: WeightFile, info: TensorInfo, block_bytes: int) -> Iterator[np.ndarray]:
     """A tensor's stored values in order, in blocks that share one buffer."""
     buffer = np.empty(min(block_bytes, max(info.nbytes, 1)), np.uint8)
     with files.open_regular(shard.path, shard.path.parent, CheckpointError, real=shard.real) as file:
@@ -200,14 +224,14 @@ def _read_exactly(info: TensorInfo, file: FileIO, view: memoryview) -> None:
         done += count
 
 
-def _check_unchanged(shard: Shard, file: FileIO) -> None:
-    if _identity(os.fstat(file.fileno())) != shard.identity:
+def _check_unchanged(shard: WeightFile, file: FileIO) -> None:
+    if file_identity(os.fstat(file.fileno())) != shard.identity:
         raise CheckpointError(
             f"{paths.shown(shard.path)}: was changed while it was being read; leave it alone and start again"
         )
 
 
-def _identity(status: os.stat_result) -> tuple[int, ...]:
+def file_identity(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 

@@ -1,6 +1,6 @@
-"""Where a checkpoint lies: a directory, a bundled name or a Hugging Face Hub id, turned into a local folder.
+"""Where a checkpoint lies: a directory, a GGUF file, a bundled name or a Hugging Face Hub id, turned into a local path.
 
-In: the name that the user gave. Out: ``Source``, a folder that exists and, for a Hub id, the commit that it is.
+In: the name that the user gave. Out: ``Source``, a folder or file that exists and, for a Hub id, the commit that it is.
 Only data files are fetched (JSON, safetensors, templates, licence): code and pickles of a repository stay there.
 """
 
@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED = ("tiny-moe", "tiny-dense")
+SUFFIX = ".gguf"
 
 WEIGHT_PATTERNS = ("config.json", "*.safetensors", "*.safetensors.index.json")
 DATA_PATTERNS = (*WEIGHT_PATTERNS, "*.json", "*.jinja", "LICENSE*", "tokenizer.model")
@@ -40,15 +41,22 @@ def _nested_but(folder: str, last: str) -> tuple[str, ...]:
 _IGNORED = _nested_but("additional_chat_templates", "a")  # of ".jinja": no other data file's name ends so
 
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*", re.ASCII)
+_HUB_FILE = re.compile(
+    rf"(?P<repository>{_HUB_ID.pattern})/(?P<file>(?:[\w.-]+/)*[\w][\w.-]*\{SUFFIX})", re.ASCII | re.IGNORECASE
+)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A checkpoint's folder. ``revision`` is the commit of a Hub snapshot, None elsewhere."""
+    """A checkpoint's folder, or its GGUF file. ``revision`` is the commit of a Hub snapshot, None elsewhere."""
 
     path: Path
     revision: str | None = None
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.path.suffix.lower() == SUFFIX
 
 
 def resolve(name: str, *, revision: str | None = None, offline: bool = False) -> Source:
@@ -66,11 +74,18 @@ def resolve(name: str, *, revision: str | None = None, offline: bool = False) ->
         _refuse_revision(name, revision, "a directory")
         return Source(path=Path(name))
     if name and paths.exists(name, CheckpointError):
-        raise CheckpointError(f"{name}: is a file, not a checkpoint; give the folder that holds config.json")
+        if name.lower().endswith(SUFFIX):
+            _refuse_revision(name, revision, "a file")
+            return Source(path=Path(name))
+        raise CheckpointError(
+            f"{name}: is a file, not a checkpoint; give the folder that holds config.json, or a {SUFFIX} file"
+        )
+    if found := _HUB_FILE.fullmatch(name):
+        return _file_from_hub(name, found["repository"], found["file"], revision, offline)
     if not _HUB_ID.fullmatch(name):
         raise CheckpointError(
             f"{name}: no such directory, and neither a bundled checkpoint ({', '.join(BUNDLED)}) "
-            "nor a Hub id (organization/name); check the spelling"
+            f"nor a Hub id (organization/name, or organization/name/file{SUFFIX}); check the spelling"
         )
     return _from_hub(name, revision, offline)
 
@@ -98,6 +113,18 @@ def _from_hub(name: str, revision: str | None, offline: bool) -> Source:
         raise _hub_error(name, revision, offline, error) from error
     commit = path.name if path.parent.name == "snapshots" and _COMMIT.fullmatch(path.name) else revision
     return Source(path=path, revision=commit)
+
+
+def _file_from_hub(name: str, repository: str, file: str, revision: str | None, offline: bool) -> Source:
+    """One file of a repository, in the cache."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        path = Path(hf_hub_download(repository, file, revision=revision, local_files_only=offline))
+    except Exception as error:  # as for a snapshot
+        raise _hub_error(name, revision, offline, error) from error
+    commits = [part for part in path.parts if _COMMIT.fullmatch(part)]
+    return Source(path=path, revision=commits[-1] if commits else revision)
 
 
 def _snapshot(name: str, revision: str | None, offline: bool) -> Path:
@@ -139,6 +166,8 @@ def _hub_error(name: str, revision: str | None, offline: bool, error: Exception)
         return CheckpointError(
             f"{at}: no such directory or Hub id; check the spelling (a private one needs `hf auth login`)"
         )
+    if isinstance(error, errors.RemoteEntryNotFoundError):
+        return CheckpointError(f"{at}: the repository has no such file; check the spelling")
     if isinstance(error, errors.HFValidationError):
         return CheckpointError(f"{at}: no such directory, and not a valid Hub id; check the spelling")
     if isinstance(error, errors.LocalEntryNotFoundError) and not isinstance(error.__cause__, errors.HfHubHTTPError):

@@ -155,7 +155,7 @@ def test_a_bundled_checkpoint_of_which_an_installer_made_links_opens(
 def test_names_that_can_be_no_hub_id_are_refused_without_network(name: str) -> None:
     message = refusal(name)
     assert message.startswith(f"{name}: no such directory, and neither a bundled checkpoint (tiny-moe, tiny-dense)")
-    assert "nor a Hub id (organization/name)" in message
+    assert "nor a Hub id (organization/name, or organization/name/file.gguf)" in message
 
 
 @pytest.mark.parametrize(

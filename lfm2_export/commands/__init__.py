@@ -6,6 +6,7 @@ from lfm2_export.commands.base import Command, version_text
 from lfm2_export.commands.check import BenchCommand, ParityCommand
 from lfm2_export.commands.demo import DemoCommand
 from lfm2_export.commands.export import ExportCommand
+from lfm2_export.commands.quality import QualityCommand
 from lfm2_export.commands.show import InspectCommand, SupportCommand
 from lfm2_export.commands.talk import ChatCommand, RunCommand
 
@@ -14,6 +15,7 @@ COMMANDS: tuple[Command, ...] = (
     RunCommand(),
     ChatCommand(),
     ParityCommand(),
+    QualityCommand(),
     BenchCommand(),
     InspectCommand(),
     SupportCommand(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
-from typing import Protocol
+from typing import Any, Protocol
 
 from lfm2_export import __version__
 from lfm2_export.backends.base import Kernels, KvCache
@@ -62,7 +62,18 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
 
 def add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", type=given, help="branch, tag or commit of a Hub checkpoint")
+    parser.add_argument(
+        "--config-from",
+        metavar="CHECKPOINT",
+        type=given,
+        help="of a GGUF file: take config, tokenizer and chat template from this folder or Hub id instead",
+    )
     parser.add_argument("--offline", action="store_true", help="take Hub checkpoints from the local cache only")
+
+
+def source_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What ``add_source`` asked for, as arguments of the functions that open a checkpoint."""
+    return {name: getattr(options, name) for name in ("revision", "offline", "config_from")}
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

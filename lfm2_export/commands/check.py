@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from typing import TYPE_CHECKING, Any
 
 from lfm2_export import console
-from lfm2_export.commands.base import add_artifact, add_json, add_machine, add_source, given
+from lfm2_export.commands.base import add_artifact, add_json, add_machine, add_source, given, source_options
 from lfm2_export.errors import Lfm2ExportError
 from lfm2_export.resources import human_bytes
 
@@ -25,13 +26,15 @@ class ParityCommand:
         parser.add_argument("checkpoint", metavar="CHECKPOINT", type=given, help="what the artifact was made of")
         parser.add_argument("--text", metavar="FILE", type=given, help="text that the checkpoint was not trained on")
         parser.add_argument("--report", metavar="FILE.html", type=given, help="also write a page with all figures")
+        add_max_kl(parser)
         add_source(parser)
         add_json(parser)
 
     def run(self, options: argparse.Namespace) -> int:
         from lfm2_export.parity import measure_parity
 
-        source: dict[str, Any] = {"revision": options.revision, "offline": options.offline}
+        check_max_kl(options.max_kl)
+        source = source_options(options)
         if options.report:
             check_writable(options.report)
         with console.busy("comparing with the eager model") as doing:
@@ -52,7 +55,21 @@ class ParityCommand:
                 print_parity(report)
         finally:
             _keep(options, report, source)
-        return 0 if report.passed else 1
+        beyond = [] if options.max_kl is None else report.above(options.max_kl)
+        for line in beyond:
+            console.note(line)
+        return 0 if report.passed and not beyond else 1
+
+
+def add_max_kl(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-kl", type=float, metavar="X", help="exit code 1 where quantization costs a KL divergence above X"
+    )
+
+
+def check_max_kl(value: float | None) -> None:
+    if value is not None and not 0 <= value < math.inf:
+        raise Lfm2ExportError(f"--max-kl {value}: a divergence is a number from 0 on")
 
 
 def _keep(options: argparse.Namespace, report: ParityReport, source: dict[str, Any]) -> None:
@@ -92,6 +109,7 @@ def print_parity(report: ParityReport) -> None:
     console.print_table("parity", report.COLUMNS, report.rows())
     for remark in report.remarks():
         console.note(remark)
+    print(report.verdict())
 
 
 class BenchCommand:

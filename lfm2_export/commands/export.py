@@ -6,7 +6,7 @@ import argparse
 
 from lfm2_export import console
 from lfm2_export.backends import BACKENDS, option_flag
-from lfm2_export.commands.base import add_json, add_source, given
+from lfm2_export.commands.base import add_json, add_source, given, source_options
 from lfm2_export.manifest import Program
 from lfm2_export.resources import human_bytes
 
@@ -20,7 +20,7 @@ class ExportCommand:
             "checkpoint",
             metavar="CHECKPOINT",
             type=given,
-            help="a directory, a Hub id, or a bundled name (tiny-moe, tiny-dense)",
+            help="a directory, a GGUF file, a Hub id, or a bundled name (tiny-moe, tiny-dense)",
         )
         parser.add_argument(
             "--output", "-o", metavar="DIR", type=given, required=True, help="a new folder, or an artifact to add to"
@@ -58,6 +58,11 @@ class ExportCommand:
                     choices=option.choices,
                     help=option.help,
                 )
+        parser.add_argument(
+            "--requantize-table",
+            action="store_true",
+            help="of a GGUF file: quantize its token table again, in the scheme's format, instead of taking it over",
+        )
         add_source(parser)
         add_json(parser)
 
@@ -76,8 +81,8 @@ class ExportCommand:
                 target_bits=options.target_bits,
                 target_size=options.target_size,
                 budget=options.budget,
-                revision=options.revision,
-                offline=options.offline,
+                requantize_table=options.requantize_table,
+                **source_options(options),
                 progress=progress,
                 **{name: getattr(options, name) for backend in BACKENDS.values() for name in backend.OPTIONS},
             )

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lfm2_export import console
-from lfm2_export.commands.base import add_json, add_source, given
+from lfm2_export.commands.base import add_json, add_source, given, source_options
 from lfm2_export.messages import listed
 from lfm2_export.resources import human_bytes
 
@@ -24,7 +24,7 @@ class InspectCommand:
     def run(self, options: argparse.Namespace) -> int:
         from lfm2_export.inspection import inspect
 
-        found = inspect(options.what, revision=options.revision, offline=options.offline)
+        found = inspect(options.what, **source_options(options))
         if options.json:
             console.print_json(found)
         elif found["kind"] == "checkpoint":

@@ -34,6 +34,7 @@ def measure_parity(
     max_tokens: int = DEFAULT_MAX_TOKENS,
     revision: str | None = None,
     offline: bool = False,
+    config_from: str | Path | None = None,
     threads: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> ParityReport:
@@ -41,7 +42,8 @@ def measure_parity(
 
     Args:
         artifact: its folder.
-        checkpoint: a directory, a Hub id, or a bundled name.
+        checkpoint: a directory, a GGUF file, a Hub id, or a bundled name.
+        config_from: as it was given to ``export``.
         backend, scheme: which programs (one scheme or several); default: all.
         text: a UTF-8 file that the checkpoint was not trained on; default: the bundled held-out text.
         max_tokens: how much of the text is used.
@@ -64,6 +66,7 @@ def measure_parity(
             max_tokens=max_tokens,
             revision=revision,
             offline=offline,
+            config_from=config_from,
             threads=threads,
             progress=progress or (lambda step: None),
         )
@@ -76,6 +79,7 @@ def record_parity(
     *,
     revision: str | None = None,
     offline: bool = False,
+    config_from: str | Path | None = None,
 ) -> None:
     """Writes a report's figures into the artifact's manifest, and into its model card unless somebody has edited it.
 
@@ -83,4 +87,4 @@ def record_parity(
         ArtifactError: the folder cannot be written, an export is writing to it, or a program is gone.
         ResourceError: the disk is full.
     """
-    hops.record(Path(artifact), str(checkpoint), report, revision=revision, offline=offline)
+    hops.record(Path(artifact), str(checkpoint), report, revision=revision, offline=offline, config_from=config_from)

@@ -45,11 +45,12 @@ def measure(
     max_tokens: int,
     revision: str | None,
     offline: bool,
+    config_from: str | Path | None,
     threads: int | None,
     progress: Callable[[str], None],
 ) -> ParityReport:
     """As ``measure_parity`` says."""
-    opened = open_checkpoint(checkpoint, revision=revision, offline=offline)
+    opened = open_checkpoint(checkpoint, revision=revision, offline=offline, config_from=config_from)
     artifact = Artifact.open(path, verify=False)
     check_origin(artifact, opened)
     programs = _choose(artifact, backend, schemes)
@@ -74,9 +75,17 @@ def measure(
     )
 
 
-def record(path: Path, checkpoint: str, report: ParityReport, *, revision: str | None, offline: bool) -> None:
+def record(
+    path: Path,
+    checkpoint: str,
+    report: ParityReport,
+    *,
+    revision: str | None,
+    offline: bool,
+    config_from: str | Path | None,
+) -> None:
     """As ``record_parity`` says."""
-    opened = open_checkpoint(checkpoint, revision=revision, offline=offline)
+    opened = open_checkpoint(checkpoint, revision=revision, offline=offline, config_from=config_from)
     artifact = Artifact.open(path, verify=False)
     check_origin(artifact, opened)
     _record(artifact, report, opened)

@@ -25,6 +25,9 @@ import transformers
 from torch import Tensor
 
 from lfm2_export.checkpoint import Checkpoint
+from lfm2_export.errors import CheckpointError
+from lfm2_export.families.tensors import HEAD
+from lfm2_export.messages import listed
 from lfm2_export.models.decoder import Cache, DecoderForCausalLM
 from lfm2_export.parity.control import find_control, one_row
 from lfm2_export.parity.divergence import largest
@@ -77,9 +80,7 @@ class _Theirs:
 def _theirs(checkpoint: Checkpoint, ids: Tensor) -> _Theirs:
     """Loads transformers' model and lets it go."""
     with _quiet():
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            checkpoint.path, dtype=torch.float32, local_files_only=True, experts_implementation="eager"
-        ).eval()
+        model: Any = _their_model(checkpoint).eval()
         full = model(ids, use_cache=False).logits
         cached = bool(checkpoint.config.attention_layers)
 
@@ -98,6 +99,25 @@ def _theirs(checkpoint: Checkpoint, ids: Tensor) -> _Theirs:
             ],
             cached=cached,
         )
+
+
+def _their_model(checkpoint: Checkpoint) -> Any:
+    """As transformers loads it; what a GGUF file holds, which it does not read for every family, is given to it."""
+    options: dict[str, Any] = {"dtype": torch.float32, "experts_implementation": "eager"}
+    if not checkpoint.source.is_gguf:
+        return transformers.AutoModelForCausalLM.from_pretrained(checkpoint.path, local_files_only=True, **options)
+    config = transformers.AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    model = transformers.AutoModelForCausalLM.from_config(config, **options)
+    state = {name: torch.from_numpy(checkpoint.read(name)) for name in checkpoint.tensors}
+    for fused_name, fused in checkpoint.family.fused_tensors(checkpoint.config).items():
+        whole = torch.empty(fused.shape)
+        for name, part in fused.parts.items():
+            whole[part.expert, part.start : part.stop] = state.pop(name)
+        state[fused_name] = whole
+    model.load_state_dict(state, strict=False)
+    if missing := model.state_dict().keys() - state.keys() - {HEAD}:
+        raise CheckpointError(f"transformers' model has tensors that the file has not: {listed(missing)}")
+    return model
 
 
 def _their_parts(model: Any, ids: Tensor, sizes: tuple[int, ...]) -> Tensor:

@@ -69,13 +69,18 @@ def render(report: ParityReport) -> str:
         "<h2>Hop 1: model</h2>",
         _hop(report.model),
         *(_program(program) for program in report.programs),
-        f"<h2>Versions</h2>{_table(('package', 'version'), sorted(report.versions.items()))}",
+        f"<h2>Versions</h2>{html_table(('package', 'version'), sorted(report.versions.items()))}",
         f"<p class=soft>Written by lfm2-export {escape(report.versions.get(OURS, 'unknown'))}.</p>",
     ]
+    return document(title, filter(None, body))
+
+
+def document(title: str, body: Iterable[str]) -> str:
+    """A page in our style around parts of HTML; the title is escaped here."""
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>\n'
-        f"<body><main>\n{chr(10).join(filter(None, body))}\n</main></body></html>\n"
+        f"<body><main>\n{chr(10).join(body)}\n</main></body></html>\n"
     )
 
 
@@ -102,7 +107,7 @@ def _summary(report: ParityReport) -> str:
         )
         for measured in report.programs
     ]
-    return _table(head, rows)
+    return html_table(head, rows)
 
 
 def _error(lowering: Hop) -> str:
@@ -129,7 +134,7 @@ def _program(measured: ProgramParity) -> str:
 def _hop(hop: Hop) -> str:
     notes = "".join(f"<p class=soft>{escape(note)}</p>" for note in hop.notes)
     rows = hop.rows(details=True)
-    return f"<p>{escape(hop.title)}</p>{notes}{_table(('compared', 'figure', 'tolerance', 'verdict'), rows)}"
+    return f"<p>{escape(hop.title)}</p>{notes}{html_table(('compared', 'figure', 'tolerance', 'verdict'), rows)}"
 
 
 def _worst_tensors(measured: ProgramParity) -> str:
@@ -143,10 +148,10 @@ def _worst_tensors(measured: ProgramParity) -> str:
         for tensor in worst
     ]
     head = ("weights with the largest relative error", "shape", "stored as", "granularity", "error")
-    return _table(head, rows)
+    return html_table(head, rows)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """The first column is a name; others whose cells are all numbers stand to the right."""
     found = [tuple(row) for row in rows]
     numeric = [index > 0 and all(_is_number(row[index]) for row in found) for index in range(len(head))]

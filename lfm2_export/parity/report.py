@@ -81,6 +81,23 @@ class ParityReport:
             if not measured.passed and measured.only_int8_activations
         ]
 
+    def above(self, greatest_kl: float) -> list[str]:
+        """A line for each program that quantization takes further from the model in fp32, or nobody knows how far."""
+        found = [(str(measured.program), float(measured.quantization.summary["kl"])) for measured in self.programs]
+        return [f"{program}: KL {kl:.2e} is above {greatest_kl:g}" for program, kl in found if not kl <= greatest_kl]
+
+    def verdict(self) -> str:
+        """What came out, and what the divergence means, in a few sentences."""
+        costs = ", ".join(
+            f"{measured.quantization.summary['kl']:.1e} ({measured.program})" for measured in self.programs
+        )
+        short = len(self.failures())
+        result = f"fell short: {short} of the figures above" if short else "passed: the programs compute the model"
+        return (
+            f"{result}. Quantization costs a KL divergence of {costs}: how far, in nats a token, the probabilities of "
+            "the next token are from the model's in fp32; 0 is no difference"
+        )
+
     def rows(self, *, details: bool = False) -> list[tuple[str, ...]]:
         """Cells by COLUMNS; without ``details``, figures under one tolerance share a row with the worst of them."""
         return list(self._rows(details))

@@ -117,6 +117,12 @@ class IntFormat:
         size = np.clip(np.abs(scale), _LEAST_SCALE[self.scale_dtype], self.greatest_scale, dtype=np.float32)
         return np.copysign(_ROUND_SCALE[self.scale_dtype](size), scale)
 
+    def holds(self, other: IntFormat) -> bool:
+        """Whether codes and scales of another format are, as they are, of this one."""
+        same = (self.bits, self.group_size, self.symmetric) == (other.bits, other.group_size, other.symmetric)
+        signs = self.signed_scale or not other.signed_scale
+        return same and signs and self.scale_dtype in (other.scale_dtype, "float32")
+
     def to_json(self) -> dict[str, Any]:
         return {
             "dtype": self.dtype,

@@ -94,6 +94,22 @@ class Workspace:
             raise QuantizationError(f"{fqn}: row {row if rows is None else rows[row]} {error}") from None
         return chunk
 
+    def take_over(self, qdata: npt.NDArray[np.uint8], scale: FloatArray, format: IntFormat) -> Chunk:
+        """A chunk of what is quantized already: codes [rows, in_features], a code a byte, and scales [rows, groups],
+        finite and exact in the format's dtype. Its values are theirs, so it has no error.
+
+        A scale of zero, which no kernel need bear, becomes a small one of zeros.
+        """
+        chunk = self._chunk(format, scale.size)
+        is_zero_C = scale.reshape(-1) == 0
+        np.copyto(chunk.codes_GC, qdata.reshape(-1, format.group_size).T)
+        chunk.codes_GC[:, is_zero_C] = format.middle_code
+        chunk.scale_C[:] = np.where(is_zero_C, format.representable_scale(np.ones_like(chunk.scale_C)), scale.ravel())
+        chunk.zero_point_C[:] = format.middle_code
+        np.subtract(chunk.codes_GC, chunk.zero_point_C, out=chunk.values_GC)
+        np.multiply(chunk.values_GC, chunk.scale_C, out=chunk.values_GC)
+        return chunk
+
     def _chunk(self, format: IntFormat, groups: int) -> Chunk:
         """Contiguous views of the buffers, which grow where they are too small."""
         size = groups * format.group_size

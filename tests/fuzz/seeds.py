@@ -27,10 +27,15 @@ from tests.fuzz import bundle
 from tests.fuzz.bundle import Part
 from tests.fuzz.targets import FOLDER
 from tests.fuzz.targets.manifest import FILES
+from tests.gguf.written import write as write_gguf
 
 _SMALL = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64}
 _TWO_LAYERS = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "vocab_size": 64}
 _FEW_EXPERTS = {"moe_intermediate_size": 32, "num_experts": 2, "num_experts_per_tok": 1}
+_GGUF_TEXTS = {
+    "tokenizer.chat_template": "{{ messages[0].content }}",
+    "tokenizer.chat_template.tool_use": "{{ tools }}",
+}
 _ASSETS = Path(lfm2_export.__file__).parent / "assets"
 
 
@@ -38,6 +43,7 @@ def write_all() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         _write_checkpoints(Path(scratch))
         _write_exported(Path(scratch))
+        _write_gguf(Path(scratch))
     _write_pte()
     _write_manifests()
     _write_tokenizers()
@@ -65,6 +71,14 @@ def _config(model_type: str, **overrides: Any) -> dict[str, Any]:
 def _header(shard: Path) -> bytes:
     data = shard.read_bytes()
     return data[8 : 8 + int.from_bytes(data[:8], "little")].rstrip()
+
+
+def _write_gguf(scratch: Path) -> None:
+    """A mixture, with numbers, blocks, a tokenizer and templates."""
+    tokenizer = json.loads((FOLDER / "corpus" / "tokenizer" / "byte_level_bpe.json").read_bytes())
+    folder = write_random_checkpoint(scratch / "for_gguf", _config("lfm2_moe"), seed=0)
+    path = write_gguf(scratch / "moe.gguf", folder, tokenizer=tokenizer, settings=_GGUF_TEXTS)
+    _put("gguf", "moe", path.read_bytes())
 
 
 def _write_checkpoints(scratch: Path) -> None:

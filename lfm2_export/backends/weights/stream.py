@@ -145,13 +145,25 @@ class WeightStream:
         error, first = StorageError(), piece.rows.start if piece.rows else 0
         for offset, source in enumerate(piece.sources):
             rows = range(offset, piece.row_count, len(piece.sources))
-            for stored in self._blocks(source, piece.rows, rows_per_chunk(piece.weight.shape[-1])):
-                rows, these = rows[len(stored) :], rows[: len(stored)]
-                named = range(first + these.start, first + these.stop, these.step)
-                chunk = self.algorithm.rows(stored, form, self._own.workspace, fqn=piece.weight.name, rows=named)
+            for chunk in self._chunks(piece, source, form, range(first + offset, first + piece.row_count, rows.step)):
+                count = chunk.scale_C.size // form.groups(piece.weight.shape[-1], piece.weight.name)
+                rows, these = rows[count:], rows[:count]
                 error += chunk.storage_error()
                 self.packing.pack(chunk, slice(these.start, these.stop, these.step), room)
         return self.packing.packed(piece.weight, room), error
+
+    def _chunks(self, piece: Piece, source: str, form: IntFormat, named: range) -> Iterator[Chunk]:
+        """The rows of one source as chunks of whole rows; ``named``: their numbers in errors. What the checkpoint holds
+        in this format already is taken over."""
+        step, workspace = rows_per_chunk(piece.weight.shape[-1]), self._own.workspace
+        there = self.checkpoint.exact_formats.get(source)
+        if there is not None and form.holds(there):
+            for codes in self.checkpoint.read_code_blocks(source, piece.rows, step):
+                yield workspace.take_over(codes.qdata, codes.scale, form)
+            return
+        for stored in self._blocks(source, piece.rows, step):
+            these, named = named[: len(stored)], named[len(stored) :]
+            yield self.algorithm.rows(stored, form, workspace, fqn=piece.weight.name, rows=these)
 
     def _blocks(self, source: str, rows: slice | None, step: int) -> Iterator[np.ndarray]:
         for stored in self.checkpoint.read_raw_blocks(source, rows, step):

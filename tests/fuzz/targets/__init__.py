@@ -20,6 +20,7 @@ TARGETS = (
     "chat_template",
     "checkpoint",
     "generation_config",
+    "gguf",
     "manifest",
     "onnx_graph",
     "pte",

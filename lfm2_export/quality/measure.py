@@ -1,0 +1,146 @@
+"""Runs every model over the same tokens and compares it with the checkpoint in fp32.
+
+In: paths and a checkpoint. Out: a ``QualityReport``. The checkpoint's logits are computed once and kept; the models are
+opened one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lfm2_export.backends.base import Runner
+from lfm2_export.backends.eager import EagerRunner
+from lfm2_export.checkpoint import Checkpoint, open_checkpoint
+from lfm2_export.errors import Lfm2ExportError
+from lfm2_export.models.loading import load_model
+from lfm2_export.packages import recorded_versions
+from lfm2_export.parity.divergence import Divergence, compare
+from lfm2_export.parity.lowering import score
+from lfm2_export.parity.sample import Sample, Window, read_sample
+from lfm2_export.quality.kld_file import Base, read_base, write_base
+from lfm2_export.quality.report import Quality, QualityReport
+from lfm2_export.quality.subjects import Subject, all_subjects
+from lfm2_export.resources import check_memory
+
+_MEMORY_BASE = 1 << 30
+_MOST_CHUNKS = 4096
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Reference:
+    """Windows with the checkpoint's logits (or log probabilities, which serve as well) from ``first`` on."""
+
+    description: str
+    windows: tuple[Window, ...]
+    logits: tuple[np.ndarray, ...]
+    first: int
+
+    def compare(self, runner: Runner) -> list[Divergence]:
+        """A model's divergence in each window."""
+        return [
+            compare(logits, score(runner, window)[self.first :], window.targets[self.first :])
+            for window, logits in zip(self.windows, self.logits, strict=True)
+        ]
+
+
+def measure(
+    models: list[Path],
+    checkpoint: str,
+    *,
+    text: str | Path | None,
+    base: Path | None,
+    write_base: Path | None,
+    max_tokens: int,
+    source: Mapping[str, Any],
+    threads: int | None,
+    progress: Callable[[str], None],
+) -> QualityReport:
+    """As ``measure_quality`` says."""
+    opened = open_checkpoint(checkpoint, **source)
+    gguf_source = {"config_from": source.get("config_from")}
+    subjects = list(all_subjects(models, opened, threads, gguf_source))
+    context = min(subject.context_length for subject in subjects)
+    _check_memory(opened, max_tokens, subjects)
+    if base is not None:
+        reference = _from_base(read_base(base, opened.config.vocab_size), opened, max_tokens, context)
+    else:
+        progress(f"{opened.name} in fp32")
+        reference = _computed(opened, read_sample(opened, text, max_tokens=max_tokens, context_length=context))
+    if write_base is not None:
+        _write(write_base, reference)
+    found = []
+    for subject in subjects:
+        progress(subject.name)
+        found.append(
+            Quality.of(subject.name, subject.kind, reference.compare(subject.open()), subject.size, subject.errors)
+        )
+    own = Divergence.joined(
+        [
+            compare(logits, logits, window.targets[reference.first :])
+            for window, logits in zip(reference.windows, reference.logits, strict=True)
+        ]
+    )
+    return QualityReport(
+        checkpoint=opened.name,
+        text=reference.description,
+        tokens=own.count,
+        perplexity=own.perplexity,
+        models=tuple(found),
+        versions=recorded_versions(),
+    )
+
+
+def _check_memory(checkpoint: Checkpoint, max_tokens: int, subjects: Sequence[Subject]) -> None:
+    """The model in fp32 beside a program, or a GGUF file's model alone, and the logits of the text."""
+    fp32 = 4 * checkpoint.parameter_count
+    largest = max(subject.size.file_bytes for subject in subjects)
+    logits = 4 * max_tokens * checkpoint.config.vocab_size
+    check_memory(_MEMORY_BASE + max(fp32, largest) + logits, purpose="comparing models", remedy="pass a shorter text")
+
+
+def _computed(checkpoint: Checkpoint, sample: Sample) -> _Reference:
+    eager = EagerRunner(load_model(checkpoint))
+    logits = tuple(score(eager, window) for window in sample.windows)
+    return _Reference(
+        description=f"{sample.tokens} tokens of {sample.description}", windows=sample.windows, logits=logits, first=0
+    )
+
+
+def _from_base(base: Base, checkpoint: Checkpoint, max_tokens: int, context: int) -> _Reference:
+    """As llama-perplexity has it: bos in the place of a chunk's first token, the second half of each chunk counts."""
+    length = base.tokens.shape[1]
+    if length - 1 > context:
+        raise Lfm2ExportError(
+            f"{base.path}: its chunks have {length} tokens, more than the context of {context}; make it with -c "
+            f"{context}"
+        )
+    count = min(len(base.tokens), max(1, max_tokens // length), _MOST_CHUNKS)
+    rows = base.tokens[:count].copy()
+    if (bos := checkpoint.config.bos_token_id) is not None:
+        rows[:, 0] = bos
+    return _Reference(
+        description=f"{count} chunks of {length} tokens of {base.path.name}",
+        windows=tuple(Window(inputs=row[:-1], targets=row[1:]) for row in rows),
+        logits=tuple(islice(base.log_probabilities(), count)),
+        first=base.first,
+    )
+
+
+def _write(path: Path, reference: _Reference) -> None:
+    """The whole windows, of which a base file has all of one length."""
+    if reference.first:
+        raise Lfm2ExportError("quality: --write-base writes what was computed here; leave --base out")
+    length = len(reference.windows[0].inputs)
+    whole = [index for index, window in enumerate(reference.windows) if len(window.inputs) == length]
+    tokens = np.stack([np.append(reference.windows[i].inputs, reference.windows[i].targets[-1]) for i in whole])
+
+    def logits() -> Iterator[np.ndarray]:
+        yield from (reference.logits[index] for index in whole)
+
+    write_base(path, tokens, logits())

@@ -1,0 +1,112 @@
+"""The figures of a comparison, and which of the models are worth their bytes.
+
+In: per model the divergence at each position, by window, and its bytes. Out: ``Quality`` and ``QualityReport``, plain
+numbers with a JSON form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from lfm2_export.parity.divergence import Divergence
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Bytes of a model's weights, and how many weights these are: all, and those that a decode step reads."""
+
+    file_bytes: int
+    file_weights: int
+    step_bytes: int
+    step_weights: int
+
+    @property
+    def file_bits(self) -> float:
+        return 8 * self.file_bytes / self.file_weights
+
+    @property
+    def step_bits(self) -> float:
+        return 8 * self.step_bytes / self.step_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """One model. ``kl`` in nats is the mean over positions, ``kl_error`` its standard error, from the means of windows
+    (positions next to each other are not independent), ``kl_p99`` the 99th percentile. ``errors``: of each stored
+    tensor relative to the checkpoint's, where its record says so."""
+
+    name: str
+    kind: str
+    kl: float
+    kl_error: float
+    kl_p99: float
+    top1_agreement: float
+    perplexity: float
+    size: Size
+    errors: Mapping[str, float]
+
+    @classmethod
+    def of(
+        cls, name: str, kind: str, windows: Sequence[Divergence], size: Size, errors: Mapping[str, float] | None = None
+    ) -> Quality:
+        whole = Divergence.joined(windows)
+        return cls(
+            name=name,
+            kind=kind,
+            kl=whole.mean_kl,
+            kl_error=_standard_error(windows),
+            kl_p99=float(np.quantile(whole.kl, 0.99)),
+            top1_agreement=whole.top1_agreement,
+            perplexity=whole.perplexity,
+            size=size,
+            errors=errors or {},
+        )
+
+
+def _standard_error(windows: Sequence[Divergence]) -> float:
+    """NaN for a single window, which says nothing of it."""
+    means = np.array([window.mean_kl for window in windows])
+    return float(means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else float("nan")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualityReport:
+    """``perplexity`` is the checkpoint's own in fp32."""
+
+    checkpoint: str
+    text: str
+    tokens: int
+    perplexity: float
+    models: tuple[Quality, ...]
+    versions: Mapping[str, str]
+
+    def frontier(self) -> tuple[Quality, ...]:
+        """The models that no other one beats in both KL and bytes of the file, smallest first."""
+        found: list[Quality] = []
+        for model in sorted(self.models, key=lambda model: (model.size.file_bytes, model.kl)):
+            if not found or model.kl < found[-1].kl:
+                found.append(model)
+        return tuple(found)
+
+    def above(self, greatest_kl: float) -> tuple[Quality, ...]:
+        """The models whose KL is greater, or no number."""
+        return tuple(model for model in self.models if not model.kl <= greatest_kl)
+
+    def to_json(self) -> dict[str, Any]:
+        models = [
+            {**asdict(model), "file_bits": model.size.file_bits, "step_bits": model.size.step_bits}
+            for model in self.models
+        ]
+        return {
+            "checkpoint": self.checkpoint,
+            "text": self.text,
+            "tokens": self.tokens,
+            "perplexity": self.perplexity,
+            "models": models,
+            "frontier": [model.name for model in self.frontier()],
+            "versions": dict(self.versions),
+        }

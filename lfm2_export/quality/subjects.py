@@ -1,0 +1,125 @@
+"""What is compared: programs of artifacts in their runtimes, and the weights of GGUF files in the eager model.
+
+In: folders and files. Out: ``Subject``s, opened one at a time: a name, a runner, its bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lfm2_export import paths
+from lfm2_export.artifact import Artifact
+from lfm2_export.backends import get_backend
+from lfm2_export.backends.base import Runner, RunnerOptions
+from lfm2_export.backends.eager import EagerRunner
+from lfm2_export.checkpoint import Checkpoint, open_checkpoint
+from lfm2_export.errors import ArtifactError, CheckpointError
+from lfm2_export.families.tensors import EMBEDDING, TensorClass
+from lfm2_export.manifest import Program
+from lfm2_export.models.loading import load_model
+from lfm2_export.parity.hops import check_origin
+from lfm2_export.quality.report import Size
+from lfm2_export.source import SUFFIX
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """``errors`` of stored tensors by name, relative to the checkpoint's."""
+
+    name: str
+    kind: str
+    size: Size
+    context_length: int
+    open: Callable[[], Runner]
+    errors: Mapping[str, float] = field(default_factory=dict)
+
+
+def find_subjects(model: Path, checkpoint: Checkpoint, threads: int | None, **source: Any) -> list[Subject]:
+    """Every program of an artifact, or the one model of a GGUF file.
+
+    Raises:
+        ArtifactError: it is neither, or a program was made of another checkpoint.
+        CheckpointError: a GGUF file is damaged or of another shape than the checkpoint.
+    """
+    if model.suffix.lower() == SUFFIX:
+        return [_of_gguf(model, checkpoint, **source)]
+    artifact = Artifact.open(model, verify=False)
+    check_origin(artifact, checkpoint)
+    programs = [artifact.present(program) for program in artifact.programs if artifact.is_here(program)]
+    if not programs:
+        raise ArtifactError(f"{paths.shown(model)}: none of its programs is here; export or download one")
+    artifact.verify(*programs)
+    return [_of_program(artifact, program, checkpoint, threads) for program in programs]
+
+
+def _of_program(artifact: Artifact, program: Program, checkpoint: Checkpoint, threads: int | None) -> Subject:
+    def opened() -> Runner:
+        return get_backend(program.backend).load_runner(artifact.path, program, RunnerOptions(threads=threads))
+
+    return Subject(
+        name=f"{artifact.path.name} {program.scheme}",
+        kind=program.backend,
+        size=_program_size(program, checkpoint),
+        context_length=program.context_length,
+        open=opened,
+        errors={tensor.name: tensor.error for tensor in program.tensors if tensor.error},
+    )
+
+
+def _program_size(program: Program, checkpoint: Checkpoint) -> Size:
+    """By the manifest's bits a weight; of artifacts that were made before it had them, by the files."""
+    counts = _counts(checkpoint)
+    bits = program.options.get("bits_per_weight", {})
+    whole = sum(entry.bytes for name, entry in program.files.items() if not name.endswith(".onnx"))
+    file_bytes = int(bits["file"] * counts.file_weights / 8) if "file" in bits else whole
+    step_bytes = int(bits["step"] * counts.step_weights / 8) if "step" in bits else 0
+    return Size(
+        file_bytes=file_bytes,
+        file_weights=counts.file_weights,
+        step_bytes=step_bytes or file_bytes * counts.step_weights // counts.file_weights,
+        step_weights=counts.step_weights,
+    )
+
+
+def _of_gguf(path: Path, checkpoint: Checkpoint, **source: Any) -> Subject:
+    opened = open_checkpoint(path, **source)
+    shapes = {name: tensor.shape for name, tensor in opened.model_tensors.items()}
+    if shapes != {name: tensor.shape for name, tensor in checkpoint.model_tensors.items()}:
+        raise CheckpointError(
+            f"{paths.shown(path)}: is of another shape than {checkpoint.name}; give the checkpoint that it was made of"
+        )
+    return Subject(
+        name=path.stem,
+        kind="gguf, weights alone",
+        size=_counts(opened),
+        context_length=opened.config.max_position_embeddings,
+        open=lambda: EagerRunner(load_model(opened)),
+    )
+
+
+def _counts(checkpoint: Checkpoint) -> Size:
+    """Of a checkpoint as it is stored. A step reads the experts that a token is sent to, and a token table as a whole
+    where it is the head as well, else one row of it."""
+    config = checkpoint.config
+    sizes = [0, 0, 0, 0]
+    for name, info in checkpoint.tensors.items():
+        tensor = checkpoint.model_tensors[name]
+        share = 1.0
+        if tensor.kind is TensorClass.EXPERTS:
+            share = config.num_experts_per_tok / config.num_experts
+        elif name == EMBEDDING and not config.tie_word_embeddings:
+            share = 1 / config.vocab_size
+        for index, count in enumerate((info.nbytes, info.count)):
+            sizes[index] += count
+            sizes[2 + index] += int(count * share)
+    return Size(file_bytes=sizes[0], file_weights=sizes[1], step_bytes=sizes[2], step_weights=sizes[3])
+
+
+def all_subjects(
+    models: list[Path], checkpoint: Checkpoint, threads: int | None, source: Mapping[str, Any]
+) -> Iterator[Subject]:
+    for model in models:
+        yield from find_subjects(model, checkpoint, threads, **source)
