@@ -8,7 +8,7 @@ from typing import Any
 
 from lfm2_export import console
 from lfm2_export.commands.base import add_json, add_source, given, source_options
-from lfm2_export.messages import listed
+from lfm2_export.messages import listed, one_line
 from lfm2_export.resources import human_bytes
 
 
@@ -63,6 +63,9 @@ def _print_artifact(found: dict[str, Any]) -> None:
         if bits := program["bits_per_weight"]:
             counted = ", ".join(f"{bits[name]:.2f} of {what}" for name, what in _COUNTED.items() if name in bits)
             print(f"{program['backend']} {program['scheme']}: bits a weight: {counted}")
+    for program in found["programs"]:
+        if program["calibration"]:
+            print(one_line(f"{program['backend']} {program['scheme']}: {program['calibration']}"))
     absent = [f"{program['backend']} {program['scheme']}" for program in found["programs"] if not program["here"]]
     for note, names in (
         ("not in this folder", absent),

@@ -15,7 +15,7 @@ from lfm2_export.errors import QuantizationError
 from lfm2_export.mixing.budget import Budget, bytes_for, make_budget
 from lfm2_export.mixing.estimate import Damages, Statistics, estimate_damages
 from lfm2_export.mixing.units import Space, make_space
-from lfm2_export.quant.algorithms import get_algorithm
+from lfm2_export.quant.algorithms import DEFAULT_ALGORITHM, get_algorithm
 from lfm2_export.quant.mixture import Option, Unit, choose
 from lfm2_export.quant.schemes import FormatChoice, Scheme
 
@@ -80,7 +80,9 @@ def mix(
     """
     space = make_space(checkpoint.config, scheme, make_plan, budget.counted)
     limit = bytes_for(budget, space)
-    damages = estimate_damages(checkpoint, space, get_algorithm(algorithm), statistics)
+    # One that needs statistics loses less than this one, and in the same order.
+    estimating = DEFAULT_ALGORITHM if get_algorithm(algorithm).needs_statistics else algorithm
+    damages = estimate_damages(checkpoint, space, get_algorithm(estimating), statistics)
     return with_choices(scheme, space, damages, limit, str(budget))
 
 

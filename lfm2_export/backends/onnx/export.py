@@ -61,7 +61,8 @@ def _data_paths(request: ExportRequest, placements: Mapping[str, Placement]) -> 
 
 def _ledger(request: ExportRequest, plan: WeightPlan, placements: Mapping[str, Placement]) -> Ledger:
     names = [f"{FOLDER}/{path.name}" for path in _data_paths(request, placements)]
-    key = repr((request.algorithm, CHUNK_VALUES, plan, placements))
+    statistics = None if request.statistics is None else request.statistics.key
+    key = repr((request.algorithm, statistics, CHUNK_VALUES, plan, placements))
     return Ledger(
         None if request.ledgers is None else request.ledgers / f"{request.file_name}.ledger",
         root=request.folder,
@@ -97,6 +98,7 @@ def export_program(request: ExportRequest) -> ExportedProgram:
         algorithm=get_algorithm(request.algorithm),
         report=request.progress,
         ledger=_ledger(request, plan, placements),
+        statistics=request.statistics,
     )
     tensors = stream.write(plan, computed_tensors(config))
     names = _save_graphs(graphs, request.file_name, folder)
@@ -115,7 +117,7 @@ def export_program(request: ExportRequest) -> ExportedProgram:
 
 def _options(request: ExportRequest, plan: WeightPlan) -> dict[str, object]:
     return {
-        "algorithm": request.algorithm,
+        **request.describe_algorithm(),
         "accuracy_level": plan.accuracy_level,
         **request.scheme.options(),
         **describe(plan),
