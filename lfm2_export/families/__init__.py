@@ -40,6 +40,7 @@ FAMILIES: Registry[Family] = Registry(
     {
         "lfm2": "lfm2_export.families.lfm2",
         "lfm2_moe": "lfm2_export.families.lfm2_moe",
+        "lfm3": "lfm2_export.families.lfm3",
     }
 )
 

@@ -14,7 +14,7 @@ Shape suffixes as in ``models/layers.py``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lfm2_export.backends.executorch import ops
 from lfm2_export.backends.executorch.moe import lowered_experts
 from lfm2_export.backends.executorch.weights import CONV, Codes, ProgramWeights
-from lfm2_export.config import ModelConfig
+from lfm2_export.config import FULL_ATTENTION, ModelConfig
 from lfm2_export.models import decoder as eager
 from lfm2_export.models.layers import rope_angles
 from lfm2_export.models.lfm2_moe import SparseMoeBlock
@@ -33,11 +33,11 @@ from lfm2_export.models.lfm2_moe import SparseMoeBlock
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutorchLayout:
-    """``start``: position of the call's first token, a symbolic integer; ``cos``, ``sin`` [1, T, 1, H]."""
+    """``start``: position of the call's first token, a symbolic integer; ``ropes``: cos and sin [1, T, 1, H] by the kind
+    of layer."""
 
     start: Any
-    cos: Tensor
-    sin: Tensor
+    ropes: Mapping[str, tuple[Tensor, Tensor]]
 
 
 class ExecutorchLayoutBuilder(nn.Module):
@@ -46,8 +46,11 @@ class ExecutorchLayoutBuilder(nn.Module):
     def __init__(self, config: ModelConfig, capacity: int):
         super().__init__()
         self.capacity = capacity
-        angles = rope_angles(torch.arange(capacity), config.head_dim, config.rope_theta).repeat(1, 2)
-        self.cos, self.sin = nn.Buffer(angles.cos()), nn.Buffer(angles.sin())
+        self.kinds = tuple(config.ropes)
+        for kind, rope in config.ropes.items():
+            angles = rope_angles(torch.arange(capacity), config.head_dim, rope).repeat(1, 2)
+            for name, table in zip(_tables_of(kind), (angles.cos(), angles.sin()), strict=True):
+                self.register_buffer(name, table)
 
     def forward(
         self, embeds_BTD: Tensor, attention_mask: None, position_ids: Tensor, past_length: int
@@ -58,8 +61,15 @@ class ExecutorchLayoutBuilder(nn.Module):
         torch._check(start >= 0)
         torch._check(start < self.capacity)
         torch._check(start + tokens <= self.capacity)
-        cos, sin = (table.narrow(0, start, tokens)[None, :, None] for table in (self.cos, self.sin))
-        return ExecutorchLayout(start=start, cos=cos, sin=sin)
+        ropes = {}
+        for kind in self.kinds:
+            cos, sin = (self.get_buffer(name).narrow(0, start, tokens)[None, :, None] for name in _tables_of(kind))
+            ropes[kind] = (cos, sin)
+        return ExecutorchLayout(start=start, ropes=ropes)
+
+
+def _tables_of(kind: str) -> tuple[str, str]:
+    return ("cos", "sin") if kind == FULL_ATTENTION else ("sliding_cos", "sliding_sin")
 
 
 class ExecutorchRMSNorm(nn.Module):
@@ -147,9 +157,9 @@ class ExecutorchShortConv(nn.Module):
 class ExecutorchAttention(nn.Module):
     """RoPE, then llama::update_cache and llama::custom_sdpa on buffers [1, capacity, K, H] that stay in place."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, kind: str):
         super().__init__()
-        self.head_dim = config.head_dim
+        self.kind, self.head_dim = kind, config.head_dim
         half = config.head_dim // 2
         turn = torch.zeros(config.head_dim, config.head_dim)
         turn[:half, half:], turn[half:, :half] = -torch.eye(half), torch.eye(half)
@@ -166,13 +176,14 @@ class ExecutorchAttention(nn.Module):
         want_weights: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
-        ops.update_cache(self._rotate(k, layout), past_key, layout.start)
+        rope = layout.ropes[self.kind]
+        ops.update_cache(self._rotate(k, *rope), past_key, layout.start)
         ops.update_cache(v, past_value, layout.start)
-        y_BTNH = ops.causal_attention(self._rotate(q, layout), past_key, past_value, layout.start)
+        y_BTNH = ops.causal_attention(self._rotate(q, *rope), past_key, past_value, layout.start)
         return y_BTNH.flatten(2), past_key, past_value, None
 
-    def _rotate(self, x_BTNH: Tensor, layout: ExecutorchLayout) -> Tensor:
-        return x_BTNH * layout.cos + F.linear(x_BTNH, self.turn) * layout.sin
+    def _rotate(self, x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return x_BTNH * cos + F.linear(x_BTNH, self.turn) * sin
 
 
 class Lowering:
@@ -201,7 +212,7 @@ class Lowering:
             case eager.ShortConv():
                 return self._short_conv(name)
             case eager.GroupedQueryAttention():
-                return ExecutorchAttention(self.config)
+                return ExecutorchAttention(self.config, module.kind)
             case nn.Embedding():
                 return ExecutorchEmbedding(self.weights.embedding())
             case SparseMoeBlock():

@@ -14,11 +14,18 @@ import numpy as np
 
 from lfm2_export.backends.weights import plan as plans
 from lfm2_export.backends.weights.plan import Roles, Stack, Storage, WeightPlan
-from lfm2_export.config import ModelConfig
+from lfm2_export.config import FULL_ATTENTION, SLIDING_ATTENTION, ModelConfig
 from lfm2_export.errors import QuantizationError
 from lfm2_export.families.tensors import ModelTensor, TensorClass
 from lfm2_export.quant.formats import FloatFormat, IntFormat, WeightFormat
 from lfm2_export.quant.schemes import FormatChoice, Scheme
+
+
+# By the kind of attention layer: the layout module's parameters (cos, sin) and the initializers that they become.
+ROPE_TABLES = {
+    FULL_ATTENTION: {"cos": "rope.cos", "sin": "rope.sin"},
+    SLIDING_ATTENTION: {"sliding_cos": "rope.sliding.cos", "sliding_sin": "rope.sliding.sin"},
+}
 
 
 class Layout(Enum):

@@ -27,7 +27,8 @@ Plan plan_of(const AttentionProblem& p, int workers) {
   plan.queries = p.tokens * (p.heads / p.kv_heads);
   plan.tiles = ceil_div(plan.queries, kTileQueries);
   const int64_t wanted = ceil_div(workers * kTasksWanted, std::max<int64_t>(1, p.batch * p.kv_heads * plan.tiles));
-  plan.pieces = std::clamp<int64_t>(p.total / kPieceKeys, 1, std::max<int64_t>(1, wanted));
+  const int64_t seen = p.window == 0 ? p.total : std::min(p.total, p.window + p.tokens);
+  plan.pieces = std::clamp<int64_t>(seen / kPieceKeys, 1, std::max<int64_t>(1, wanted));
   return plan;
 }
 
@@ -108,6 +109,7 @@ void attend(const AttentionProblem& p, const AttentionKernels& kernels, const Pl
                              ends,
                              p.mask + row * p.total,
                              count,
+                             p.window,
                              s.greatest + to,
                              s.weight + to,
                              s.sum + to * p.head_dim};
@@ -115,8 +117,12 @@ void attend(const AttentionProblem& p, const AttentionKernels& kernels, const Pl
   std::fill_n(queries.weight, count, 0.0f);
   std::fill_n(queries.sum, count * p.head_dim, 0.0f);
   const int64_t seen = std::min(*std::max_element(ends, ends + count), p.total);
-  // Pieces begin at multiples of a step.
-  const auto border = [&](int64_t i) { return i == plan.pieces ? seen : seen * i / plan.pieces / kStepKeys * kStepKeys; };
+  // Pieces begin at multiples of a step; what lies before the first query's window is left out.
+  const int64_t least = *std::min_element(ends, ends + count) - p.window;
+  const int64_t start = p.window == 0 ? 0 : std::max<int64_t>(0, least) / kStepKeys * kStepKeys;
+  const auto border = [&](int64_t i) {
+    return i == plan.pieces ? seen : start + std::max<int64_t>(0, seen - start) * i / plan.pieces / kStepKeys * kStepKeys;
+  };
   auto* scratch = static_cast<float*>(
       thread_scratch(Use::kAttention, times(attention_scratch_floats(p.head_dim), sizeof(float))));
   kernels.attend(head_of(p.key, p, row, head), head_of(p.value, p, row, head), border(piece), border(piece + 1), queries,

@@ -34,9 +34,13 @@ struct QueryTile {
   const int64_t* ends;   // [count]: how many positions each may see
   const int64_t* mask;   // [positions]: 0 where a position is none
   int64_t count;         // at most kTileQueries
+  int64_t window;        // how many positions before its end each may see; 0: all
   float* greatest;       // [count]
   float* weight;         // [count]
   float* sum;            // [count][head_dim]
+
+  // The first position that a query may see; below 0 where the window reaches over the beginning.
+  int64_t begin(int64_t query) const { return window == 0 ? 0 : ends[query] - window; }
 };
 
 struct AttentionKernels {
@@ -74,6 +78,7 @@ struct AttentionProblem {
   float* out;  // [batch, tokens, heads * head_dim]
   int64_t batch, tokens, total, capacity, positions;
   int64_t heads, kv_heads, head_dim;
+  int64_t window;  // positions that a token sees, its own included; 0: all before it
   float eps;
   bool is_int8;
 };
