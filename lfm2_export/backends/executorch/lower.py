@@ -33,7 +33,7 @@ from lfm2_export.models.lfm2_moe import SparseMoeBlock
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutorchLayout:
-    """``start``: position of the call's first token, a symbolic integer; ``ropes``: cos and sin [1, T, 1, H] by the kind
+    """``start``: position of the call's first token, a symbolic integer; ``ropes``: cos and sin [1, T, 1, H] by kind
     of layer."""
 
     start: Any

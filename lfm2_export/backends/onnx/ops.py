@@ -92,18 +92,15 @@ def group_query_attention(
     present_length: int,
     num_heads: int,
     kv_heads: int,
-    window: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention with the cache's update; ``rope`` = (cos, sin [positions, H/2], position_ids [B, T]) turns q and k;
-    ``window``: how many positions a token sees, its own included; None: all before it."""
+    """Attention with the cache's update; ``rope`` = (cos, sin [positions, H/2], position_ids [B, T]) turns q and k."""
     cos, sin, position_ids = rope or (None, None, None)
     batch, _, _, head_dim = past_key.shape
     present = (batch, kv_heads, present_length, head_dim)
-    local = {} if window is None else {"local_window_size": window}
     return ops.symbolic_multi_out(  # type: ignore[return-value]
         "com.microsoft::GroupQueryAttention",
         (q, k, v, past_key, past_value, seqlens_k, total_length, cos, sin, position_ids, attention_bias),
-        attrs={"num_heads": num_heads, "kv_num_heads": kv_heads, "do_rotary": int(rope is not None), **local},
+        attrs={"num_heads": num_heads, "kv_num_heads": kv_heads, "do_rotary": int(rope is not None)},
         dtypes=(q.dtype, past_key.dtype, past_key.dtype),
         shapes=(q.shape, present, present),
         version=1,

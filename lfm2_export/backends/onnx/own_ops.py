@@ -14,7 +14,7 @@ import onnx_ir.passes.common as common_passes
 
 from lfm2_export.backends.onnx.plan import Layout
 from lfm2_export.backends.weights.plan import StoredWeight, WeightPlan
-from lfm2_export.cache import CacheSpec
+from lfm2_export.cache import KEY_STATE, CacheSpec, StateTensor
 from lfm2_export.config import ModelConfig
 from lfm2_export.families.tensors import Part
 from lfm2_export.quant.formats import IntFormat
@@ -114,17 +114,19 @@ def fuse_attention(model: ir.Model, config: ModelConfig) -> int:
         return 0
     mask = next(value for value in model.graph.inputs if value.name == "attention_mask")
     nodes = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
-    for node in nodes:
+    for layer, node in zip(config.attention_layers, nodes, strict=True):
         q, k, v, past_key, past_value, seqlens_k, _, cos, sin, position_ids, _ = node.inputs
+        assert past_key is not None
+        assert past_key.name == StateTensor.names(layer, KEY_STATE)[0]
         (q_norm, q), (k_norm, k) = _before_norm(q), _before_norm(k)
         attributes = {
             "num_heads": node.attributes["num_heads"].value,
             "kv_num_heads": node.attributes["kv_num_heads"].value,
             "epsilon": q_norm.attributes["epsilon"].value,
         }
-        window = node.attributes.get("local_window_size")
+        window = config.window(config.layer_types[layer])
         if window is not None:
-            attributes["window"] = window.value
+            attributes["window"] = window
         op = ATTENTION if window is None else SLIDING_ATTENTION
         inputs = (q, k, v, q_norm.inputs[1], k_norm.inputs[1], past_key, past_value, seqlens_k, mask)
         made = ir.node(op, (*inputs, cos, sin, position_ids), attributes, domain=DOMAIN, num_outputs=3)

@@ -20,7 +20,6 @@ from lfm2_export.families.tensors import ModelTensor, TensorClass
 from lfm2_export.quant.formats import FloatFormat, IntFormat, WeightFormat
 from lfm2_export.quant.schemes import FormatChoice, Scheme
 
-
 # By the kind of attention layer: the layout module's parameters (cos, sin) and the initializers that they become.
 ROPE_TABLES = {
     FULL_ATTENTION: {"cos": "rope.cos", "sin": "rope.sin"},
