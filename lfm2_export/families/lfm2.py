@@ -89,3 +89,7 @@ def tensors(config: ModelConfig) -> dict[str, ModelTensor]:
 def fused_tensors(config: ModelConfig) -> dict[str, FusedTensor]:
     """No tensor of this family is ever stored fused."""
     return {}
+
+
+def reference_config(raw: Mapping[str, Any]) -> None:
+    """transformers takes these configs as they stand."""

@@ -125,3 +125,7 @@ def fused_tensors(config: ModelConfig) -> dict[str, FusedTensor]:
         fused[f"{name}gate_up_proj"] = FusedTensor(shape=(experts, 2 * inner, width), parts=gate_up)
         fused[f"{name}down_proj"] = FusedTensor(shape=(experts, width, inner), parts=down)
     return fused
+
+
+def reference_config(raw: Mapping[str, Any]) -> None:
+    """transformers takes these configs as they stand."""

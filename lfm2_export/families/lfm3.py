@@ -7,7 +7,8 @@ norms behind the operator and the feed-forward, a gate for each head, other name
 
 The half rotation. Published configs give full attention ``partial_rotary_factor`` 0.5 with ``rope_type: "default"``,
 which transformers (5.23, 5.24) takes for whole heads, leaving the factor out. Here a factor below 1 always means what
-"proportional" means there, as NVIDIA NeMo's documentation of the model says; ``relabelled`` makes transformers do so.
+"proportional" means there, as NVIDIA NeMo's documentation of the model says; ``reference_config`` makes transformers do
+so.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from lfm2_export.config import (
     refuse_unsupported,
 )
 from lfm2_export.errors import ConfigError
+from lfm2_export.families.reference import ReferenceConfig
 from lfm2_export.families.tensors import (
     FusedTensor,
     ModelTensor,
@@ -175,13 +177,20 @@ def _rope(fields: Fields, kind: str, parameters: object, needed: bool) -> Rope:
     return Rope(theta=inner.number("rope_theta", 1_000_000.0), share=share)
 
 
-def relabelled(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json with ``rope_type: "proportional"`` wherever a share of a head turns: what transformers has to be
-    given to compute what the weights were made for. The same contents where nothing is to be changed."""
+def reference_config(raw: Mapping[str, Any]) -> ReferenceConfig | None:
+    """config.json with ``rope_type: "proportional"`` wherever a share of a head turns."""
     parameters = raw.get("rope_parameters")
     if not isinstance(parameters, Mapping):
-        return dict(raw)
-    return {**raw, "rope_parameters": {kind: _relabelled(inner) for kind, inner in parameters.items()}}
+        return None  # transformers' own default has that label
+    changed = {kind: _relabelled(inner) for kind, inner in parameters.items()}
+    if changed == parameters:
+        return None
+    kinds = [kind for kind in changed if changed[kind] != parameters[kind]]
+    return ReferenceConfig(
+        raw={**raw, "rope_parameters": changed},
+        note=f'transformers was given rope_type "{PROPORTIONAL}" for {listed(kinds)}, as config.json\'s label would '
+        "make it turn whole heads",
+    )
 
 
 def _relabelled(parameters: object) -> object:

@@ -16,7 +16,6 @@ import transformers
 from torch import Tensor, nn
 
 from lfm2_export.families import get_family
-from lfm2_export.families.lfm3 import relabelled
 from lfm2_export.models import get_net
 from lfm2_export.models.decoder import DecoderForCausalLM
 from tests.checkpoints import tiny_config
@@ -128,7 +127,8 @@ def their_model(raw: Mapping[str, Any], *, seed: int = 0, attention: str = "sdpa
         "lfm2_moe": transformers.Lfm2MoeForCausalLM,
         "lfm3": transformers.Lfm3ForCausalLM,
     }[raw["model_type"]]
-    raw = relabelled(raw) if raw["model_type"] == "lfm3" else raw
+    reference = get_family(raw["model_type"]).reference_config(raw)
+    raw = raw if reference is None else reference.raw
     model = kind._from_config(their_config(raw), attn_implementation=attention, experts_implementation=experts)
     model.eval()
     randomize_(model, seed)

@@ -12,7 +12,6 @@ import transformers
 
 from lfm2_export.errors import ConfigError
 from lfm2_export.families import get_family
-from lfm2_export.families.lfm3 import relabelled
 from lfm2_export.models.layers import rope_tables
 from tests.checkpoints import tiny_config
 from tests.models.reference import TOLERANCE, largest, models, our_model, their_config, their_model, token_ids
@@ -44,11 +43,16 @@ def test_half_of_each_head_turns_whatever_the_label_and_transformers_default_is_
 def test_what_is_relabelled_and_what_is_left() -> None:
     raw = tiny_config("lfm3")
     before = copy.deepcopy(raw)
-    assert relabelled(raw)["rope_parameters"] == {**PUBLISHED, "full_attention": {**HALF, "rope_type": "proportional"}}
+    family = get_family("lfm3")
+    reference = family.reference_config(raw)
+    assert reference is not None
+    print(reference.note)
     assert raw == before
-    assert relabelled({**raw, "rope_parameters": None}) == {**raw, "rope_parameters": None}
-    whole = {**raw, "rope_parameters": dict.fromkeys(PUBLISHED, SLIDING)}
-    assert relabelled(whole) == whole
+    relabelled = {**PUBLISHED, "full_attention": {**HALF, "rope_type": "proportional"}}
+    assert reference.raw == {**raw, "rope_parameters": relabelled}
+    assert 'rope_type "proportional" for full_attention' in reference.note
+    for whole in (None, relabelled, dict.fromkeys(PUBLISHED, SLIDING)):
+        assert family.reference_config({**raw, "rope_parameters": whole}) is None
 
 
 def test_pairs_beyond_the_share_stay_as_they_are() -> None:
