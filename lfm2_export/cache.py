@@ -1,7 +1,8 @@
 """The state of a model between two calls: the one description that eager models, graphs and runners share.
 
 A conv layer keeps its last ``conv_L_cache - 1`` gated inputs, an attention layer the keys (after q/k norm and RoPE)
-and values of every position so far. Each is an explicit tensor with a name, a shape and a dtype.
+and values of every position so far, or, where a program bounds its sliding layers, of the last ones that its window
+reaches. Each is an explicit tensor with a name, a shape and a dtype.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class StateTensor:
     """One tensor of the state. ``shape`` mixes sizes and the axis names ``batch_size``, ``past_sequence_length``.
 
     conv: [batch_size, conv_L_cache - 1, hidden_size]; key and value: [batch_size, num_key_value_heads,
-    past_sequence_length, head_dim].
+    past_sequence_length, head_dim], a number in the place of past_sequence_length where the layer is bounded.
     """
 
     layer: int
@@ -52,7 +53,7 @@ class StateTensor:
 
     @property
     def grows(self) -> bool:
-        """Whether the tensor has one entry per position (keys and values), unlike a conv state's fixed size."""
+        """Whether the tensor has one entry per position, unlike the fixed size of a conv state or a bounded layer."""
         return PAST in self.shape
 
     @property
@@ -77,7 +78,8 @@ class CacheSpec:
     tensors: tuple[StateTensor, ...]
 
     @classmethod
-    def from_config(cls, config: ModelConfig, dtype: str = "float32") -> CacheSpec:
+    def from_config(cls, config: ModelConfig, dtype: str = "float32", *, bounded: bool = False) -> CacheSpec:
+        """``bounded``: sliding layers keep no more than their window, the token that is to come left out."""
         tensors: list[StateTensor] = []
         shape: tuple[int | str, ...]
         for layer in range(config.num_hidden_layers):
@@ -85,7 +87,9 @@ class CacheSpec:
                 shape = (BATCH, config.conv_L_cache - 1, config.hidden_size)
                 tensors.append(_state(layer, CONV_STATE, shape, dtype))
             else:
-                shape = (BATCH, config.num_key_value_heads, PAST, config.head_dim)
+                window = config.window(config.layer_types[layer]) if bounded else None
+                positions = PAST if window is None else max(1, window - 1)
+                shape = (BATCH, config.num_key_value_heads, positions, config.head_dim)
                 tensors += [_state(layer, KEY_STATE, shape, dtype), _state(layer, VALUE_STATE, shape, dtype)]
         return cls(tensors=tuple(tensors))
 
@@ -101,7 +105,16 @@ class CacheSpec:
 
     @property
     def conv(self) -> tuple[StateTensor, ...]:
+        return tuple(t for t in self.tensors if t.kind == CONV_STATE)
+
+    @property
+    def fixed(self) -> tuple[StateTensor, ...]:
+        """Conv states, and keys and values of bounded layers."""
         return tuple(t for t in self.tensors if not t.grows)
+
+    @property
+    def bounded(self) -> tuple[StateTensor, ...]:
+        return tuple(t for t in self.fixed if t.kind != CONV_STATE)
 
     @property
     def growing(self) -> tuple[StateTensor, ...]:
@@ -116,8 +129,8 @@ class CacheSpec:
         return sum(t.nbytes(1, 1) for t in self.growing)
 
     def fixed_bytes(self) -> int:
-        """Bytes of one row's conv states, whatever the context's length."""
-        return sum(t.nbytes(1) for t in self.conv)
+        """Bytes of one row's states of fixed size, whatever the context's length."""
+        return sum(t.nbytes(1) for t in self.fixed)
 
     def to_json(self) -> list[dict[str, Any]]:
         return [{**asdict(t), "shape": list(t.shape)} for t in self.tensors]
@@ -156,6 +169,7 @@ _SHAPES: dict[str, tuple[str | None, ...]] = {
     KEY_STATE: (BATCH, None, PAST, None),
     VALUE_STATE: (BATCH, None, PAST, None),
 }
+_BOUNDED: tuple[str | None, ...] = (BATCH, None, None, None)
 # Elements of one state tensor at one position; real ones have some thousands.
 _LARGEST = 2**31 - 1
 
@@ -178,7 +192,7 @@ def _from_json(entry: object) -> StateTensor:
     if (entry["past_name"], entry["present_name"]) != names:
         found = f"{shown(entry['past_name'])} and {shown(entry['present_name'])}"
         raise ArtifactError(f"cache: layer {layer}'s {kind} state is named {found}; expected {' and '.join(names)}")
-    if not _is_shape(axes, _SHAPES[kind]):
+    if not (_is_shape(axes, _SHAPES[kind]) or (kind != CONV_STATE and _is_shape(axes, _BOUNDED))):
         expected = ", ".join(axis or "size" for axis in _SHAPES[kind])
         raise ArtifactError(f"cache: {names[0]} has the shape {shown(axes)}; [{expected}] expected")
     if entry["dtype"] not in ("float32", "float16"):

@@ -20,11 +20,14 @@ logger = logging.getLogger(__name__)
 
 CONV = "conv"
 FULL_ATTENTION = "full_attention"
+SLIDING_ATTENTION = "sliding_attention"
 
 # What transformers still accepts for older names.
 _LAYER_TYPE_ALIASES = {"attention": FULL_ATTENTION}
 
 _ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+
+HONOURED = object()  # in ``refuse_unsupported``
 
 # Of a checkpoint. The largest published one, the 24B, has 7,700; the names and places of so many take 150 MB.
 MOST_TENSORS = 1 << 17
@@ -33,12 +36,28 @@ _LARGEST = sys.float_info.max  # NaN compares false, infinity is above, integers
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rope:
+    """RoPE of one kind of attention layer: its base, and the share of each head's pairs that turn.
+
+    Those are the first ones, with the frequencies that they would have if all did; the others stay as they are
+    (transformers calls this "proportional").
+    """
+
+    theta: float
+    share: float = 1.0
+
+    def turning_pairs(self, head_dim: int) -> int:
+        return int(self.share * head_dim // 2)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """One model of either family; the names are those of ``Lfm2Config`` and ``Lfm2MoeConfig``.
+    """One model of any family; the names are those of ``Lfm2Config``, ``Lfm2MoeConfig`` and ``Lfm3Config``.
 
     ``intermediate_size`` is the width that the dense MLPs really have (after ``block_auto_adjust_ff_dim``). A dense
     model has ``num_dense_layers == num_hidden_layers`` and ``num_experts == 0``. ``use_cache`` and ``output_*`` say
-    what the eager forward does where its caller does not.
+    what the eager forward does where its caller does not. ``rope_theta`` and ``rope_share`` are those of full
+    attention; ``sliding_window`` counts the positions that a token of a sliding layer sees, itself included.
     """
 
     model_type: str
@@ -70,10 +89,30 @@ class ModelConfig:
     output_hidden_states: bool = False
     output_attentions: bool = False
     output_router_logits: bool = False
+    rope_share: float = 1.0
+    sliding_rope: Rope | None = None
+    sliding_window: int | None = None
+    attention_bias: bool = False
+    use_attention_gate: bool = False
+    use_sandwich_norm: bool = False
 
     @cached_property
     def attention_layers(self) -> tuple[int, ...]:
-        return tuple(i for i, kind in enumerate(self.layer_types) if kind == FULL_ATTENTION)
+        """Layers with keys and values, sliding ones among them."""
+        return tuple(i for i, kind in enumerate(self.layer_types) if kind != CONV)
+
+    @cached_property
+    def ropes(self) -> dict[str, Rope]:
+        """RoPE by the kinds of attention layers that there are."""
+        known = {
+            FULL_ATTENTION: Rope(theta=self.rope_theta, share=self.rope_share),
+            SLIDING_ATTENTION: self.sliding_rope,
+        }
+        return {kind: rope for kind, rope in known.items() if rope is not None and kind in self.layer_types}
+
+    def window(self, kind: str) -> int | None:
+        """How many positions a token of such an attention layer sees; None: all before it."""
+        return self.sliding_window if kind == SLIDING_ATTENTION else None
 
     @cached_property
     def conv_layers(self) -> tuple[int, ...]:
@@ -150,18 +189,22 @@ class Fields:
         return value
 
 
-def check_layer_types(fields: Fields, kinds: Sequence[object], num_hidden_layers: int) -> tuple[str, ...]:
-    """The layer kinds as a tuple.
+def check_layer_types(
+    fields: Fields, kinds: Sequence[object], num_hidden_layers: int, known: Sequence[str] = (CONV, FULL_ATTENTION)
+) -> tuple[str, ...]:
+    """The layer kinds as a tuple; ``known``: those that the family has.
 
     Raises:
         ConfigError: the list has another length than ``num_hidden_layers`` or names an unknown kind.
     """
+    names = [f'"{kind}"' for kind in known]
+    choices = [", ".join(names[:-1]), names[-1]]
     if not isinstance(kinds, list):
-        raise fields.fail("layer_types", kinds, 'a list of "conv" and "full_attention"')
+        raise fields.fail("layer_types", kinds, f"a list of {' and '.join(choices)}")
     kinds = [_LAYER_TYPE_ALIASES.get(kind, kind) if isinstance(kind, str) else kind for kind in kinds]
     for index, kind in enumerate(kinds):
-        if kind not in (CONV, FULL_ATTENTION):
-            raise fields.fail(f"layer_types[{index}]", kind, '"conv" or "full_attention"')
+        if kind not in known:
+            raise fields.fail(f"layer_types[{index}]", kind, " or ".join(choices))
     if len(kinds) != num_hidden_layers:
         raise ConfigError(
             f"{fields.place}: layer_types has {len(kinds)} entries but num_hidden_layers={num_hidden_layers}; "
@@ -214,54 +257,69 @@ def rope_theta(fields: Fields, default: float) -> float:
     return fields.number("rope_theta", default)
 
 
-def common_fields(fields: Fields, *, hidden_size: int) -> dict[str, Any]:
-    """The values that both families read alike, checked; keyword arguments for ``ModelConfig``.
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What a family takes where config.json says nothing: transformers' values."""
 
-    Defaults are those of transformers; ``hidden_size`` is the family's own.
-    """
-    vocab_size = fields.integer("vocab_size", 65536)
-    hidden_size = fields.integer("hidden_size", hidden_size)
-    num_attention_heads = fields.integer("num_attention_heads", 32)
-    num_key_value_heads = fields.integer("num_key_value_heads", 8)
+    hidden_size: int
+    vocab_size: int = 65536
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int | None = None  # None: hidden_size over the heads
+    conv_L_cache: int = 3
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    pad_token_id: int = 0
+
+
+def common_fields(fields: Fields, defaults: Defaults) -> dict[str, Any]:
+    """The values that all families read alike, checked; keyword arguments for ``ModelConfig``."""
+    vocab_size = fields.integer("vocab_size", defaults.vocab_size)
+    hidden_size = fields.integer("hidden_size", defaults.hidden_size)
+    num_attention_heads = fields.integer("num_attention_heads", defaults.num_attention_heads)
+    num_key_value_heads = fields.integer("num_key_value_heads", defaults.num_key_value_heads)
     if num_attention_heads % num_key_value_heads:
         raise ConfigError(
             f"{fields.place}: num_attention_heads={num_attention_heads} is not a multiple of "
             f"num_key_value_heads={num_key_value_heads}; grouped-query attention needs whole groups"
         )
-    if fields.raw.get("head_dim") is None and hidden_size % num_attention_heads:
+    if fields.raw.get("head_dim") is None and defaults.head_dim is None and hidden_size % num_attention_heads:
         raise ConfigError(
             f"{fields.place}: hidden_size={hidden_size} is not a multiple of "
             f"num_attention_heads={num_attention_heads}; state head_dim"
         )
-    head_dim = fields.integer("head_dim", hidden_size // num_attention_heads)
+    head_dim = fields.integer("head_dim", defaults.head_dim or hidden_size // num_attention_heads)
     if head_dim % 2:
         raise fields.fail("head_dim", head_dim, "an even number (RoPE turns pairs)")
     tied = fields.boolean("tie_word_embeddings", True)
     return {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
-        "num_hidden_layers": fields.integer("num_hidden_layers", 32, high=10_000),
+        "num_hidden_layers": fields.integer("num_hidden_layers", defaults.num_hidden_layers, high=10_000),
         "num_attention_heads": num_attention_heads,
         "num_key_value_heads": num_key_value_heads,
         "head_dim": head_dim,
-        "conv_L_cache": fields.integer("conv_L_cache", 3, low=2, high=1024),
+        "conv_L_cache": fields.integer("conv_L_cache", defaults.conv_L_cache, low=2, high=1024),
         "conv_bias": fields.boolean("conv_bias", False),
         "norm_eps": fields.number("norm_eps", 1e-5),
-        "rope_theta": rope_theta(fields, 1_000_000.0),
         "max_position_embeddings": fields.integer("max_position_embeddings", 128_000),
         # tie_embedding is the older name and wins where both stand, as in transformers.
         "tie_word_embeddings": fields.boolean("tie_embedding", tied),
-        "bos_token_id": fields.token_id("bos_token_id", 1, vocab_size),
-        "eos_token_id": fields.token_ids("eos_token_id", 2, vocab_size),
-        "pad_token_id": fields.token_id("pad_token_id", 0, vocab_size),
+        "bos_token_id": fields.token_id("bos_token_id", defaults.bos_token_id, vocab_size),
+        "eos_token_id": fields.token_ids("eos_token_id", defaults.eos_token_id, vocab_size),
+        "pad_token_id": fields.token_id("pad_token_id", defaults.pad_token_id, vocab_size),
         "use_cache": fields.boolean("use_cache", True),
         "output_hidden_states": fields.boolean("output_hidden_states", False),
         "output_attentions": fields.boolean("output_attentions", False),
     }
 
 
-def refuse_unsupported(fields: Fields, common: Mapping[str, object]) -> None:
+def refuse_unsupported(fields: Fields, common: Mapping[str, object], own: Mapping[str, object] | None = None) -> None:
     """Refuses keys that ask for something else than what is built, among them some that published configs repeat.
+
+    ``own``: the only values of further keys, or, in place of those below, the family's own; a key whose value is
+    ``HONOURED`` is read elsewhere.
 
     Raises:
         ConfigError: names the key, its value and the only value that is supported.
@@ -288,7 +346,7 @@ def refuse_unsupported(fields: Fields, common: Mapping[str, object]) -> None:
             f"{fields.place}: quantization_config says that the weights are quantized already; export the checkpoint "
             "that they were made of, with a --scheme of ours"
         )
-    for key, only in supported.items():
+    for key, only in {**supported, **(own or {})}.items():
         value = fields.raw.get(key)
-        if value is not None and value != only:
+        if value is not None and only is not HONOURED and value != only:
             raise fields.fail(key, value, f"{only!r}, or no such key")

@@ -47,7 +47,7 @@ def match_tensors(
     Raises:
         CheckpointError: lists every tensor that is missing, left over, or of another shape than the config says.
     """
-    found, wrong = _take_fused_apart(fused_tensors, stored)
+    found, wrong = _take_fused_apart(fused_tensors, _under_published_names(model_tensors, stored))
     for name, tensor in model_tensors.items():
         if name in found and found[name].shape != tensor.shape:
             wrong[name] = (found[name].shape, tensor.shape)
@@ -63,6 +63,16 @@ def match_tensors(
             listed(idle, room=160),
         )
     return {name: _readable(found[name]) for name in model_tensors}
+
+
+def _under_published_names(
+    model_tensors: Mapping[str, ModelTensor], stored: Mapping[str, TensorInfo]
+) -> dict[str, TensorInfo]:
+    """A tensor that is stored under another name of it; where both are there, the other one is left over."""
+    names = {
+        other: name for name, tensor in model_tensors.items() for other in tensor.other_names if name not in stored
+    }
+    return {names.get(name, name): info for name, info in stored.items()}
 
 
 def _is_idle(name: str) -> bool:

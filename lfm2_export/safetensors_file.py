@@ -111,7 +111,8 @@ class WeightFile(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """A safetensors file as its header describes it, a ``WeightFile``; ``metadata``: what it says of itself, unchecked."""
+    """A safetensors file as its header describes it, a ``WeightFile``; ``metadata`` is what it says of itself, as it
+    stands."""
 
     path: Path
     real: Path

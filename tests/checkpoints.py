@@ -9,6 +9,20 @@ from benchmarks.synthetic import to_stored, write_header, write_random_checkpoin
 __all__ = ["tiny_config", "to_stored", "write_header", "write_random_checkpoint"]
 
 
+# What published configs say of the half rotation; see families/lfm3.py.
+_LFM3: dict[str, Any] = {
+    "architectures": ["Lfm3ForCausalLM"],
+    "layer_types": ["conv", "sliding_attention", "full_attention", "sliding_attention", "conv"],
+    "conv_L_cache": 7,
+    "head_dim": 32,
+    "sliding_window": 6,
+    "rope_parameters": {
+        "full_attention": {"partial_rotary_factor": 0.5, "rope_theta": 1_000_000.0, "rope_type": "default"},
+        "sliding_attention": {"rope_theta": 10_000.0, "rope_type": "default"},
+    },
+}
+
+
 def tiny_config(model_type: str = "lfm2_moe", **overrides: Any) -> dict[str, Any]:
     """The raw config.json of a small model; ``overrides`` replace or add keys, None removes one."""
     config: dict[str, Any] = {
@@ -32,6 +46,9 @@ def tiny_config(model_type: str = "lfm2_moe", **overrides: Any) -> dict[str, Any
     }
     if model_type == "lfm2":
         config |= {"architectures": ["Lfm2ForCausalLM"], "block_auto_adjust_ff_dim": False}
+    elif model_type == "lfm3":
+        config |= _LFM3
+        del config["rope_theta"]
     else:
         config |= {
             "architectures": ["Lfm2MoeForCausalLM"],

@@ -81,6 +81,7 @@ def twin(tmp_path: Path) -> Iterator[Path]:
         parse_config=lambda raw: replace(dense.parse_config({**raw, "model_type": "lfm2"}), model_type="twin"),
         tensors=dense.tensors,
         fused_tensors=dense.fused_tensors,
+        reference_config=dense.reference_config,
     )
     folder = tmp_path / "twin"
     shutil.copytree(ASSETS / "tiny-dense", folder)

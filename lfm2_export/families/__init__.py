@@ -1,7 +1,7 @@
 """The families, found by ``model_type``: what a checkpoint of each is, without torch.
 
-A family is an object (here: one module of this package, imported when it is asked for) with ``parse_config``,
-``tensors`` and ``fused_tensors``. The net of the same name is in ``models``.
+A family is an object (here: one module of this package, imported when it is asked for) with what ``Family`` lists. The
+net of the same name is in ``models``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from lfm2_export.registry import Registry
 
 if TYPE_CHECKING:
     from lfm2_export.config import ModelConfig
+    from lfm2_export.families.reference import ReferenceConfig
     from lfm2_export.families.tensors import FusedTensor, ModelTensor
 
 
@@ -33,6 +34,9 @@ class Family(Protocol):
     def fused_tensors(self, config: ModelConfig) -> dict[str, FusedTensor]:
         """Tensors in which other tools store several of the published ones, by their names there."""
 
+    def reference_config(self, raw: Mapping[str, Any]) -> ReferenceConfig | None:
+        """What transformers has to be given in config.json's place; None where it computes the same model by itself."""
+
 
 _WORDS = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])")
 
@@ -40,6 +44,7 @@ FAMILIES: Registry[Family] = Registry(
     {
         "lfm2": "lfm2_export.families.lfm2",
         "lfm2_moe": "lfm2_export.families.lfm2_moe",
+        "lfm3": "lfm2_export.families.lfm3",
     }
 )
 

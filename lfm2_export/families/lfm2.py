@@ -12,11 +12,13 @@ from typing import Any
 from lfm2_export.config import (
     CONV,
     FULL_ATTENTION,
+    Defaults,
     Fields,
     ModelConfig,
     check_layer_types,
     common_fields,
     refuse_unsupported,
+    rope_theta,
 )
 from lfm2_export.errors import ConfigError
 from lfm2_export.families.tensors import FusedTensor, ModelTensor, backbone, by_name, mlp
@@ -32,12 +34,13 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
         ConfigError: a value is missing, out of range, contradicted by another one, or not supported.
     """
     fields = Fields(raw)
-    common = common_fields(fields, hidden_size=2560)
+    common = common_fields(fields, Defaults(hidden_size=2560))
     layers = common["num_hidden_layers"]
     refuse_unsupported(fields, common)
     return ModelConfig(
         model_type="lfm2",
         **common,
+        rope_theta=rope_theta(fields, 1_000_000.0),
         intermediate_size=_intermediate_size(fields),
         layer_types=_layer_types(fields, layers),
         num_dense_layers=layers,
@@ -86,3 +89,7 @@ def tensors(config: ModelConfig) -> dict[str, ModelTensor]:
 def fused_tensors(config: ModelConfig) -> dict[str, FusedTensor]:
     """No tensor of this family is ever stored fused."""
     return {}
+
+
+def reference_config(raw: Mapping[str, Any]) -> None:
+    """transformers takes these configs as they stand."""

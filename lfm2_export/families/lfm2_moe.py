@@ -9,12 +9,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lfm2_export.config import (
+    Defaults,
     Fields,
     ModelConfig,
     check_expert_count,
     check_layer_types,
     common_fields,
     refuse_unsupported,
+    rope_theta,
 )
 from lfm2_export.errors import ConfigError
 from lfm2_export.families.tensors import (
@@ -40,7 +42,7 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
         ConfigError: a value is missing, out of range, contradicted by another one, or not supported.
     """
     fields = Fields(raw)
-    common = common_fields(fields, hidden_size=2048)
+    common = common_fields(fields, Defaults(hidden_size=2048))
     layers = common["num_hidden_layers"]
     refuse_unsupported(fields, common)
     if raw.get("layer_types") is None:
@@ -51,6 +53,7 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(
         model_type="lfm2_moe",
         **common,
+        rope_theta=rope_theta(fields, 1_000_000.0),
         intermediate_size=fields.integer("intermediate_size", 7168),
         layer_types=check_layer_types(fields, raw["layer_types"], layers),
         num_dense_layers=num_dense_layers,
@@ -122,3 +125,7 @@ def fused_tensors(config: ModelConfig) -> dict[str, FusedTensor]:
         fused[f"{name}gate_up_proj"] = FusedTensor(shape=(experts, 2 * inner, width), parts=gate_up)
         fused[f"{name}down_proj"] = FusedTensor(shape=(experts, width, inner), parts=down)
     return fused
+
+
+def reference_config(raw: Mapping[str, Any]) -> None:
+    """transformers takes these configs as they stand."""

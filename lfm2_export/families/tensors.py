@@ -7,11 +7,11 @@ schemes choose formats by ``kind``, plans, parity, inspection and benchmarks ask
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from lfm2_export.config import FULL_ATTENTION, ModelConfig
+from lfm2_export.config import CONV, ModelConfig
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -46,7 +46,7 @@ class ModelTensor:
     """One tensor of a published checkpoint.
 
     ``layer`` and ``expert`` are None where it belongs to none. ``matrix``: which one of its block it is ("w1",
-    "q_proj", "in_proj", ...), None for what is no matrix of a block.
+    "q_proj", "in_proj", ...), None for what is no matrix of a block. ``other_names``: what other tools store it under.
     """
 
     name: str
@@ -56,6 +56,7 @@ class ModelTensor:
     layer: int | None = None
     expert: int | None = None
     matrix: str | None = None
+    other_names: tuple[str, ...] = ()
 
 
 Tensors = Mapping[str, ModelTensor]
@@ -111,21 +112,32 @@ def feed_forward_prefix(layer: int) -> str:
     return f"{block_prefix(layer)}feed_forward."
 
 
-def backbone(config: ModelConfig) -> Iterator[ModelTensor]:
-    """Embedding, norms, convs, attention and head: all but the feed-forward blocks."""
+def backbone(
+    config: ModelConfig,
+    norms: Sequence[str] = ("operator_norm", "ffn_norm"),
+    attention: Callable[[ModelConfig, int], Iterator[ModelTensor]] | None = None,
+) -> Iterator[ModelTensor]:
+    """Embedding, norms, convs, attention and head: all but the feed-forward blocks.
+
+    Args:
+        norms: the names of a layer's norms on the residual stream's width.
+        attention: the tensors of an attention layer, where they are not LFM2's.
+    """
+    attention = attention or _attention
     width = config.hidden_size
     table = (config.vocab_size, width)
     yield ModelTensor(name=EMBEDDING, shape=table, kind=TensorClass.EMBEDDING, part=Part.EMBEDDING)
-    yield _norm("model.embedding_norm.weight", width)
+    yield norm("model.embedding_norm.weight", width)
     for layer in range(config.num_hidden_layers):
-        for norm in ("operator_norm", "ffn_norm"):
-            yield _norm(f"{block_prefix(layer)}{norm}.weight", width, layer)
-        yield from _attention(config, layer) if config.layer_types[layer] == FULL_ATTENTION else _conv(config, layer)
+        for name in norms:
+            yield norm(f"{block_prefix(layer)}{name}.weight", width, layer)
+        yield from _conv(config, layer) if config.layer_types[layer] == CONV else attention(config, layer)
     if not config.tie_word_embeddings:
         yield ModelTensor(name=HEAD, shape=table, kind=TensorClass.HEAD, part=Part.HEAD)
 
 
-def _norm(name: str, width: int, layer: int | None = None) -> ModelTensor:
+def norm(name: str, width: int, layer: int | None = None) -> ModelTensor:
+    """The weight of a norm."""
     return ModelTensor(name=name, shape=(width,), kind=TensorClass.SMALL, part=Part.NORMS, layer=layer)
 
 
@@ -140,9 +152,9 @@ def _attention(config: ModelConfig, layer: int) -> Iterator[ModelTensor]:
         "out_proj": (width, q_width),
     }
     for matrix, shape in shapes.items():
-        yield _linear(prefix, matrix, shape, Part.ATTENTION, layer)
-    for norm in ("q_layernorm", "k_layernorm"):
-        yield _norm(f"{prefix}{norm}.weight", head_dim, layer)
+        yield linear(prefix, matrix, shape, Part.ATTENTION, layer)
+    for name in ("q_layernorm", "k_layernorm"):
+        yield norm(f"{prefix}{name}.weight", head_dim, layer)
 
 
 def _conv(config: ModelConfig, layer: int) -> Iterator[ModelTensor]:
@@ -153,15 +165,16 @@ def _conv(config: ModelConfig, layer: int) -> Iterator[ModelTensor]:
             name=f"{prefix}{name}", shape=shape, kind=TensorClass.SMALL, part=Part.CONVOLUTIONS, layer=layer
         )
 
-    yield _linear(prefix, "in_proj", (3 * width, width), Part.CONVOLUTIONS, layer)
+    yield linear(prefix, "in_proj", (3 * width, width), Part.CONVOLUTIONS, layer)
     yield small("conv.weight", (width, 1, config.conv_L_cache))
-    yield _linear(prefix, "out_proj", (width, width), Part.CONVOLUTIONS, layer)
+    yield linear(prefix, "out_proj", (width, width), Part.CONVOLUTIONS, layer)
     if config.conv_bias:
         for part, size in {"in_proj": 3 * width, "conv": width, "out_proj": width}.items():
             yield small(f"{part}.bias", (size,))
 
 
-def _linear(prefix: str, matrix: str, shape: tuple[int, ...], part: Part, layer: int) -> ModelTensor:
+def linear(prefix: str, matrix: str, shape: tuple[int, ...], part: Part, layer: int) -> ModelTensor:
+    """The weight of a linear layer of a block."""
     return ModelTensor(
         name=f"{prefix}{matrix}.weight", shape=shape, kind=TensorClass.LINEAR, part=part, layer=layer, matrix=matrix
     )
@@ -176,4 +189,4 @@ def mlp(config: ModelConfig, layer: int) -> Iterator[ModelTensor]:
     """A dense SwiGLU block."""
     prefix = feed_forward_prefix(layer)
     for matrix, shape in swiglu_shapes(config.hidden_size, config.intermediate_size).items():
-        yield _linear(prefix, matrix, shape, Part.MLPS, layer)
+        yield linear(prefix, matrix, shape, Part.MLPS, layer)

@@ -15,6 +15,7 @@ NETS: Registry[type[DecoderForCausalLM]] = Registry(
     {
         "lfm2": "lfm2_export.models.lfm2:Lfm2ForCausalLM",
         "lfm2_moe": "lfm2_export.models.lfm2_moe:Lfm2MoeForCausalLM",
+        "lfm3": "lfm2_export.models.lfm3:Lfm3ForCausalLM",
     }
 )
 

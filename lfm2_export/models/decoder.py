@@ -97,12 +97,17 @@ class DecoderLayer(nn.Module):
         self.layer = layer
         self.is_attention = layer in config.attention_layers
         if self.is_attention:
-            self.self_attn = Attention(config)
+            self.self_attn = self.make_attention(config, layer)
         else:
             self.conv = ShortConv(config)
         self.feed_forward = feed_forward
         self.operator_norm = ResidualRMSNorm(config.hidden_size, config.norm_eps)
         self.ffn_norm = ResidualRMSNorm(config.hidden_size, config.norm_eps)
+
+    @staticmethod
+    def make_attention(config: ModelConfig, layer: int) -> nn.Module:
+        """The operator of an attention layer; its signature is ``Attention``'s."""
+        return Attention(config)
 
     def forward(
         self,
@@ -204,7 +209,9 @@ def _check_cache(config: ModelConfig, cache: Cache, batch: int, length: int) -> 
 
 
 class DecoderModel(nn.Module):
-    """Embedding, decoder layers, final norm; a family says which feed-forward block each layer has."""
+    """Embedding, decoder layers, final norm; a family says what its layers are and which feed-forward each has."""
+
+    layer_class: ClassVar[type[DecoderLayer]] = DecoderLayer
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -212,7 +219,8 @@ class DecoderModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layout = SequenceLayoutBuilder(config)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, i, self.make_feed_forward(config, i)) for i in range(config.num_hidden_layers)
+            type(self).layer_class(config, i, self.make_feed_forward(config, i))
+            for i in range(config.num_hidden_layers)
         )
         self.embedding_norm = ResidualRMSNorm(config.hidden_size, config.norm_eps)
 

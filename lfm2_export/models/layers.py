@@ -1,4 +1,4 @@
-"""The layers that both LFM2 families are made of, as plain PyTorch modules without state.
+"""The layers that the LFM families are made of, as plain PyTorch modules without state.
 
 In: activations, the layer's state from the last call, and the ``SequenceLayout`` of this call. Out: activations and the
 new state. Backends lower a model by replacing these leaf modules (``SequenceLayoutBuilder``, ``RMSNorm``,
@@ -13,13 +13,14 @@ each row's attended tokens as if they stood alone. Source of the architecture: t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lfm2_export.config import ModelConfig
+from lfm2_export.config import FULL_ATTENTION, ModelConfig, Rope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,16 +37,23 @@ class Compaction:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SequenceLayout:
-    """What the layers need to know of positions and padding; built once a call.
-
-    ``cos``, ``sin`` [B or 1, T, H]; ``visible`` bool [B, 1, T, S] (None: plain causal from position 0);
-    ``compaction`` None where every token of the call is attended.
-    """
+class AttentionLayout:
+    """What the attention layers of one kind need: ``cos``, ``sin`` [B or 1, T, H]; ``visible`` bool [B or 1, 1, T, S]
+    (None: plain causal from position 0)."""
 
     cos: Tensor
     sin: Tensor
     visible: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceLayout:
+    """What the layers need to know of positions and padding; built once a call.
+
+    ``attention`` by the kind of layer; ``compaction`` None where every token of the call is attended.
+    """
+
+    attention: Mapping[str, AttentionLayout]
     compaction: Compaction | None
 
 
@@ -88,8 +96,8 @@ class SequenceLayoutBuilder(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
-        self.has_attention = bool(config.attention_layers)
+        self.head_dim = config.head_dim
+        self.kinds = {kind: (rope, config.window(kind)) for kind, rope in config.ropes.items()}
 
     def forward(
         self, embeds_BTD: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past_length: int
@@ -98,29 +106,30 @@ class SequenceLayoutBuilder(nn.Module):
         mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
         if position_ids is None:
             position_ids = _positions(mask, past_length, tokens, device)
-        cos, sin = self._rope(position_ids, embeds_BTD.dtype)
-        return SequenceLayout(
-            cos=cos,
-            sin=sin,
-            visible=_visible(mask, past_length, tokens, device) if self.has_attention else None,
-            compaction=None if mask is None else _compaction(mask[:, -tokens:]),
-        )
+        attention = {}
+        for kind, (rope, window) in self.kinds.items():
+            cos, sin = self._rope(position_ids, rope, embeds_BTD.dtype)
+            visible = _visible(mask, past_length, tokens, device, window)
+            attention[kind] = AttentionLayout(cos=cos, sin=sin, visible=visible)
+        return SequenceLayout(attention=attention, compaction=None if mask is None else _compaction(mask[:, -tokens:]))
 
-    def _rope(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _rope(self, position_ids: Tensor, rope: Rope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         # Frequencies stay fp32 whatever the model's dtype: that is why they are no buffer, which .to() would round.
-        angles = rope_angles(position_ids, self.head_dim, self.rope_theta).repeat(1, 1, 2)
+        angles = rope_angles(position_ids, self.head_dim, rope).repeat(1, 1, 2)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rope_angles(positions: Tensor, head_dim: int, theta: float) -> Tensor:
+def rope_angles(positions: Tensor, head_dim: int, rope: Rope) -> Tensor:
     """What each pair of a head's values is turned by: fp32 [..., H/2] for positions [...]."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float, device=positions.device) / head_dim
-    return positions[..., None].float() * (1.0 / theta**exponents)
+    frequencies = 1.0 / rope.theta**exponents
+    frequencies[rope.turning_pairs(head_dim) :] = 0.0
+    return positions[..., None].float() * frequencies
 
 
-def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position that the model knows, fp32 [max_position_embeddings, H/2]."""
-    angles = rope_angles(torch.arange(config.max_position_embeddings), config.head_dim, config.rope_theta)
+def rope_tables(config: ModelConfig, kind: str) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position that the model knows, for layers of a kind: fp32 [max_position_embeddings, H/2]."""
+    angles = rope_angles(torch.arange(config.max_position_embeddings), config.head_dim, config.ropes[kind])
     return angles.cos(), angles.sin()
 
 
@@ -130,13 +139,27 @@ def _positions(mask: Tensor | None, past_length: int, tokens: int, device: torch
     return (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -tokens:]
 
 
-def _visible(mask: Tensor | None, past_length: int, tokens: int, device: torch.device) -> Tensor | None:
-    """Which positions each new token attends to, bool [B or 1, 1, T, S]; None where that is plain causal."""
-    if mask is None:
+def _visible(
+    mask: Tensor | None, past_length: int, tokens: int, device: torch.device, window: int | None
+) -> Tensor | None:
+    """Which positions each new token attends to, bool [B or 1, 1, T, S]; None where that is plain causal.
+
+    ``window``: how many attended positions, the token's own included, each of them sees; None: all.
+    """
+    total = past_length + tokens
+    if window is not None and total <= window:
+        window = None
+    if mask is None and window is None:
         return None if past_length == 0 else _causal(past_length, tokens, device)
+    seen = _causal(past_length, tokens, device)
+    if mask is not None:
+        seen = seen & mask[:, None, None, :]
+    if window is not None:
+        rank_BS = torch.arange(total, device=device)[None] if mask is None else mask.long().cumsum(-1)
+        seen = seen & (rank_BS[:, -tokens:, None] - rank_BS[:, None, :] < window)[:, None]
     # A padding query sees itself, so that its (unused) softmax is not over nothing.
-    itself = torch.eye(tokens, past_length + tokens, dtype=torch.bool, device=device).roll(past_length, 1)
-    return (_causal(past_length, tokens, device) & mask[:, None, None, :]) | itself
+    itself = torch.eye(tokens, total, dtype=torch.bool, device=device).roll(past_length, 1)
+    return seen | itself
 
 
 def _causal(past_length: int, tokens: int, device: torch.device) -> Tensor:
@@ -210,8 +233,9 @@ class GroupedQueryAttention(nn.Module):
     Out: [B, T, N*H], the new key and value [B, K, S, H], and the weights [B, N, T, S] if asked for.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, kind: str = FULL_ATTENTION):
         super().__init__()
+        self.kind = kind
         self.num_heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads
         self.head_dim = config.head_dim
@@ -226,26 +250,26 @@ class GroupedQueryAttention(nn.Module):
         layout: SequenceLayout,
         want_weights: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        cos, sin = layout.cos[:, None], layout.sin[:, None]
+        own = layout.attention[self.kind]
+        cos, sin = own.cos[:, None], own.sin[:, None]
         q_BNTH = rotate(self._heads(q), cos, sin)
         key = torch.cat((past_key, rotate(self._heads(k), cos, sin)), dim=2)
         value = torch.cat((past_value, self._heads(v)), dim=2)
         if want_weights:
-            y_BNTH, weights = self._explicit(q_BNTH, key, value, layout)
+            y_BNTH, weights = self._explicit(q_BNTH, key, value, own.visible)
         else:
             weights = None
             y_BNTH = F.scaled_dot_product_attention(
-                q_BNTH, key, value, attn_mask=layout.visible, is_causal=layout.visible is None, enable_gqa=True
+                q_BNTH, key, value, attn_mask=own.visible, is_causal=own.visible is None, enable_gqa=True
             )
         return y_BNTH.transpose(1, 2).flatten(2), key, value, weights
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def _explicit(self, q: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
+    def _explicit(self, q: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
         groups = self.num_heads // self.kv_heads
         scores = q @ key.repeat_interleave(groups, dim=1).mT * self.head_dim**-0.5
-        visible = layout.visible
         if visible is None:
             visible = _causal(key.shape[2] - q.shape[2], q.shape[2], q.device)
         weights = scores.masked_fill(~visible, float("-inf")).softmax(-1, dtype=torch.float32).to(q.dtype)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lfm2_export.families import get_family
 from lfm2_export.models.decoder import DecoderForCausalLM
 from lfm2_export.parity.figures import Control
 
@@ -49,11 +50,11 @@ class Perturbation:
 
 def one_row(model: DecoderForCausalLM) -> Perturbation:
     """A row in the middle of the middle layer's output projection."""
-    layer = model.config.num_hidden_layers // 2
-    kind = "self_attn" if layer in model.config.attention_layers else "conv"
-    return Perturbation(
-        name=f"model.layers.{layer}.{kind}.out_proj.weight", row=model.config.hidden_size // 2, steps=ROW_STEPS
-    )
+    config = model.config
+    tensors = get_family(config.model_type).tensors(config).values()
+    layer = config.num_hidden_layers // 2
+    name = next(t.name for t in tensors if t.layer == layer and t.matrix in ("out_proj", "o_proj"))
+    return Perturbation(name=name, row=config.hidden_size // 2, steps=ROW_STEPS)
 
 
 def one_norm(model: DecoderForCausalLM) -> Perturbation:

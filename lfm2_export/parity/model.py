@@ -11,6 +11,7 @@ what it makes of transformers' own decode and prefill is allowed.
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from lfm2_export.checkpoint import Checkpoint
 from lfm2_export.errors import CheckpointError
+from lfm2_export.families.reference import ReferenceConfig
 from lfm2_export.families.tensors import HEAD
 from lfm2_export.messages import listed
 from lfm2_export.models.decoder import Cache, DecoderForCausalLM
@@ -41,7 +43,8 @@ TOLERANCE = 1e-4
 TITLE = "transformers' eager model and ours, fp32"
 
 TOKENS = 128
-CHUNKS = (37, 1, 64, 2, 24)
+CHUNKS = (37, 1, 64, 2, 24)  # and what is left in one
+EDGE = 32
 PROMPT, STEPS = 24, 24
 DECODE = (PROMPT, *[1] * STEPS)
 # Rows of different length, prefilled in one batch and then decoded.
@@ -51,7 +54,8 @@ FEW_STEPS = 8
 
 def measure_model(ours: DecoderForCausalLM, checkpoint: Checkpoint, sample: Sample) -> Hop:
     """Compares the two; ``ours`` holds the checkpoint's weights and is unchanged afterwards."""
-    length = min(TOKENS, *(len(window.inputs) for window in sample.windows))
+    beyond = (ours.config.sliding_window or 0) + EDGE  # behind the first position that a sliding layer forgets
+    length = min(max(TOKENS, beyond), *(len(window.inputs) for window in sample.windows))
     ids = torch.from_numpy(np.stack([sample.prompt(length, index=index) for index in range(3)]))
     with torch.inference_mode():
         theirs = _theirs(checkpoint, ids)
@@ -70,6 +74,7 @@ class _Theirs:
     decoded: Tensor
     alone: list[Tensor]
     cached: bool
+    note: str | None = None
 
     @property
     def order(self) -> float:
@@ -79,8 +84,9 @@ class _Theirs:
 
 def _theirs(checkpoint: Checkpoint, ids: Tensor) -> _Theirs:
     """Loads transformers' model and lets it go."""
+    reference = checkpoint.family.reference_config(checkpoint.raw_config)
     with _quiet():
-        model: Any = _their_model(checkpoint).eval()
+        model: Any = _their_model(checkpoint, reference).eval()
         full = model(ids, use_cache=False).logits
         cached = bool(checkpoint.config.attention_layers)
 
@@ -91,20 +97,23 @@ def _theirs(checkpoint: Checkpoint, ids: Tensor) -> _Theirs:
         totals = [length + FEW_STEPS for length in LENGTHS]
         return _Theirs(
             full=full,
-            chunked=parts(ids, CHUNKS, full),
+            chunked=parts(ids, _chunks(ids), full),
             decoded=parts(ids[:, :decoded], DECODE, full[:, :decoded]),
             alone=[
                 parts(ids[row : row + 1, :total], (total - FEW_STEPS, *[1] * FEW_STEPS), full[row : row + 1, :total])[0]
                 for row, total in enumerate(totals)
             ],
             cached=cached,
+            note=None if reference is None else reference.note,
         )
 
 
-def _their_model(checkpoint: Checkpoint) -> Any:
+def _their_model(checkpoint: Checkpoint, reference: ReferenceConfig | None) -> Any:
     """As transformers loads it; what a GGUF file holds, which it does not read for every family, is given to it."""
     options: dict[str, Any] = {"dtype": torch.float32, "experts_implementation": "eager"}
     if not checkpoint.source.is_gguf:
+        if reference is not None:
+            options["config"] = _their_config(reference)
         return transformers.AutoModelForCausalLM.from_pretrained(checkpoint.path, local_files_only=True, **options)
     config = transformers.AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
     model = transformers.AutoModelForCausalLM.from_config(config, **options)
@@ -118,6 +127,15 @@ def _their_model(checkpoint: Checkpoint) -> Any:
     if missing := model.state_dict().keys() - state.keys() - {HEAD}:
         raise CheckpointError(f"transformers' model has tensors that the file has not: {listed(missing)}")
     return model
+
+
+def _their_config(reference: ReferenceConfig) -> Any:
+    fields = copy.deepcopy(dict(reference.raw))  # the constructor writes into nested objects
+    return transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def _chunks(ids: Tensor) -> tuple[int, ...]:
+    return (*CHUNKS, max(0, ids.shape[1] - sum(CHUNKS)))
 
 
 def _their_parts(model: Any, ids: Tensor, sizes: tuple[int, ...]) -> Tensor:
@@ -151,7 +169,7 @@ def _compare(ours: DecoderForCausalLM, theirs: _Theirs, ids: Tensor, tolerance: 
     cases: dict[str, Callable[[], float]] = {
         "prefill": lambda: _error(ours(ids[:1], use_cache=False).logits, theirs.full[:1]),
         "batch": lambda: _error(ours(ids, use_cache=False).logits, theirs.full),
-        "chunked prefill": lambda: _error(our_parts(ours, ids, CHUNKS), theirs.chunked),
+        "chunked prefill": lambda: _error(our_parts(ours, ids, _chunks(ids)), theirs.chunked),
         "decode": lambda: _error(our_parts(ours, ids[:, : sum(DECODE)], DECODE), theirs.decoded),
         "left padding": lambda: _padded_error(ours, ids, theirs.alone, left=True),
         "right padding": lambda: _padded_error(ours, ids, theirs.alone, left=False),
@@ -175,7 +193,7 @@ def _compare(ours: DecoderForCausalLM, theirs: _Theirs, ids: Tensor, tolerance: 
 
 
 def _notes(theirs: _Theirs, largest_logit: float) -> tuple[str, ...]:
-    notes = [f"logits reach {largest_logit:.1f}"]
+    notes = [f"logits reach {largest_logit:.1f}", *filter(None, [theirs.note])]
     if largest_logit > LARGEST_LOGIT:
         notes.append(f"beyond {LARGEST_LOGIT:g} the tolerance grows with them")
     if theirs.cached:

@@ -22,6 +22,8 @@ OTHERS = {
     "omni": ("lfm3_omni", None, "audio, images and text"),
     "a classifier": ("lfm2", "Lfm2ForSequenceClassification", "a classifier"),
     "another family": ("llama", "LlamaForCausalLM", "model_type='llama' is not supported; known families: lfm2"),
+    "vision of the third generation": ("lfm3_vl", "Lfm3VLForConditionalGeneration", "images and text"),
+    "a class of an older family": ("lfm3", "Lfm2ForCausalLM", "is no class of lfm3; expected Lfm3ForCausalLM"),
     "a class of another family": ("lfm2", "Lfm2MoeForCausalLM", "is no class of lfm2; expected Lfm2ForCausalLM"),
     "an unknown class": ("lfm2", "FooForBar", "is no class of lfm2"),
 }

@@ -9,7 +9,7 @@ import pytest
 from lfm2_export.families import FAMILIES, get_family
 from lfm2_export.families.tensors import ModelTensor, Part, TensorClass, expert_stacks
 from tests.checkpoints import tiny_config
-from tests.models.reference import their_model
+from tests.models.reference import published, their_model
 
 
 def described(model_type: str, **overrides: object) -> dict[str, ModelTensor]:
@@ -25,7 +25,7 @@ def test_every_parameter_of_transformers_model_is_described(model_type, changes)
     config = family.parse_config(raw)
     tensors, fused = family.tensors(config), family.fused_tensors(config)
     theirs = their_model(raw)
-    stored = {name: tuple(value.shape) for name, value in theirs.state_dict().items()}
+    stored = {published(name): tuple(value.shape) for name, value in theirs.state_dict().items()}
     if config.tie_word_embeddings:
         del stored["lm_head.weight"]
     parts = {part for name, one in fused.items() if name in stored for part in one.parts}

@@ -98,14 +98,16 @@ class AttentionCase:
     int8: bool = False
     threads: int = 1
     epsilon: float = 1e-5
+    window: int | None = None
 
     @property
     def op(self) -> str:
-        return "AttentionInt8" if self.int8 else "Attention"
+        return f"{'Sliding' if self.window else ''}Attention{'Int8' if self.int8 else ''}"
 
     @property
     def label(self) -> str:
-        fields = ("tokens", "held", "lengths", "capacity", "hidden", "heads", "kv_heads", "head_dim", "sharpness")
+        fields = ("tokens", "held", "lengths", "capacity", "hidden", "heads", "kv_heads", "head_dim")
+        fields = (*fields, "sharpness", "window")
         said = [f"{name}={getattr(self, name)}" for name in fields if getattr(self, name) not in (None, (0, 0), 1.0)]
         return f"{self.op} {' '.join(said)} threads={self.threads}".replace(", ", ",")
 
@@ -119,7 +121,8 @@ class AttentionCase:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        return {"num_heads": self.heads, "kv_num_heads": self.kv_heads, "epsilon": self.epsilon}
+        window = {} if self.window is None else {"window": self.window}
+        return {"num_heads": self.heads, "kv_num_heads": self.kv_heads, "epsilon": self.epsilon, **window}
 
     @property
     def outputs(self) -> dict[str, int]:
@@ -222,7 +225,7 @@ class AttentionCase:
         out = np.zeros((self.batch, self.tokens, self.heads, self.head_dim))
         for row, slots in enumerate(self.slots()):
             for token, slot in enumerate(slots):
-                seen = np.flatnonzero(self.mask[row, : slot + 1])
+                seen = np.flatnonzero(self.mask[row, : slot + 1])[-(self.window or self.total) :]
                 if not len(seen):
                     continue
                 for head in range(self.heads):
@@ -272,6 +275,13 @@ def _attention_cases() -> list[AttentionCase]:
         {"held": (300,), "sharpness": 30.0},
         {"tokens": 40, "sharpness": 100.0},
         {"held": (2200,), "sharpness": 30.0, "kv_heads": 1},
+        *({"window": w, "tokens": 40} for w in (1, 3, 16, 39, 40, 200)),
+        *({"window": w, "held": (300,), "capacity": 310} for w in (1, 63, 64, 65, 256)),
+        {"window": 70, "held": (200,), "tokens": 90, "hidden": (100, 150), "heads": 6, "kv_heads": 2},
+        {"window": 5, "held": (30,), "hidden": (20, 30)},  # fewer attended positions than slots
+        {"window": 5, "tokens": 20, "lengths": (20, 3, 1, 17)},
+        {"window": 8, "held": (11, 4, 1, 90), "capacity": 128},
+        {"window": 2000, "held": (4000,), "tokens": 3, "heads": 8, "kv_heads": 1},
     ]
     cases = [AttentionCase(**case, int8=int8) for case in found for int8 in (False, True)]
     threaded = [AttentionCase(**case, threads=2) for case in (found[6], steps[-1], chunks[-1], groups[-1])]

@@ -195,13 +195,16 @@ void put_cache(Maker& maker, const std::string& name, const Shape& shape, bool i
 // A first prompt, later tokens with a cache that grows by copying, or with one that has room.
 Case attention(const std::string& op, Random& random, int64_t wanted) {
   Maker maker(op, random);
-  const bool is_int8 = op == "AttentionInt8", is_first = random.one_in(3);
+  const bool is_int8 = op == "AttentionInt8" || op == "SlidingAttentionInt8", is_first = random.one_in(3);
   const int64_t kv_heads = random.between(1, 2), heads = kv_heads * random.between(1, 3);
   const int64_t head_dim = 16 * random.between(1, random.one_in(8) ? 16 : 5), batch = random.between(1, 3);
   const int64_t tokens = random_tokens(random, wanted), held = is_first ? 0 : random.between(1, 150);
   const int64_t total = std::max<int64_t>(1, held + tokens), past = random.one_in(2) ? held : total + 3;
   maker.integer("num_heads", heads);
   maker.integer("kv_num_heads", kv_heads);
+  if (op.rfind("Sliding", 0) == 0) {
+    maker.integer("window", random.between(1, 100));
+  }
   maker.made().info.floats["epsilon"] = 1e-5f;
   maker.floats("q", {batch, tokens, heads * head_dim});
   maker.floats("k", {batch, tokens, kv_heads * head_dim});
@@ -233,7 +236,8 @@ Case attention(const std::string& op, Random& random, int64_t wanted) {
 }  // namespace
 
 const std::vector<std::string> kOperators = {"MatMulNBits", "Projections", "FeedForward",   "SparseMoe",
-                                             "GatedConv",   "Attention",   "AttentionInt8"};
+                                             "GatedConv",   "Attention",   "AttentionInt8",
+                                             "SlidingAttention", "SlidingAttentionInt8"};
 
 Case random_case(const std::string& op, Random& random, int64_t tokens) {
   if (op == "MatMulNBits") return product(random, tokens);

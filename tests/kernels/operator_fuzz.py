@@ -33,7 +33,7 @@ MOST_ELEMENTS = 1 << 59  # that numpy counts in an array without any
 # Of the norm: 2e-7 was the most in 24,000 calls of the plain kernels. Others sum in another order, by which a value in
 # between may go to the next int8 code, one of 127 steps; and round an int8 cache's queries to 15 bits.
 _TIGHT, _LOOSE = 1e-5, 1e-2
-_ROUNDED = ("FeedForward", "SparseMoe", "AttentionInt8")
+_ROUNDED = ("FeedForward", "SparseMoe", "AttentionInt8", "SlidingAttentionInt8")
 DTYPES = ("float32", "uint8", "int32", "int64", "float16", "float64", "bool")
 
 
@@ -64,6 +64,7 @@ def base_calls() -> list[Call]:
         AttentionCase(tokens=5, lengths=(5, 2), head_dim=16),
         AttentionCase(held=(5,), tokens=2, head_dim=16),
         AttentionCase(held=(11, 4, 1), capacity=16, head_dim=48, heads=3, kv_heads=1),
+        AttentionCase(held=(11, 4, 1), tokens=2, head_dim=16, window=4),
     )
     cases = [
         *onnx_operators.PRODUCT_CASES[:3],
@@ -217,7 +218,7 @@ class Fuzzer:
 
     def _compare(self, call: Call, got: list[npt.NDArray[Any]], want: list[npt.NDArray[Any]]) -> str | None:
         for index, (mine, other) in enumerate(zip(got, want, strict=True)):
-            values = dequantize_rows(mine) if call.op == "AttentionInt8" and index > 0 else mine
+            values = dequantize_rows(mine) if call.op.endswith("AttentionInt8") and index > 0 else mine
             if values.shape != other.shape:
                 return f"output {index} is {list(values.shape)}, not {list(other.shape)}"
             error = c_api_fuzz.difference(values, other)

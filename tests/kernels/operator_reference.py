@@ -148,7 +148,7 @@ def _attention(inputs: Inputs, a: Attributes, *, int8: bool = False) -> list[npt
     out = np.zeros((batch, tokens, heads, dim))
     queries, group = turned(x[0], heads, x[3]) / np.sqrt(dim), heads // kv_heads
     for row, token in np.ndindex(batch, tokens):
-        seen = np.flatnonzero(x[8][row, : slots[row, token] + 1])
+        seen = np.flatnonzero(x[8][row, : slots[row, token] + 1])[-a.get("window", total) :]
         for head in range(heads if len(seen) else 0):
             scores = caches[0][row, head // group, seen] @ queries[row, token, head]
             weights = np.exp(scores - scores.max())
@@ -168,4 +168,6 @@ _OPERATORS = {
     "GatedConv": _gated_conv,
     "Attention": _attention,
     "AttentionInt8": _attention_int8,
+    "SlidingAttention": _attention,
+    "SlidingAttentionInt8": _attention_int8,
 }

@@ -21,6 +21,11 @@ from lfm2_export.models.decoder import DecoderForCausalLM
 from tests.checkpoints import tiny_config
 
 TOLERANCE = 1e-5
+THEIR_CONFIGS: dict[str, Any] = {
+    "lfm2": transformers.Lfm2Config,
+    "lfm2_moe": transformers.Lfm2MoeConfig,
+    "lfm3": transformers.Lfm3Config,
+}
 # Matrices have entries of about gain / sqrt(in). So logits reach 4 to 8, of which rounding alone is about 3e-6.
 GAIN, GAINS = 0.5, {"embed_tokens": 1.0, "lm_head": 1.0, "gate": 2.0}
 CONV, ATTENTION = "conv", "full_attention"
@@ -80,20 +85,50 @@ MOE_CASES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
+SLIDING = "sliding_attention"
+_FULL, _WHOLE = {"rope_type": "default", "rope_theta": 1e6}, {"rope_type": "default", "rope_theta": 1e4}
+LFM3_CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no_sandwich_norm": {"use_sandwich_norm": False},
+    "no_gate": {"use_attention_gate": False},
+    "attention_bias": {"attention_bias": True, "conv_bias": True},
+    "untied": {"tie_word_embeddings": False},
+    "window_of_2": {"sliding_window": 2},  # with 1, transformers' cache keeps everything
+    "window_wider_than_the_text": {"sliding_window": 100},
+    "no_sliding_layer": {"layer_types": [CONV, ATTENTION, CONV, ATTENTION, CONV], "sliding_window": None},
+    "only_sliding_layers": {"layer_types": [SLIDING] * 5},
+    "no_conv_layer": {"layer_types": [ATTENTION, SLIDING, ATTENTION, SLIDING, SLIDING]},
+    "whole_heads": {"rope_parameters": {ATTENTION: _FULL, SLIDING: _WHOLE}},
+    "both_in_part": {
+        "rope_parameters": {
+            ATTENTION: {**_FULL, "partial_rotary_factor": 0.25},
+            SLIDING: {**_WHOLE, "partial_rotary_factor": 0.75, "rope_type": "proportional"},
+        }
+    },
+    "by_default": {"rope_parameters": None, "layer_types": None, "num_hidden_layers": 6, "head_dim": None},
+    "width_3": {"conv_L_cache": 3, "num_key_value_heads": 1, "norm_eps": 1e-6},
+}
 CASES = {f"lfm2-{name}": ("lfm2", changes) for name, changes in DENSE_CASES.items()} | {
     f"lfm2_moe-{name}": ("lfm2_moe", changes) for name, changes in MOE_CASES.items()
 }
+CASES |= {f"lfm3-{name}": ("lfm3", changes) for name, changes in LFM3_CASES.items()}
 
 
 def their_config(raw: Mapping[str, Any]) -> Any:
     """transformers' config object; its constructor writes into nested objects, hence the copy."""
-    kind = {"lfm2": transformers.Lfm2Config, "lfm2_moe": transformers.Lfm2MoeConfig}[raw["model_type"]]
+    kind = THEIR_CONFIGS[raw["model_type"]]
     return kind(**{key: copy.deepcopy(value) for key, value in raw.items() if key != "model_type"})
 
 
 def their_model(raw: Mapping[str, Any], *, seed: int = 0, attention: str = "sdpa", experts: str = "eager") -> Any:
     """transformers' model with random weights. Its faster experts refuse widths that are not multiples of 4."""
-    kind = {"lfm2": transformers.Lfm2ForCausalLM, "lfm2_moe": transformers.Lfm2MoeForCausalLM}[raw["model_type"]]
+    kind = {
+        "lfm2": transformers.Lfm2ForCausalLM,
+        "lfm2_moe": transformers.Lfm2MoeForCausalLM,
+        "lfm3": transformers.Lfm3ForCausalLM,
+    }[raw["model_type"]]
+    reference = get_family(raw["model_type"]).reference_config(raw)
+    raw = raw if reference is None else reference.raw
     model = kind._from_config(their_config(raw), attn_implementation=attention, experts_implementation=experts)
     model.eval()
     randomize_(model, seed)
@@ -106,8 +141,13 @@ def our_model(raw: Mapping[str, Any], theirs: nn.Module | None = None, *, seed: 
     if theirs is None:
         randomize_(model, seed)
     else:
-        model.load_state_dict(theirs.state_dict(), strict=True)
+        model.load_state_dict({published(name): value for name, value in theirs.state_dict().items()}, strict=True)
     return model
+
+
+def published(name: str) -> str:
+    """What checkpoints call a parameter of transformers' module."""
+    return name.replace(".self_attn.g_proj.", ".self_attn.gate_proj.")
 
 
 def randomize_(model: nn.Module, seed: int) -> None:

@@ -13,13 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.configuration_utils import PreTrainedConfig
 
-from lfm2_export.config import ModelConfig
+from lfm2_export.config import ModelConfig, Rope
 from lfm2_export.errors import CheckpointError, ConfigError
 from lfm2_export.families import FAMILIES, get_family
 from tests.checkpoints import tiny_config
-from tests.models.reference import CASES, their_config
+from tests.models.reference import CASES, THEIR_CONFIGS, published, their_config
 
-THEIR_CLASSES = {"lfm2": transformers.Lfm2ForCausalLM, "lfm2_moe": transformers.Lfm2MoeForCausalLM}
+THEIR_CLASSES: dict[str, Any] = {
+    "lfm2": transformers.Lfm2ForCausalLM,
+    "lfm2_moe": transformers.Lfm2MoeForCausalLM,
+    "lfm3": transformers.Lfm3ForCausalLM,
+}
 ROPE = {"rope_type": "default", "rope_theta": 5e3}
 
 # Ways to say the same thing, several sayings at once, and values that only a tokenizer or a caller cares about.
@@ -82,7 +86,7 @@ def refusal(model_type: str, **changes: Any) -> str:
 def their_shapes(raw: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = THEIR_CLASSES[raw["model_type"]]._from_config(their_config(raw))
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = {published(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del shapes["lm_head.weight"]
     return shapes
@@ -102,7 +106,7 @@ def our_shapes(raw: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 def check_against_theirs(raw: dict[str, Any]) -> None:
     ours, theirs = parse(raw), their_config(raw)
     derived = {
-        "rope_theta": theirs.rope_parameters["rope_theta"],
+        **_ropes(theirs),
         "head_dim": getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads),
         "layer_types": tuple(theirs.layer_types),
         "eos_token_id": () if theirs.eos_token_id is None else _as_tuple(theirs.eos_token_id),
@@ -110,12 +114,29 @@ def check_against_theirs(raw: dict[str, Any]) -> None:
         "num_dense_layers": min(getattr(theirs, "num_dense_layers", 99), theirs.num_hidden_layers),
     }
     only_moe = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "use_expert_bias", "norm_topk_prob")
+    only_moe = (*only_moe, "routed_scaling_factor", "output_router_logits")
+    only_lfm3 = ("sliding_window", "attention_bias", "use_attention_gate", "use_sandwich_norm")
     for field in dataclasses.fields(ModelConfig):
-        if ours.model_type == "lfm2" and field.name in (*only_moe, "routed_scaling_factor", "output_router_logits"):
+        if field.name in (() if ours.model_type == "lfm2_moe" else only_moe):
+            continue
+        if field.name in (() if ours.model_type == "lfm3" else only_lfm3):
+            continue
+        if field.name == "sliding_window" and "sliding_attention" not in ours.layer_types:
             continue
         wanted = derived[field.name] if field.name in derived else getattr(theirs, field.name)
         assert getattr(ours, field.name) == wanted, field.name
     assert our_shapes(raw) == their_shapes(raw)
+
+
+def _ropes(theirs: Any) -> dict[str, Any]:
+    given = theirs.rope_parameters
+    if "rope_theta" in given:
+        return {"rope_theta": given["rope_theta"], "rope_share": 1.0, "sliding_rope": None}
+    full, sliding = (
+        Rope(theta=one["rope_theta"], share=one.get("partial_rotary_factor", 1.0))
+        for one in (given["full_attention"], given["sliding_attention"])
+    )
+    return {"rope_theta": full.theta, "rope_share": full.share, "sliding_rope": sliding}
 
 
 def _as_tuple(value: int | list[int]) -> tuple[int, ...]:
@@ -132,7 +153,15 @@ def test_that_comparison_can_fail() -> None:
     assert our_shapes(raw) != their_shapes(raw | {"block_multiple_of": 7})
 
 
-@pytest.mark.parametrize("raw", [{"model_type": "lfm2"}, {"model_type": "lfm2_moe", "layer_types": ["conv"] * 32}])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"model_type": "lfm2"},
+        {"model_type": "lfm2_moe", "layer_types": ["conv"] * 32},
+        {"model_type": "lfm3", "sliding_window": 256},
+    ],
+    ids=FAMILIES,
+)
 def test_defaults_are_theirs(raw: dict[str, Any]) -> None:
     check_against_theirs(raw)
 
@@ -154,7 +183,9 @@ def test_the_first_published_form_of_a_config() -> None:
     assert (config.intermediate_size, config.head_dim, config.attention_layers) == (8192, 64, (2, 5, 8, 10, 12, 14))
 
 
-@pytest.mark.parametrize("case", ["lfm2-plain", "lfm2_moe-plain", "eos_list", "rope_theta_only", "tie_embedding_wins"])
+@pytest.mark.parametrize(
+    "case", ["lfm2-plain", "lfm2_moe-plain", "lfm3-plain", "eos_list", "rope_theta_only", "tie_embedding_wins"]
+)
 def test_a_config_saved_by_transformers_means_the_same(case: str) -> None:
     raw = raw_of(case)
     saved = json.loads(their_config(raw).to_json_string())
@@ -196,6 +227,16 @@ HONOURED: dict[str, Any] = {
     "use_expert_bias": False,
     "routed_scaling_factor": 2.0,
     "norm_topk_prob": False,
+    # lfm3
+    "head_dim": 16,
+    "sliding_window": 9,
+    "use_sandwich_norm": False,
+    "use_attention_gate": False,
+    "attention_bias": True,
+}
+# Where a family wants another value for that.
+OWN_VALUES: dict[str, dict[str, Any]] = {
+    "lfm3": {"rope_parameters": {kind: {"rope_theta": 1e3} for kind in ("full_attention", "sliding_attention")}}
 }
 # What a field needs beside it to show.
 COMPANIONS: dict[str, dict[str, Any]] = {
@@ -214,12 +255,12 @@ IGNORED = {
     "id2label": "classification heads",
     "label2id": "classification heads",
     "problem_type": "classification heads",
+    "attention_dropout": "training only",
 }
 
 
 def fields_of(model_type: str) -> list[str]:
-    kind = {"lfm2": transformers.Lfm2Config, "lfm2_moe": transformers.Lfm2MoeConfig}[model_type]
-    return [field.name for field in dataclasses.fields(kind)]
+    return [field.name for field in dataclasses.fields(THEIR_CONFIGS[model_type])]
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -238,7 +279,8 @@ def test_honoured_fields_show(model_type: str) -> None:
         before = tiny_config(model_type) | companions
         if field == "num_hidden_layers":
             before = tiny_config(model_type)
-        assert parse(before | companions | {field: HONOURED[field]}) != parse(before), field
+        value = OWN_VALUES.get(model_type, {}).get(field, HONOURED[field])
+        assert parse(before | companions | {field: value}) != parse(before), field
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

@@ -16,16 +16,16 @@ from lfm2_export.checkpoint import open_checkpoint
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import CheckpointError
 from lfm2_export.families import Family
-from lfm2_export.models import loading
+from lfm2_export.models import NETS, loading
 from lfm2_export.models.decoder import DecoderForCausalLM
 from lfm2_export.models.lfm2 import Lfm2ForCausalLM
 from lfm2_export.models.lfm2_moe import Lfm2MoeForCausalLM
 from lfm2_export.models.loading import load_model
 from tests.checkpoints import tiny_config, write_random_checkpoint
-from tests.models.reference import TOLERANCE, largest, perturbed, their_model, token_ids
+from tests.models.reference import TOLERANCE, largest, perturbed, published, their_model, token_ids
 from tests.models.test_against_transformers import report
 
-FAMILIES = ["lfm2", "lfm2_moe"]
+FAMILIES = ["lfm2", "lfm2_moe", "lfm3"]
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def assert_same_weights(ours: nn.Module, theirs: nn.Module) -> None:
-    wanted = {name: tensor for name, tensor in tensors_of(theirs).items() if "inv_freq" not in name}
+    wanted = {published(name): tensor for name, tensor in tensors_of(theirs).items() if "inv_freq" not in name}
     found = tensors_of(ours)
     assert found.keys() == wanted.keys()
     assert list(found) == list(tensors_of(type(ours)(ours.config)))
@@ -70,8 +70,7 @@ def test_dtypes_are_converted_as_transformers_does(
     tmp_path: Path, model_type: str, stored: str, dtype: torch.dtype
 ) -> None:
     write_random_checkpoint(tmp_path, tiny_config(model_type), seed=3, dtype=stored, shards=2)
-    kind = {"lfm2": Lfm2ForCausalLM, "lfm2_moe": Lfm2MoeForCausalLM}[model_type]
-    ours = kind.from_pretrained(tmp_path, dtype=dtype)
+    ours = NETS[model_type].from_pretrained(tmp_path, dtype=dtype)
     theirs = type(their_model(tiny_config(model_type))).from_pretrained(tmp_path, dtype=dtype)
     assert_same_weights(ours, theirs)
 
@@ -81,7 +80,8 @@ def test_dtypes_are_converted_as_transformers_does(
 def test_a_loaded_model_computes_what_theirs_computes(tmp_path: Path, model_type: str, fused: bool) -> None:
     write_random_checkpoint(tmp_path, tiny_config(model_type), seed=4, fused=fused)
     ours = load_model(open_checkpoint(tmp_path))
-    theirs = type(their_model(tiny_config(model_type))).from_pretrained(tmp_path, dtype=torch.float32).eval()
+    made = their_model(tiny_config(model_type))  # whose config says what LFM3's half rotation is
+    theirs = type(made).from_pretrained(tmp_path, config=made.config, dtype=torch.float32).eval()
     ids = token_ids(2, 9)
     expected = theirs(ids, use_cache=False).logits
     report(model_type, {"logits": largest(ours(ids).logits, expected)})

@@ -21,6 +21,8 @@ CASES = [
     "lfm2-no_attention_layer",
     "lfm2_moe-plain",
     "lfm2_moe-everything_at_once",
+    "lfm3-plain",
+    "lfm3-only_sliding_layers",
 ]
 SIDES = ["left", "right", "both", "middle", "scattered"]
 

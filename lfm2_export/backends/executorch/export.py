@@ -67,8 +67,9 @@ def _buffer_bytes(config: ModelConfig, context: int) -> tuple[int, int]:
     from lfm2_export.backends.executorch.trace import buffer_positions
 
     positions = buffer_positions(context)
-    cache = CacheSpec.from_config(config, "float32")
-    state, tables = cache.fixed_bytes() + cache.bytes_per_token() * positions, 2 * 4 * config.head_dim * positions
+    cache = CacheSpec.from_config(config, "float32", bounded=True)
+    state = cache.fixed_bytes() + cache.bytes_per_token() * positions
+    tables = len(config.ropes) * 2 * 4 * config.head_dim * positions
     check_memory(
         2 * state + 3 * tables, purpose=f"a context of {context} (--max-context)", remedy="pass a smaller --max-context"
     )
@@ -130,7 +131,7 @@ def export_program(request: ExportRequest) -> ExportedProgram:
     """
     plans, context = _plans(request), max_context(request)
     config = request.checkpoint.config
-    cache = CacheSpec.from_config(config, "float32")
+    cache = CacheSpec.from_config(config, "float32", bounded=True)
     (request.folder / FOLDER).mkdir(exist_ok=True)
     with _scratch(request) as root:
         streams = {name: _stream(request, plan, name, root) for name, plan in plans.items()}

@@ -14,7 +14,7 @@ Shape suffixes as in ``models/layers.py``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lfm2_export.backends.executorch import ops
 from lfm2_export.backends.executorch.moe import lowered_experts
 from lfm2_export.backends.executorch.weights import CONV, Codes, ProgramWeights
-from lfm2_export.config import ModelConfig
+from lfm2_export.config import FULL_ATTENTION, SLIDING_ATTENTION, ModelConfig
 from lfm2_export.models import decoder as eager
 from lfm2_export.models.layers import rope_angles
 from lfm2_export.models.lfm2_moe import SparseMoeBlock
@@ -33,11 +33,24 @@ from lfm2_export.models.lfm2_moe import SparseMoeBlock
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutorchLayout:
-    """``start``: position of the call's first token, a symbolic integer; ``cos``, ``sin`` [1, T, 1, H]."""
+    """``start``: position of the call's first token, a symbolic integer; ``ropes``: cos and sin [1, T, 1, H] by the
+    kind of layer; ``window`` float32 [T, R + T]: what a token of a sliding layer sees of the R positions that it keeps
+    and of this call's, as 0 and FAR_BELOW."""
 
     start: Any
-    cos: Tensor
-    sin: Tensor
+    ropes: Mapping[str, tuple[Tensor, Tensor]]
+    window: Tensor | None
+
+
+# Added to scores that are not to count; a finite number, as the operator may meet a part of a row that has no other.
+FAR_BELOW = -1e9
+LONGEST_CALL = 512  # as many as our runner gives a program at once
+
+
+def longest_call(config: ModelConfig, max_context: int) -> int:
+    """The most tokens of a call. With sliding layers it has a mask of [tokens, window + tokens], for which the memory
+    would grow with the square of the context; the stock runners cut a prompt by ``get_max_seq_len``."""
+    return max_context if SLIDING_ATTENTION not in config.ropes else min(max_context, LONGEST_CALL)
 
 
 class ExecutorchLayoutBuilder(nn.Module):
@@ -46,8 +59,16 @@ class ExecutorchLayoutBuilder(nn.Module):
     def __init__(self, config: ModelConfig, capacity: int):
         super().__init__()
         self.capacity = capacity
-        angles = rope_angles(torch.arange(capacity), config.head_dim, config.rope_theta).repeat(1, 2)
-        self.cos, self.sin = nn.Buffer(angles.cos()), nn.Buffer(angles.sin())
+        window = config.window(SLIDING_ATTENTION) if SLIDING_ATTENTION in config.ropes else None
+        self.kept = None if window is None else max(1, window - 1)
+        self.reach = window
+        if self.kept is not None:
+            self.register_buffer("places", torch.arange(self.kept + longest_call(config, capacity)))
+        self.kinds = tuple(config.ropes)
+        for kind, rope in config.ropes.items():
+            angles = rope_angles(torch.arange(capacity), config.head_dim, rope).repeat(1, 2)
+            for name, table in zip(_tables_of(kind), (angles.cos(), angles.sin()), strict=True):
+                self.register_buffer(name, table)
 
     def forward(
         self, embeds_BTD: Tensor, attention_mask: None, position_ids: Tensor, past_length: int
@@ -58,8 +79,25 @@ class ExecutorchLayoutBuilder(nn.Module):
         torch._check(start >= 0)
         torch._check(start < self.capacity)
         torch._check(start + tokens <= self.capacity)
-        cos, sin = (table.narrow(0, start, tokens)[None, :, None] for table in (self.cos, self.sin))
-        return ExecutorchLayout(start=start, cos=cos, sin=sin)
+        ropes = {}
+        for kind in self.kinds:
+            cos, sin = (self.get_buffer(name).narrow(0, start, tokens)[None, :, None] for name in _tables_of(kind))
+            ropes[kind] = (cos, sin)
+        return ExecutorchLayout(start=start, ropes=ropes, window=self._window(tokens, position_ids))
+
+    def _window(self, tokens: int, position_ids: Tensor) -> Tensor | None:
+        """Key j of R + T is that of position ``start - R + j``, token i that of ``start + i``, and so key R + i."""
+        if self.kept is None or self.reach is None:
+            return None
+        places = self.get_buffer("places")
+        keys_S = places.narrow(0, 0, self.kept + tokens)[None]
+        own_T1 = places.narrow(0, 0, tokens)[:, None] + self.kept
+        seen = (keys_S <= own_T1) & (keys_S > own_T1 - self.reach) & (keys_S + position_ids >= self.kept)
+        return torch.where(seen, 0.0, FAR_BELOW)
+
+
+def _tables_of(kind: str) -> tuple[str, str]:
+    return ("cos", "sin") if kind == FULL_ATTENTION else ("sliding_cos", "sliding_sin")
 
 
 class ExecutorchRMSNorm(nn.Module):
@@ -147,9 +185,9 @@ class ExecutorchShortConv(nn.Module):
 class ExecutorchAttention(nn.Module):
     """RoPE, then llama::update_cache and llama::custom_sdpa on buffers [1, capacity, K, H] that stay in place."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, kind: str):
         super().__init__()
-        self.head_dim = config.head_dim
+        self.kind, self.head_dim = kind, config.head_dim
         half = config.head_dim // 2
         turn = torch.zeros(config.head_dim, config.head_dim)
         turn[:half, half:], turn[half:, :half] = -torch.eye(half), torch.eye(half)
@@ -165,14 +203,42 @@ class ExecutorchAttention(nn.Module):
         layout: ExecutorchLayout,
         want_weights: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
-        ops.update_cache(self._rotate(k, layout), past_key, layout.start)
+        q, k, v = (self._heads(x) for x in (q, k, v))
+        rope = layout.ropes[self.kind]
+        ops.update_cache(self._rotate(k, *rope), past_key, layout.start)
         ops.update_cache(v, past_value, layout.start)
-        y_BTNH = ops.causal_attention(self._rotate(q, layout), past_key, past_value, layout.start)
+        y_BTNH = ops.causal_attention(self._rotate(q, *rope), past_key, past_value, layout.start)
         return y_BTNH.flatten(2), past_key, past_value, None
 
-    def _rotate(self, x_BTNH: Tensor, layout: ExecutorchLayout) -> Tensor:
-        return x_BTNH * layout.cos + F.linear(x_BTNH, self.turn) * layout.sin
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))
+
+    def _rotate(self, x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return x_BTNH * cos + F.linear(x_BTNH, self.turn) * sin
+
+
+class ExecutorchSlidingAttention(ExecutorchAttention):
+    """Attention on the R positions that the state [1, R, K, H] keeps and the call's own; returns the last R of both.
+
+    Like a short conv's state it is moved along, so that it never grows: what a window no longer reaches is gone.
+    """
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        past_key: Tensor,
+        past_value: Tensor,
+        layout: ExecutorchLayout,
+        want_weights: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
+        assert layout.window is not None
+        rope, tokens = layout.ropes[self.kind], q.shape[1]
+        key = torch.cat((past_key, self._rotate(self._heads(k), *rope)), dim=1)
+        value = torch.cat((past_value, self._heads(v)), dim=1)
+        y_BTNH = ops.masked_attention(self._rotate(self._heads(q), *rope), key, value, layout.window)
+        return y_BTNH.flatten(2), key[:, tokens:], value[:, tokens:], None
 
 
 class Lowering:
@@ -201,7 +267,8 @@ class Lowering:
             case eager.ShortConv():
                 return self._short_conv(name)
             case eager.GroupedQueryAttention():
-                return ExecutorchAttention(self.config)
+                is_sliding = self.config.window(module.kind) is not None
+                return (ExecutorchSlidingAttention if is_sliding else ExecutorchAttention)(self.config, module.kind)
             case nn.Embedding():
                 return ExecutorchEmbedding(self.weights.embedding())
             case SparseMoeBlock():

@@ -71,6 +71,11 @@ def causal_attention(q: Tensor, key: Tensor, value: Tensor, start: Any) -> Tenso
     return _llama.custom_sdpa(q, key, value, start, None, 0.0, True)
 
 
+def masked_attention(q: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Attention of q [1, T, N, H] on keys and values [1, S, K, H]; ``mask`` float32 [T, S] is added to the scores."""
+    return _llama.custom_sdpa(q, key, value, 0, mask, 0.0, False)
+
+
 def stock_experts(
     x_TD: Tensor,
     gate: Tensor,

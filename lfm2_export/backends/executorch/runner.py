@@ -84,6 +84,7 @@ class ExecutorchRunner:
         self._cache, self._context_length = cache, check_context_length(context_length)
         self._session = Session(path, threads=threads)
         self._vocab_size = self._session.logits_shape()[-1]
+        self._longest_call = self._session.input_shapes(FORWARD)[0][-1]
         self._program_id = program_id or f"{path.name}@{path.stat().st_size}"
         self._length = 0
         self._marks: weakref.WeakSet[Mark] = weakref.WeakSet()
@@ -147,7 +148,8 @@ class ExecutorchRunner:
     @short_of_memory("prefill")
     def prefill(self, input_ids: TokenRows, *, chunk_size: int | None = None) -> np.ndarray:
         tokens = self._check_new(input_ids)
-        return self._append(tokens, check_chunk_size(chunk_size, DEFAULT_CHUNK_SIZE))[-1][None]
+        chunk = min(check_chunk_size(chunk_size, DEFAULT_CHUNK_SIZE), self._longest_call)
+        return self._append(tokens, chunk)[-1][None]
 
     @short_of_memory("prefill")
     def prefill_scored(self, input_ids: TokenRows, *, chunk_size: int | None = None) -> list[np.ndarray]:
@@ -197,7 +199,7 @@ class ExecutorchRunner:
 
     def mark(self) -> Mark:
         state = self._by_name(self._read() if self._length else self._zeros())
-        mark = Mark(lengths=self.lengths, conv={t.past_name: state[t.past_name] for t in self._cache.conv})
+        mark = Mark(lengths=self.lengths, conv={t.past_name: state[t.past_name] for t in self._cache.fixed})
         self._marks.add(mark)
         return mark
 
@@ -207,9 +209,9 @@ class ExecutorchRunner:
     def rewind(self, mark: Mark) -> None:
         if not self.is_valid(mark):
             raise RunnerError("this mark is of a state that is no more; restore a snapshot or prefill again")
-        if mark.lengths[0] and self._cache.conv:
+        if mark.lengths[0] and self._cache.fixed:
             state = self._read()
-            state[0][:] = np.concatenate([mark.conv[t.past_name] for t in self._cache.conv])
+            self._put_fixed(state, mark.conv)
             self._session.call(WRITE_STATE, state)
         self._length = int(mark.lengths[0])
         for other in [m for m in self._marks if (m.lengths > mark.lengths).any()]:
@@ -247,33 +249,44 @@ class ExecutorchRunner:
         return logits[0, 0]
 
     def _read(self) -> list[np.ndarray]:
-        """The buffers, copied: conv states [layers, L-1, D], then keys and values [1, S, K, H]."""
+        """The buffers, copied: conv states [layers, L-1, D], then keys and values [1, S, K, H], bounded ones first."""
         return self._session.call(READ_STATE, ())
 
     def _zeros(self) -> list[np.ndarray]:
         return [np.zeros(shape, np.float32) for shape in self._session.output_shapes(READ_STATE)]
 
     def _by_name(self, buffers: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """Buffers as the CacheSpec describes the state; keys and values trimmed to the tokens held."""
-        conv, growing = self._split(buffers)
+        """Buffers as the CacheSpec describes the state; keys and values that grow are trimmed to the tokens held."""
+        conv, bounded, growing = self._split(buffers)
         found = {t.past_name: conv[i : i + 1].copy() for i, t in enumerate(self._cache.conv)}
+        found |= {t.past_name: _positions_last(b).copy() for t, b in bounded}
         found |= {t.past_name: _positions_last(b)[:, :, : self._length].copy() for t, b in growing}
         return {t.past_name: found[t.past_name] for t in self._cache.tensors}
 
     def _buffers(self, tensors: Mapping[str, np.ndarray], length: int) -> list[np.ndarray]:
         """The other way round."""
         buffers = self._zeros()
-        conv, growing = self._split(buffers)
-        for index, tensor in enumerate(self._cache.conv):
-            conv[index] = tensors[tensor.past_name][0]
-        for tensor, buffer in growing:
+        self._put_fixed(buffers, tensors)
+        for tensor, buffer in self._split(buffers)[2]:
             buffer[:, :length] = _positions_last(tensors[tensor.past_name][:, :, :length])
         return buffers
 
-    def _split(self, buffers: Sequence[np.ndarray]) -> tuple[np.ndarray, list[tuple[StateTensor, np.ndarray]]]:
-        """(conv states, keys and values with their descriptions)."""
+    def _put_fixed(self, buffers: Sequence[np.ndarray], tensors: Mapping[str, np.ndarray]) -> None:
+        conv, bounded, _ = self._split(buffers)
+        for index, tensor in enumerate(self._cache.conv):
+            conv[index] = tensors[tensor.past_name][0]
+        for tensor, buffer in bounded:
+            buffer[:] = _positions_last(tensors[tensor.past_name])
+
+    def _split(self, buffers: Sequence[np.ndarray]) -> tuple[np.ndarray, _Described, _Described]:
+        """(conv states, bounded keys and values with their descriptions, growing ones)."""
         first = 1 if self._cache.conv else 0
-        return buffers[0], list(zip(self._cache.growing, buffers[first:], strict=True))
+        described = list(zip((*self._cache.bounded, *self._cache.growing), buffers[first:], strict=True))
+        bounded = len(self._cache.bounded)
+        return buffers[0], described[:bounded], described[bounded:]
+
+
+_Described = list[tuple[StateTensor, np.ndarray]]
 
 
 def _positions_last(x: np.ndarray) -> np.ndarray:

@@ -128,6 +128,11 @@ class Session:
     def logits_shape(self) -> tuple[int, ...]:
         return self.output_shapes(FORWARD)[0]
 
+    def input_shapes(self, method: str) -> list[tuple[int, ...]]:
+        """As planned: a dynamic axis has its upper bound."""
+        meta = self._program.method_meta(method)
+        return [tuple(meta.input_tensor_meta(index).sizes()) for index in range(meta.num_inputs())]
+
     def output_shapes(self, method: str) -> list[tuple[int, ...]]:
         """As planned: a dynamic axis has its upper bound."""
         meta = self._program.method_meta(method)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lfm2_export.backends.executorch.lower import longest_call
 from lfm2_export.backends.executorch.session import FORWARD, READ_STATE, WRITE_STATE
 from lfm2_export.backends.executorch.spill import Spill
 from lfm2_export.cache import CacheSpec
@@ -52,16 +53,16 @@ class ExecutorchProgram(nn.Module):
         if cache.conv:
             shape = cache.conv[0].concrete_shape(len(cache.conv), 0)
             self.conv_state = nn.Buffer(torch.zeros(shape))
-        for tensor in cache.growing:
+        for tensor in (*cache.bounded, *cache.growing):
             # Entries are kept position by position, as the cache operators want them.
-            _, heads, _, width = tensor.concrete_shape(1, capacity)
-            self.register_buffer(_buffer_name(tensor.past_name), torch.zeros(1, capacity, heads, width))
+            _, heads, positions, width = tensor.concrete_shape(1, capacity)
+            self.register_buffer(_buffer_name(tensor.past_name), torch.zeros(1, positions, heads, width))
 
     @property
     def state_names(self) -> list[str]:
         """The buffers in the order of ``read_state`` and ``write_state``."""
         convs = ["conv_state"] if self.cache.conv else []
-        return convs + [_buffer_name(tensor.past_name) for tensor in self.cache.growing]
+        return convs + [_buffer_name(tensor.past_name) for tensor in (*self.cache.bounded, *self.cache.growing)]
 
     def forward(self, tokens: Tensor, start_pos: Tensor) -> Tensor:
         model = self.causal_lm.model
@@ -71,10 +72,15 @@ class ExecutorchProgram(nn.Module):
         hidden, present = model.run_layers(stream, self._past(start_pos), layout, recorder)
         if self.cache.conv:
             self.conv_state.copy_(torch.cat([present[t.past_name] for t in self.cache.conv]))
+        for tensor in self.cache.bounded:
+            self.get_buffer(_buffer_name(tensor.past_name)).copy_(present[tensor.past_name])
         return self.causal_lm.lm_head(hidden[:, -1:])
 
     def _past(self, start_pos: Tensor) -> dict[str, Tensor]:
         past = {t.past_name: getattr(self, _buffer_name(t.past_name)) for t in self.cache.growing}
+        for tensor in self.cache.bounded:
+            kept = self.get_buffer(_buffer_name(tensor.past_name))
+            past[tensor.past_name] = torch.where(start_pos == 0, torch.zeros(1), kept)
         if self.cache.conv:
             state = torch.where(start_pos == 0, torch.zeros(1), self.conv_state)
             past |= {t.past_name: state[i : i + 1] for i, t in enumerate(self.cache.conv)}
@@ -162,7 +168,8 @@ def buffer_positions(max_context: int) -> int:
 def trace(program: ExecutorchProgram, max_context: int) -> torch.export.ExportedProgram:
     """The exported program, with shapes written so that XNNPACK takes them."""
     arguments = (torch.zeros(1, min(_TRACED_TOKENS, max_context), dtype=torch.long), torch.tensor([0]))
-    dynamic = ({1: torch.export.Dim("T", min=1, max=max_context)}, None)
+    longest = longest_call(program.causal_lm.config, max_context)
+    dynamic = ({1: torch.export.Dim("T", min=1, max=longest)}, None)
     exported = torch.export.export(program, arguments, dynamic_shapes=dynamic, strict=False)
     infer_dynamic_sizes(exported.graph)
     exported.graph_module.recompile()
@@ -195,7 +202,7 @@ _RESHAPING = (
 def metadata(config: ModelConfig, max_context: int) -> dict[str, Any]:
     """Constant methods, as the stock LLM runners ask for them."""
     found: dict[str, Any] = {
-        "get_max_seq_len": max_context,
+        "get_max_seq_len": longest_call(config, max_context),
         "get_max_context_len": max_context,
         "get_vocab_size": config.vocab_size,
         "get_eos_ids": list(config.eos_token_id),

@@ -22,7 +22,8 @@ CAPACITY_STEP = 64
 
 
 class StateBuffers:
-    """Rows of state: ``kv`` [B, kv_heads, capacity, head_dim] and ``conv`` [B, L-1, hidden] by past_name.
+    """Rows of state: ``kv`` [B, kv_heads, capacity, head_dim] and ``conv`` [B, L-1, hidden] by past_name; with these
+    whatever else is of fixed size.
 
     ``lengths`` int64 [B] counts the tokens that each row holds; only those positions of ``kv`` mean anything.
     """
@@ -31,7 +32,7 @@ class StateBuffers:
         self.spec = spec
         self.lengths = np.zeros(batch_size, dtype=np.int64)
         self.kv = {t.past_name: t.zeros(batch_size, capacity) for t in spec.growing}
-        self.conv = {t.past_name: t.zeros(batch_size) for t in spec.conv}
+        self.conv = {t.past_name: t.zeros(batch_size) for t in spec.fixed}
         self._back = {name: np.zeros_like(front) for name, front in self.conv.items()}
         self._capacity = capacity
         self._bindings: dict[tuple[ort.InferenceSession, bool], ort.IOBinding] = {}

@@ -45,6 +45,7 @@ _TRANSLATED = frozenset(
         "ones.default",
         "reciprocal.default",
         "scatter.src",
+        "sigmoid.default",
         "silu.default",
         "slice.Tensor",
         "split.Tensor",

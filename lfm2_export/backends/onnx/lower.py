@@ -10,7 +10,7 @@ Shape suffixes as in ``models/decoder.py``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lfm2_export.backends.onnx import ops
-from lfm2_export.backends.onnx.plan import Layout
+from lfm2_export.backends.onnx.plan import ROPE_TABLES, Layout
 from lfm2_export.backends.weights.plan import StoredWeight, WeightPlan
-from lfm2_export.config import ModelConfig
+from lfm2_export.config import FULL_ATTENTION, ModelConfig
 from lfm2_export.errors import ExportError
 from lfm2_export.models import decoder as eager
 from lfm2_export.models.lfm2_moe import ROUTING_EPS, SparseMoeBlock
@@ -36,17 +36,16 @@ class OnnxLayout:
     """What the lowered layers need to know of positions and padding; the graph computes it once a call.
 
     ``seqlens_k`` int32 [B]: index of each row's last attended position. ``total_length`` int32 scalar: S.
-    ``cos``, ``sin`` [max_position_embeddings, H/2].
-    ``position_ids`` int64 [B, T]; ``attention_bias`` [B, 1, T, S]; ``attended`` [B, T, 1], 1 where a token of this call
-    is one; ``conv_rows`` int64 [B, L-1]: where the new conv state lies in (state, inputs); ``last`` int64 [B, 1].
+    By the kind of layer, ``ropes``: cos and sin [max_position_embeddings, H/2]; ``attention_bias`` [B, 1, T, S].
+    ``position_ids`` int64 [B, T]; ``attended`` [B, T, 1], 1 where a token of this call is one; ``conv_rows`` int64
+    [B, L-1]: where the new conv state lies in (state, inputs); ``last`` int64 [B, 1].
     """
 
     seqlens_k: Tensor
     total_length: Tensor
-    cos: Tensor
-    sin: Tensor
+    ropes: Mapping[str, tuple[Tensor, Tensor]]
     position_ids: Tensor
-    attention_bias: Tensor
+    attention_bias: Mapping[str, Tensor]
     attended: Tensor
     conv_rows: Tensor
     last: Tensor
@@ -65,9 +64,11 @@ class OnnxLayoutBuilder(nn.Module):
         super().__init__()
         self.width = config.conv_L_cache
         self.dtype = dtype
+        self.windows = {kind: config.window(kind) for kind in config.ropes}
         table = (config.max_position_embeddings, config.head_dim // 2)
-        self.cos = nn.Parameter(torch.empty(table, dtype=dtype), requires_grad=False)
-        self.sin = nn.Parameter(torch.empty(table, dtype=dtype), requires_grad=False)
+        for kind in self.windows:
+            for attribute in ROPE_TABLES[kind]:
+                self.register_parameter(attribute, nn.Parameter(torch.empty(table, dtype=dtype), requires_grad=False))
 
     def forward(
         self, embeds_BTD: Tensor, attention_mask: Tensor, position_ids: Tensor | None, past_length: int
@@ -84,18 +85,40 @@ class OnnxLayoutBuilder(nn.Module):
         last_T = (attended_BT * torch.arange(tokens)).amax(-1, keepdim=True)
         empty = attended_BT.amax(-1, keepdim=True) == 0
         kept = torch.where(empty, 0, last_T + 1)
-        bias_BS = (1 - attention_mask).to(self.dtype) * MASKED[self.dtype]
+        hidden = (1 - attention_mask)[:, None, :]
         return OnnxLayout(
             seqlens_k=seqlens_k.to(torch.int32),
             total_length=ops.axis_size(attention_mask, 1),
-            cos=self.cos,
-            sin=self.sin,
+            ropes={kind: self._tables(kind) for kind in self.windows},
             position_ids=position_BS[:, total - tokens :],
-            attention_bias=bias_BS[:, None, None, :].expand(-1, 1, tokens, total),
+            attention_bias={
+                kind: self._bias(hidden if window is None else self._behind(window, hidden, seen_BS, tokens), tokens)
+                for kind, window in self.windows.items()
+            },
             attended=attended_BT[..., None].to(self.dtype),
             conv_rows=kept + torch.arange(self.width - 1),
             last=last_T,
         )
+
+    def _bias(self, hidden_BtS: Tensor, tokens: int) -> Tensor:
+        """[B, 1, T, S] of ones and zeros [B, T or 1, S]."""
+        bias = hidden_BtS.to(self.dtype) * MASKED[self.dtype]
+        return bias[:, None].expand(-1, 1, tokens, bias.shape[-1])
+
+    @staticmethod
+    def _behind(window: int, hidden_B1S: Tensor, seen_BS: Tensor, tokens: int) -> Tensor:
+        """Hidden, too, what lies ``window`` attended positions or more before a token: int64 [B, T, S].
+
+        In tokens, not in slots as GroupQueryAttention's local_window_size counts: between a row's tokens there may be
+        slots that are none, after a prompt that was padded on the right.
+        """
+        own_BT = seen_BS[:, seen_BS.shape[1] - tokens :]
+        behind_BTS = (own_BT[:, :, None] - seen_BS[:, None, :] - (window - 1)).clamp(min=0, max=1)
+        return torch.maximum(behind_BTS, hidden_B1S)
+
+    def _tables(self, kind: str) -> tuple[Tensor, Tensor]:
+        cos, sin = (self.get_parameter(attribute) for attribute in ROPE_TABLES[kind])
+        return cos, sin
 
 
 class StoredModule(nn.Module):
@@ -164,8 +187,9 @@ class OnnxAttention(nn.Module):
     by itself: behind a prompt that was padded on the right, it counts the padding (measured).
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype):
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, kind: str = FULL_ATTENTION):
         super().__init__()
+        self.kind = kind
         if config.head_dim % 8:
             raise ExportError(
                 f"head_dim={config.head_dim}: GroupQueryAttention takes multiples of 8; this checkpoint cannot be "
@@ -184,7 +208,7 @@ class OnnxAttention(nn.Module):
         layout: OnnxLayout,
         want_weights: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, None]:
-        rope = (layout.cos, layout.sin, layout.position_ids)
+        rope = (*layout.ropes[self.kind], layout.position_ids)
         if not self.fused_rope:
             q, k = ops.rotary_embedding(q, *rope), ops.rotary_embedding(k, *rope)
         y, key, value = ops.group_query_attention(
@@ -196,8 +220,8 @@ class OnnxAttention(nn.Module):
             seqlens_k=layout.seqlens_k,
             total_length=layout.total_length,
             rope=rope if self.fused_rope else None,
-            attention_bias=layout.attention_bias,
-            present_length=layout.attention_bias.shape[-1],
+            attention_bias=layout.attention_bias[self.kind],
+            present_length=layout.attention_bias[self.kind].shape[-1],
             num_heads=self.num_heads,
             kv_heads=self.kv_heads,
         )
@@ -382,7 +406,7 @@ class Lowering:
             case eager.CausalConv():
                 return OnnxCausalConv(plan[f"{name}.weight"], plan.get(f"{name}.bias"))
             case eager.GroupedQueryAttention():
-                return OnnxAttention(self.config, getattr(torch, plan.activation_dtype))
+                return OnnxAttention(self.config, getattr(torch, plan.activation_dtype), module.kind)
             case nn.Embedding():
                 return OnnxEmbedding(plan[name], getattr(torch, plan.activation_dtype))
             case SparseMoeBlock():

@@ -14,12 +14,13 @@ import onnx_ir.passes.common as common_passes
 
 from lfm2_export.backends.onnx.plan import Layout
 from lfm2_export.backends.weights.plan import StoredWeight, WeightPlan
-from lfm2_export.cache import CacheSpec
+from lfm2_export.cache import KEY_STATE, CacheSpec, StateTensor
 from lfm2_export.config import ModelConfig
 from lfm2_export.families.tensors import Part
 from lfm2_export.quant.formats import IntFormat
 
 DOMAIN, VERSION = "lfm2", 1
+ATTENTION, SLIDING_ATTENTION = "Attention", "SlidingAttention"
 # Inputs that share a scale in the kernels' activations: widths are multiples of it.
 _INPUTS = 32
 _GROUP_SIZES = (32, 64, 128, 256)
@@ -112,16 +113,22 @@ def fuse_attention(model: ir.Model, config: ModelConfig) -> int:
         return 0
     mask = next(value for value in model.graph.inputs if value.name == "attention_mask")
     nodes = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
-    for node in nodes:
+    for layer, node in zip(config.attention_layers, nodes, strict=True):
         q, k, v, past_key, past_value, seqlens_k, _, cos, sin, position_ids, _ = node.inputs
+        assert past_key is not None
+        assert past_key.name == StateTensor.names(layer, KEY_STATE)[0]
         (q_norm, q), (k_norm, k) = _before_norm(q), _before_norm(k)
         attributes = {
             "num_heads": node.attributes["num_heads"].value,
             "kv_num_heads": node.attributes["kv_num_heads"].value,
             "epsilon": q_norm.attributes["epsilon"].value,
         }
+        window = config.window(config.layer_types[layer])
+        if window is not None:
+            attributes["window"] = window
+        op = ATTENTION if window is None else SLIDING_ATTENTION
         inputs = (q, k, v, q_norm.inputs[1], k_norm.inputs[1], past_key, past_value, seqlens_k, mask)
-        made = ir.node("Attention", (*inputs, cos, sin, position_ids), attributes, domain=DOMAIN, num_outputs=3)
+        made = ir.node(op, (*inputs, cos, sin, position_ids), attributes, domain=DOMAIN, num_outputs=3)
         _insert(model, made, {value: index for index, value in enumerate(node.outputs)}, before=node)
     return _finish(model, len(nodes))
 
@@ -130,7 +137,7 @@ def fuse_projections(model: ir.Model) -> int:
     """The products that make q, k and v of one input become one Projections, where all are quantized alike. Returns how
     many."""
     count = 0
-    for attention in [node for node in model.graph if node.op_type == "Attention" and node.domain == DOMAIN]:
+    for attention in _attentions(model):
         products = [_producer(value) for value in attention.inputs[:3]]
         if not _are_alike(products):
             continue
@@ -173,10 +180,15 @@ def quantize_cache(model: ir.Model, cache: CacheSpec) -> int:
             boundary[name].shape = ir.Shape(shape)
             # A new type: a copy of a graph shares its types with the original.
             boundary[name].type = ir.TensorType(ir.DataType.UINT8)
-    nodes = [node for node in model.graph if node.op_type == "Attention" and node.domain == DOMAIN]
+    nodes = _attentions(model)
     for node in nodes:
-        node.op_type = "AttentionInt8"
+        node.op_type = f"{node.op_type}Int8"
     return len(nodes)
+
+
+def _attentions(model: ir.Model) -> list[ir.Node]:
+    kinds = (ATTENTION, SLIDING_ATTENTION)
+    return [node for node in model.graph if node.op_type in kinds and node.domain == DOMAIN]
 
 
 def _producer(value: ir.Value | None) -> ir.Node:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from onnxscript import optimizer
 
-from lfm2_export.backends.onnx.plan import Layout
+from lfm2_export.backends.onnx.plan import ROPE_TABLES, Layout
 from lfm2_export.backends.weights.plan import WeightPlan
 from lfm2_export.cache import BATCH, TOTAL, CacheSpec
 from lfm2_export.config import ModelConfig
@@ -22,8 +22,6 @@ from lfm2_export.quant.formats import IntFormat
 
 SEQUENCE = "sequence_length"
 ROOT = "causal_lm."  # the attribute of the traced wrapper, in front of every initializer's name
-
-ROPE_TABLES = {"cos": "rope.cos", "sin": "rope.sin"}
 
 # Outputs that we never read; left unnamed, so that the kernels need not compute them.
 OPTIONAL_OUTPUTS = {"SkipSimplifiedLayerNormalization": (1, 2, 3)}
@@ -69,7 +67,8 @@ def drop_unread_outputs(model: ir.Model) -> int:
 def name_initializers(model: ir.Model, plan: WeightPlan) -> int:
     """Gives initializers the names that the plan (and so the manifest) uses: the checkpoint's, with a role."""
     names = {f"{ROOT}{name}": name for stored in plan.values() for name in map(stored.tensor, stored.storage())}
-    names |= {f"{ROOT}model.layout.{table}": table_name for table, table_name in ROPE_TABLES.items()}
+    tables = [pair for kind in ROPE_TABLES.values() for pair in kind.items()]
+    names |= {f"{ROOT}model.layout.{attribute}": name for attribute, name in tables}
     found = list(model.graph.initializers.values())
     for value in found:
         if value.name not in names:
@@ -219,7 +218,8 @@ def expected_operators(config: ModelConfig, plan: WeightPlan) -> dict[str, int]:
         "GroupQueryAttention": attention,
         "RotaryEmbedding": 2 * attention * plain_rope,
         "CausalConvWithState": len(config.conv_layers),
-        "SimplifiedLayerNormalization": 1 + 2 * attention,  # the first norm has nothing to add; q and k norms
+        # The first norm has nothing to add; q and k norms; those behind a block's two halves.
+        "SimplifiedLayerNormalization": 1 + 2 * attention + 2 * config.num_hidden_layers * config.use_sandwich_norm,
         "SkipSimplifiedLayerNormalization": 2 * config.num_hidden_layers,
         "MatMulNBits": sum(w.layout is Layout.MATMUL for w in quantized),
         "GatherBlockQuantized": sum(w.layout is Layout.TABLE for w in quantized),

@@ -14,13 +14,18 @@ import numpy as np
 
 from lfm2_export.backends.weights import plan as plans
 from lfm2_export.backends.weights.plan import Roles, Stack, Storage, WeightPlan
-from lfm2_export.config import ModelConfig
+from lfm2_export.config import FULL_ATTENTION, SLIDING_ATTENTION, ModelConfig
 from lfm2_export.errors import QuantizationError
 from lfm2_export.families.tensors import ModelTensor, TensorClass
 from lfm2_export.quant.formats import GROUP_SIZES, FloatFormat, IntFormat, WeightFormat
 from lfm2_export.quant.schemes import FormatChoice, Scheme
 
 LEAST_GROUP = 32  # of those that are chosen for a width; the user may ask for less
+# By the kind of attention layer: the layout module's parameters (cos, sin) and the initializers that they become.
+ROPE_TABLES = {
+    FULL_ATTENTION: {"cos": "rope.cos", "sin": "rope.sin"},
+    SLIDING_ATTENTION: {"sliding_cos": "rope.sliding.cos", "sliding_sin": "rope.sliding.sin"},
+}
 
 
 class Layout(Enum):
@@ -67,8 +72,8 @@ def make_plan(config: ModelConfig, scheme: Scheme) -> WeightPlan:
         QuantizationError: a width is no multiple of the group size, or an excluding pattern matches nothing.
     """
     plan = plans.make_plan(config, scheme, _OnnxStorage(fits_groups=scheme.fits_groups))
-    # cos and sin of every position, for half of a head.
-    values = config.max_position_embeddings * config.head_dim if config.attention_layers else 0
+    # cos and sin of every position, for half of a head, for each kind of attention.
+    values = config.max_position_embeddings * config.head_dim * len(config.ropes)
     return replace(plan, table_bytes=values * np.dtype(plan.activation_dtype).itemsize)
 
 

@@ -15,8 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lfm2_export.backends.onnx.packing import empty_rows, pack_chunk
-from lfm2_export.backends.onnx.passes import ROPE_TABLES
-from lfm2_export.backends.onnx.plan import Layout
+from lfm2_export.backends.onnx.plan import ROPE_TABLES, Layout
 from lfm2_export.backends.weights.pieces import Placement
 from lfm2_export.backends.weights.plan import StoredWeight, WeightPlan
 from lfm2_export.config import ModelConfig
@@ -48,12 +47,15 @@ class OnnxPacking:
 
 def computed_tensors(config: ModelConfig) -> dict[str, Callable[[], np.ndarray]]:
     """What is in the data files beside the checkpoint's weights: RoPE's tables, by name."""
-    names = ROPE_TABLES.values() if config.attention_layers else ()
-    return {name: partial(_rope_table, config, index) for index, name in enumerate(names)}
+    return {
+        name: partial(_rope_table, config, kind, index)
+        for kind in config.ropes
+        for index, name in enumerate(ROPE_TABLES[kind].values())
+    }
 
 
-def _rope_table(config: ModelConfig, index: int) -> np.ndarray:
-    found: np.ndarray = rope_tables(config)[index].numpy()
+def _rope_table(config: ModelConfig, kind: str, index: int) -> np.ndarray:
+    found: np.ndarray = rope_tables(config, kind)[index].numpy()
     return found
 
 

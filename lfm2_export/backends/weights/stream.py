@@ -31,7 +31,7 @@ from lfm2_export.ledger import Ledger
 from lfm2_export.manifest import StoredTensor
 from lfm2_export.quant.algorithms import Algorithm
 from lfm2_export.quant.formats import IntFormat, StorageError, storage_error, to_float
-from lfm2_export.quant.groups import Chunk, Workspace
+from lfm2_export.quant.groups import Chunk, Workspace, rows_per_chunk
 from lfm2_export.quant.hessian import InputStatistics, one_thread_products
 from lfm2_export.resources import usable_cores
 

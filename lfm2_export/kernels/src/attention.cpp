@@ -27,13 +27,15 @@ Plan plan_of(const AttentionProblem& p, int workers) {
   plan.queries = p.tokens * (p.heads / p.kv_heads);
   plan.tiles = ceil_div(plan.queries, kTileQueries);
   const int64_t wanted = ceil_div(workers * kTasksWanted, std::max<int64_t>(1, p.batch * p.kv_heads * plan.tiles));
-  plan.pieces = std::clamp<int64_t>(p.total / kPieceKeys, 1, std::max<int64_t>(1, wanted));
+  const int64_t seen = p.window == 0 ? p.total : std::min(p.total, p.window + p.tokens);
+  plan.pieces = std::clamp<int64_t>(seen / kPieceKeys, 1, std::max<int64_t>(1, wanted));
   return plan;
 }
 
 struct Scratch {
   float* queries;   // [batch, kv_heads, queries, head_dim]; of a head the token comes first, then the head of the group
-  int64_t* ends;    // [batch, tokens]
+  int64_t* begins;  // [batch, queries]; null without a window
+  int64_t* ends;    // likewise
   float* greatest;  // [batch, kv_heads, pieces, queries]
   float* weight;    // likewise
   float* sum;       // [batch, kv_heads, pieces, queries, head_dim]
@@ -43,6 +45,7 @@ Scratch take(Arena& arena, const AttentionProblem& p, const Plan& plan) {
   const int64_t rows = times(p.batch, p.kv_heads, plan.queries);
   Scratch s;
   s.queries = arena.take<float>(times(rows, p.head_dim));
+  s.begins = p.window == 0 ? nullptr : arena.take<int64_t>(times(p.batch, plan.queries));
   s.ends = arena.take<int64_t>(times(p.batch, plan.queries));
   s.greatest = arena.take<float>(times(rows, plan.pieces));
   s.weight = arena.take<float>(times(rows, plan.pieces));
@@ -76,6 +79,19 @@ int64_t first_slot(const AttentionProblem& p, int64_t row) {
   return p.tokens == p.total ? 0 : std::max<int64_t>(0, p.last[row] + 1 - p.tokens);
 }
 
+// The first position that a token sees: so many attended ones, its own included, lie from there on.
+int64_t begin_of(const AttentionProblem& p, int64_t row, int64_t slot) {
+  const int64_t* mask = p.mask + row * p.total;
+  int64_t begin = std::min(slot, p.total - 1);
+  for (int64_t left = p.window; begin > 0; --begin) {
+    left -= mask[begin] != 0;
+    if (left == 0) {
+      break;
+    }
+  }
+  return begin;
+}
+
 void prepare_token(const AttentionProblem& p, const AttentionKernels& kernels, const Plan& plan, const Scratch& s,
                    int64_t row, int64_t token) {
   const int64_t at = row * p.tokens + token, half = p.head_dim / 2, group = p.heads / p.kv_heads;
@@ -90,11 +106,16 @@ void prepare_token(const AttentionProblem& p, const AttentionKernels& kernels, c
     kernels.store(p.v + from, head_of(p.value, p, row, head), slot);
   }
   const float scale = 1.0f / std::sqrt(static_cast<float>(p.head_dim));
+  const int64_t begin = p.window == 0 ? 0 : begin_of(p, row, slot);
   for (int64_t head = 0; head < p.heads; ++head) {
     const int64_t query = ((row * p.kv_heads + head / group) * plan.queries + token * group + head % group);
     normalize_and_turn(p.q + (at * p.heads + head) * p.head_dim, p.q_norm, p.eps, cos, sin, scale, p.head_dim,
                        s.queries + query * p.head_dim);
-    s.ends[row * plan.queries + token * group + head % group] = slot + 1;
+    const int64_t place = row * plan.queries + token * group + head % group;
+    s.ends[place] = slot + 1;
+    if (s.begins != nullptr) {
+      s.begins[place] = begin;
+    }
   }
 }
 
@@ -104,7 +125,9 @@ void attend(const AttentionProblem& p, const AttentionKernels& kernels, const Pl
   const int64_t of_head = row * p.kv_heads + head;
   const int64_t to = (of_head * plan.pieces + piece) * plan.queries + first;
   const int64_t* ends = s.ends + row * plan.queries + first;
+  const int64_t* begins = s.begins == nullptr ? nullptr : s.begins + row * plan.queries + first;
   const QueryTile queries = {s.queries + (of_head * plan.queries + first) * p.head_dim,
+                             begins,
                              ends,
                              p.mask + row * p.total,
                              count,
@@ -115,8 +138,12 @@ void attend(const AttentionProblem& p, const AttentionKernels& kernels, const Pl
   std::fill_n(queries.weight, count, 0.0f);
   std::fill_n(queries.sum, count * p.head_dim, 0.0f);
   const int64_t seen = std::min(*std::max_element(ends, ends + count), p.total);
-  // Pieces begin at multiples of a step.
-  const auto border = [&](int64_t i) { return i == plan.pieces ? seen : seen * i / plan.pieces / kStepKeys * kStepKeys; };
+  // Pieces begin at multiples of a step; what lies before the first query's window is left out.
+  const int64_t least = begins == nullptr ? 0 : *std::min_element(begins, begins + count);
+  const int64_t start = least / kStepKeys * kStepKeys;
+  const auto border = [&](int64_t i) {
+    return i == plan.pieces ? seen : start + std::max<int64_t>(0, seen - start) * i / plan.pieces / kStepKeys * kStepKeys;
+  };
   auto* scratch = static_cast<float*>(
       thread_scratch(Use::kAttention, times(attention_scratch_floats(p.head_dim), sizeof(float))));
   kernels.attend(head_of(p.key, p, row, head), head_of(p.value, p, row, head), border(piece), border(piece + 1), queries,

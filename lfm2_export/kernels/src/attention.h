@@ -31,12 +31,15 @@ constexpr int64_t cache_row_bytes(int64_t head_dim, bool is_int8) {
 // Some queries of one key/value head, and what they have seen so far: out = sum / weight once all keys have passed.
 struct QueryTile {
   const float* queries;  // [count][head_dim], scaled by 1 / sqrt(head_dim)
-  const int64_t* ends;   // [count]: how many positions each may see
+  const int64_t* begins; // [count]: the first position that each may see; null: 0
+  const int64_t* ends;   // [count]: one past the last
   const int64_t* mask;   // [positions]: 0 where a position is none
   int64_t count;         // at most kTileQueries
   float* greatest;       // [count]
   float* weight;         // [count]
   float* sum;            // [count][head_dim]
+
+  int64_t begin(int64_t query) const { return begins == nullptr ? 0 : begins[query]; }
 };
 
 struct AttentionKernels {
@@ -74,6 +77,7 @@ struct AttentionProblem {
   float* out;  // [batch, tokens, heads * head_dim]
   int64_t batch, tokens, total, capacity, positions;
   int64_t heads, kv_heads, head_dim;
+  int64_t window;  // attended positions that a token sees, its own included; 0: all before it
   float eps;
   bool is_int8;
 };

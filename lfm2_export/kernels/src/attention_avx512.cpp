@@ -201,11 +201,17 @@ bool weigh(const QueryTile& tile, int64_t query, int64_t first, const __mmask16 
   const __m512i order = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   __m512 greatest = none;
   __mmask16 seen[kVectors];
+  const int64_t begin = tile.begin(query);
   int any = 0;
   for (int vector = 0; vector < kVectors; ++vector) {
     const int64_t left = tile.ends[query] - first - vector * kLanes;
     const int32_t limit = static_cast<int32_t>(left > kLanes ? kLanes : left);
     seen[vector] = present[vector] & _mm512_cmplt_epi32_mask(order, _mm512_set1_epi32(limit));
+    const int64_t hidden = begin - first - vector * kLanes;
+    if (hidden > 0) {
+      const int32_t least = static_cast<int32_t>(hidden > kLanes ? kLanes : hidden);
+      seen[vector] &= _mm512_cmpge_epi32_mask(order, _mm512_set1_epi32(least));
+    }
     any |= seen[vector];
     greatest = _mm512_mask_max_ps(greatest, seen[vector], greatest, _mm512_load_ps(scores + vector * kLanes));
   }

@@ -77,9 +77,10 @@ inline void see_keys(const QueryTile& tile, int64_t query, int64_t first, int64_
   float weights[kStepKeys];
   float greatest = tile.greatest[query];
   const int64_t seen = tile.ends[query] - first < count ? tile.ends[query] - first : count;
+  const int64_t hidden = tile.begin(query) - first;
   bool any = false;
   for (int64_t key = 0; key < seen; ++key) {
-    if (tile.mask[first + key] != 0) {
+    if (key >= hidden && tile.mask[first + key] != 0) {
       weights[key] = dot_plain(keys + key * head_dim, tile.queries + query * head_dim, head_dim);
       greatest = weights[key] > greatest ? weights[key] : greatest;
       any = true;

@@ -119,6 +119,7 @@ struct AttentionAttributes {
   int64_t heads, kv_heads;
   float eps;
   bool is_int8;
+  int64_t window;  // 0: none
 };
 
 struct AttentionOperands {

@@ -50,6 +50,9 @@ void check(const AttentionAttributes& a) {
   if (!std::isfinite(a.eps) || a.eps < 0.0f) {
     refuse("%s: epsilon is negative or not finite", a.op);
   }
+  if (a.window < 0 || a.window > kMostSize) {
+    refuse("%s: window is %" PRId64 ": 1 to %" PRId64 " are possible", a.op, a.window, kMostSize);
+  }
 }
 
 namespace {
@@ -66,6 +69,7 @@ AttentionProblem sizes_of(const AttentionAttributes& a, const AttentionOperands&
   p.heads = a.heads;
   p.kv_heads = a.kv_heads;
   p.head_dim = o.q.sizes[2] / a.heads;
+  p.window = a.window;
   p.eps = a.eps;
   p.is_int8 = a.is_int8;
   if (p.head_dim < kLaneKeys || p.head_dim % kLaneKeys != 0 || p.head_dim > kMostHeadDim) {

@@ -10,6 +10,8 @@
 //       -> attended values, present_key, present_value; num_heads, kv_num_heads, epsilon. Where the past and the present
 //       are one buffer, only new positions are written
 //   AttentionInt8: the same with a cache of uint8, [..., head_dim + 4] (attention.h)
+//   SlidingAttention, SlidingAttentionInt8: the same; window: how many attended positions a token sees, its own
+//       included
 //   SparseMoe(x, router_logits, expert_bias?, gate_up codes, scales, zero_points?, down codes, scales, zero_points?)
 //       top_k, normalize, routed_scaling_factor, bits, block_size
 //

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "checks.h"
 #include "gated_conv.h"
 #include "onnxruntime_kernel.h"
 
@@ -71,10 +72,11 @@ class GatedConv {
   ConstantTaps constant_;
 };
 
-template <bool kInt8>
+template <bool kInt8, bool kSliding>
 class Attention {
  public:
-  static constexpr const char* kName = kInt8 ? "AttentionInt8" : "Attention";
+  static constexpr const char* kName = kSliding ? (kInt8 ? "SlidingAttentionInt8" : "SlidingAttention")
+                                                : (kInt8 ? "AttentionInt8" : "Attention");
   static constexpr int kCache = kInt8 ? ort::kUint8 : ort::kFloat;
   static constexpr int kInputs[] = {ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, kCache,
                                     kCache,      ort::kInt32, ort::kInt64, ort::kFloat, ort::kFloat, ort::kInt64};
@@ -83,7 +85,10 @@ class Attention {
 
   Attention(const OrtApi* api, const OrtKernelInfo* info)
       : attributes_{kName, attribute(api, info, "num_heads"), attribute(api, info, "kv_num_heads"),
-                    float_attribute(api, info, "epsilon"), kInt8} {
+                    float_attribute(api, info, "epsilon"), kInt8, kSliding ? attribute(api, info, "window") : 0} {
+    if (kSliding) {
+      Checks(kName).size("window", attributes_.window);
+    }
     check(attributes_);
   }
 
@@ -127,8 +132,10 @@ class Attention {
 }  // namespace
 
 std::vector<const OrtCustomOp*> state_ops() {
-  static const OrtCustomOp ops[] = {described<GatedConv>(), described<Attention<false>>(), described<Attention<true>>()};
-  return {&ops[0], &ops[1], &ops[2]};
+  static const OrtCustomOp ops[] = {described<GatedConv>(), described<Attention<false, false>>(),
+                                    described<Attention<true, false>>(), described<Attention<false, true>>(),
+                                    described<Attention<true, true>>()};
+  return {&ops[0], &ops[1], &ops[2], &ops[3], &ops[4]};
 }
 
 }  // namespace lfm2

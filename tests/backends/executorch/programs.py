@@ -42,14 +42,14 @@ class Made:
     def path(self) -> Path:
         return self.folder / self.exported.files[0]
 
-    def runner(self, path: Path | None = None) -> ExecutorchRunner:
-        return ExecutorchRunner(path or self.path, cache=self.exported.cache, context_length=MAX_CONTEXT)
+    def runner(self, path: Path | None = None, *, context: int = MAX_CONTEXT) -> ExecutorchRunner:
+        return ExecutorchRunner(path or self.path, cache=self.exported.cache, context_length=context)
 
-    def eager(self, path: Path | None = None) -> EagerRunner:
+    def eager(self, path: Path | None = None, *, context: int = MAX_CONTEXT) -> EagerRunner:
         """The eager model with the weights that the file holds."""
         path = path or self.path
         places = self.exported.options["weights"][path.name]
-        return EagerRunner(load_model(StoredWeights(path, places, self.checkpoint.config)), context_length=MAX_CONTEXT)
+        return EagerRunner(load_model(StoredWeights(path, places, self.checkpoint.config)), context_length=context)
 
 
 @cache

@@ -23,7 +23,7 @@ from tests.checkpoints import tiny_config, write_random_checkpoint
 from tests.graphs import Graph, State, pad
 
 CONTEXT = 40
-CONV, ATTENTION = "conv", "full_attention"
+CONV, ATTENTION, SLIDING = "conv", "full_attention", "sliding_attention"
 
 # Few layers, for each trace takes seconds; each config combines features that do not hide each other's errors.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -81,6 +81,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
         layer_types=[ATTENTION, ATTENTION],
         num_hidden_layers=2,
         num_key_value_heads=4,
+        tie_word_embeddings=False,
+    ),
+    "lfm3": tiny_config("lfm3", layer_types=[CONV, SLIDING, ATTENTION, SLIDING], num_hidden_layers=4, sliding_window=5),
+    "lfm3-bare": tiny_config(
+        "lfm3",
+        layer_types=[SLIDING, CONV],
+        num_hidden_layers=2,
+        sliding_window=3,
+        head_dim=24,
+        conv_bias=True,
+        attention_bias=True,
+        use_attention_gate=False,
+        use_sandwich_norm=False,
         tie_word_embeddings=False,
     ),
     "no-attention": tiny_config("lfm2", layer_types=[CONV, CONV], num_hidden_layers=2, conv_L_cache=6),
@@ -144,9 +157,12 @@ QUANTIZED = [
     ("dense", "q8"),
     ("no-conv", "q4f16"),
     ("no-attention", "fp16"),
+    ("lfm3", "q4"),
+    ("lfm3", "q4f16"),
 ]
 # Graphs on our operators; the keys and values of a row are the same numbers in int8 too, whatever stands beside it.
 OWN = [("moe", "q4", "lfm2"), ("moe", "q8", "lfm2_kv8"), ("dense", "q4", "lfm2_kv8"), ("dense", "q8", "lfm2")]
+OWN += [("lfm3", "q4", "lfm2"), ("lfm3", "q4", "lfm2_kv8")]
 OTHERS = [*((*case, "model") for case in QUANTIZED), *OWN]
 
 

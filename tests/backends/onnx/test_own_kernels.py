@@ -23,7 +23,7 @@ from lfm2_export.models.loading import load_model
 from tests.checkpoints import tiny_config
 
 CONTEXT = 40
-CONV, ATTENTION = "conv", "full_attention"
+CONV, ATTENTION, SLIDING = "conv", "full_attention", "sliding_attention"
 
 pytestmark = pytest.mark.skipif(variants.own_library() is None, reason="our operators cannot be had here")
 
@@ -34,6 +34,10 @@ def moe(*layers: str, **overrides: Any) -> dict[str, Any]:
 
 def dense(*layers: str, **overrides: Any) -> dict[str, Any]:
     return tiny_config("lfm2", layer_types=list(layers), num_hidden_layers=len(layers), **overrides)
+
+
+def lfm3(*layers: str, **overrides: Any) -> dict[str, Any]:
+    return tiny_config("lfm3", layer_types=list(layers), num_hidden_layers=len(layers), **overrides)
 
 
 # Raw config and export's options. Each combines features that do not hide each other's errors.
@@ -97,6 +101,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dense-odd-head": (dense(CONV, ATTENTION, num_attention_heads=4, head_dim=24), {}),
     "dense-long-head": (dense(ATTENTION, num_attention_heads=2, num_key_value_heads=1, head_dim=272), {}),
     "no-conv": (dense(ATTENTION, ATTENTION, num_key_value_heads=4, tie_word_embeddings=False), {}),
+    "lfm3": (
+        lfm3(SLIDING, CONV, ATTENTION, SLIDING, sliding_window=7, num_attention_heads=4, num_key_value_heads=1),
+        {},
+    ),
     "no-attention": (dense(CONV, CONV, conv_L_cache=6), {}),
 }
 CONFIGS = {name: (raw | {"max_position_embeddings": CONTEXT}, options) for name, (raw, options) in CONFIGS.items()}
