@@ -33,8 +33,8 @@ class ExportCommand:
             "--group-size",
             type=int,
             metavar="N",
-            help="weights that share a scale, in every tensor that is quantized (default: the scheme's sizes, README; q4 "
-            "mixes them, see --target-bits)",
+            help="weights that share a scale, in every tensor that is quantized (default: the scheme's sizes, README; "
+            "q4 mixes them, see --target-bits)",
         )
         add_budget(parser)
         parser.add_argument(
