@@ -33,8 +33,7 @@ class ExportCommand:
             "--group-size",
             type=int,
             metavar="N",
-            help="weights that share a scale, of schemes that have groups, for all tensors alike (q4's default: mixed "
-            "widths, see --target-bits)",
+            help="weights that share a scale, in every tensor that is quantized (default: the scheme's sizes, README)",
         )
         add_budget(parser)
         parser.add_argument(

@@ -99,7 +99,7 @@ int64_t random_bits(Random& random) {
 }
 
 int64_t random_tokens(Random& random, int64_t tokens) {
-  return tokens >= 0 ? tokens : random.one_in(8) ? random.of<int64_t>({0, 8, 9, 31, 32, 33}) : random.between(1, 6);
+  return tokens >= 0 ? tokens : random.one_in(8) ? random.of<int64_t>({0, 8, 9, 12, 13, 32, 33}) : random.between(1, 6);
 }
 
 Case product(Random& random, int64_t tokens) {

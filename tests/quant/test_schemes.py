@@ -46,19 +46,29 @@ def test_small_and_routing_weights_are_never_quantized(scheme):
 def test_q4_has_int4_linears_and_experts_and_an_int8_embedding():
     scheme = get_scheme("q4")
     found = {kind: scheme.format_for(weight("w", kind)).format for kind in TensorClass if kind not in NEVER_QUANTIZED}
-    assert found[TensorClass.LINEAR] == IntFormat(bits=4, group_size=32, symmetric=False, scale_dtype="float32")
-    assert found[TensorClass.EXPERTS] == IntFormat(bits=4, group_size=32, symmetric=False, scale_dtype="float16")
-    assert found[TensorClass.EMBEDDING] == found[TensorClass.HEAD]
-    assert found[TensorClass.HEAD].bits == 8
+    assert found[TensorClass.LINEAR] == IntFormat(bits=4, group_size=32, symmetric=False, scale_dtype="float16")
+    signed = IntFormat(bits=4, group_size=64, symmetric=True, signed_scale=True, scale_dtype="float16")
+    assert found[TensorClass.EXPERTS] == signed
+    assert found[TensorClass.EMBEDDING] == found[TensorClass.HEAD] == replace(signed, bits=8, group_size=128)
+    assert [found[kind].bits_per_weight for kind in (TensorClass.LINEAR, TensorClass.EXPERTS)] == [4.625, 4.25]
+    assert found[TensorClass.HEAD].bits_per_weight == 8.125
     assert scheme.format_for(weight(W1, TensorClass.LINEAR)).reason == "scheme q4: linear"
 
 
+def test_q8_has_groups_of_32_everywhere():
+    """onnxruntime's kernels round activations in the weights' groups, which costs q8 more than its weights do."""
+    scheme = get_scheme("q8")
+    for kind in (TensorClass.LINEAR, TensorClass.EXPERTS, TensorClass.EMBEDDING, TensorClass.HEAD):
+        format = scheme.format_for(weight("w", kind)).format
+        assert (format.bits, format.group_size, format.bits_per_weight) == (8, 32, 8.5)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
-def test_onnx_scales_have_the_activations_dtype_where_matmulnbits_reads_them(scheme):
-    for kind in (TensorClass.LINEAR, TensorClass.EMBEDDING, TensorClass.HEAD):
+def test_onnx_scales_take_two_bytes(scheme):
+    for kind in (TensorClass.LINEAR, TensorClass.EXPERTS, TensorClass.EMBEDDING, TensorClass.HEAD):
         format = scheme.format_for(weight("w", kind)).format
         if isinstance(format, IntFormat) and scheme.name in get_backend("onnx").SCHEMES:
-            assert format.scale_dtype == scheme.activation_dtype
+            assert format.scale_dtype == "float16"
 
 
 def test_q4f16_experts_have_no_zero_points_because_webgpu_takes_none():
@@ -71,6 +81,8 @@ def test_group_size_changes_every_integer_format_and_no_other():
     scheme = get_scheme("q4").with_group_size(128)
     assert {scheme.linear.group_size, scheme.experts.group_size, scheme.head.group_size} == {128}
     assert get_scheme("q4").linear.group_size == 32
+    assert get_scheme("q4").fits_groups
+    assert not scheme.fits_groups  # what the user asks for holds for every width, or is refused
     with pytest.raises(QuantizationError, match="scheme fp16 has no groups; leave --group-size out"):
         get_scheme("fp16").with_group_size(32)
     with pytest.raises(QuantizationError, match="group_size=48 is not supported"):

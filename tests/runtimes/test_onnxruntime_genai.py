@@ -77,7 +77,7 @@ def test_our_operators_run_inside_genai(artifact: Callable[[str], Path], tmp_pat
     if library is None:
         pytest.skip("our operators cannot be built here: no compiler, or a processor without fast kernels")
     folder = artifact(checkpoint)
-    expected = greedy(folder, "q4")
+    expected = greedy(folder, "q4", kernels="lfm2")
     graph = Artifact.open(folder, verify=False).program("onnx", "q4").graphs["lfm2"]
     model = endless(folder, expected, graph, tmp_path / "artifact", library)
     found = [generate(model, prompt, STEPS)[0] for prompt in expected.prompts]

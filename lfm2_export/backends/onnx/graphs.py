@@ -48,6 +48,7 @@ def make_graphs(config: ModelConfig, plan: WeightPlan, cache: CacheSpec) -> Grap
         "simplify": passes.simplify(model),
         "drop_unread_outputs": passes.drop_unread_outputs(model),
         "name_initializers": passes.name_initializers(model, plan),
+        "share_tied_scales": passes.share_tied_scales(model, plan),
         "name_axes": passes.name_axes(model, cache),
         "strip_debris": passes.strip_debris(model),
         "number_nodes": passes.number_nodes(model),

@@ -103,18 +103,23 @@ class GraphFile:
         model = read_graph(path)
         self._initializers = {tensor.name: tensor for tensor in model.graph.initializer}
         self.readers: dict[str, tuple[onnx.NodeProto, int]] = {}
+        self._restored: dict[str, str] = {}  # what Casts to float32 make of initializers
         for node in model.graph.node:
             for index, name in enumerate(node.input):
                 if name in self._initializers:
                     self.readers.setdefault(name, (node, index))
+            if _is_cast_to_float32(node) and node.input[0] in self._initializers:
+                self._restored[node.output[0]] = node.input[0]
         self._data_files: dict[str, DataFile] = {}
 
     def stored(self, name: str) -> Stored:
-        """An initializer by its name.
+        """An initializer by its name, or by that of a Cast's output that makes float32 of it: no value changes there.
 
         Raises:
             ArtifactError: there is none, or its bytes are not there, not all of them, or of another kind.
         """
+        if name not in self._initializers:
+            name = self._restored.get(name, name)
         tensor = self._initializers.get(name)
         if tensor is None:
             raise self.refusal(f"has no initializer {named(name)}")
@@ -166,6 +171,14 @@ class GraphFile:
     def refusal(self, fault: str) -> ArtifactError:
         """The error for what is wrong in this graph."""
         return ArtifactError(f"{paths.shown(self.path)}: {fault}; export again")
+
+
+def _is_cast_to_float32(node: onnx.NodeProto) -> bool:
+    return (
+        (node.op_type, node.domain) == ("Cast", "")
+        and (len(node.input), len(node.output)) == (1, 1)
+        and any(attribute.name == "to" and attribute.i == onnx.TensorProto.FLOAT for attribute in node.attribute)
+    )
 
 
 @dataclass(frozen=True)

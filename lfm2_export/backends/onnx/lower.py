@@ -111,8 +111,10 @@ class StoredModule(nn.Module):
         for role in stored.storage():
             self.register_parameter(role, _fake(stored, role))
 
-    def packed(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        return self.qdata, self.scale, getattr(self, "zero_point", None)
+    def packed(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes, scales and zero points; the scales in the activations' ``dtype``, as the operators want them: a Cast
+        of an initializer, which onnxruntime folds while it loads."""
+        return self.qdata, self.scale.to(dtype), getattr(self, "zero_point", None)
 
 
 def _fake(stored: StoredWeight, role: str) -> nn.Parameter:
@@ -224,7 +226,7 @@ class OnnxLinear(StoredModule):
         rows, columns = self.stored.shape
         return ops.matmul_nbits(
             x,
-            *self.packed(),
+            *self.packed(x.dtype),
             self.bias,
             rows=rows,
             columns=columns,
@@ -237,11 +239,15 @@ class OnnxLinear(StoredModule):
 class OnnxEmbedding(StoredModule):
     """GatherBlockQuantized, or a plain Gather."""
 
+    def __init__(self, stored: StoredWeight, dtype: torch.dtype):
+        super().__init__(stored)
+        self.dtype = dtype
+
     def forward(self, ids: Tensor) -> Tensor:
         form = self.stored.format
         if isinstance(form, FloatFormat):
             return F.embedding(ids, self.weight)
-        qdata, scale, zero_point = self.packed()
+        qdata, scale, zero_point = self.packed(self.dtype)
         return ops.gather_block_quantized(
             qdata, ids, scale, zero_point, width=self.stored.shape[1], bits=form.bits, group_size=form.group_size
         )
@@ -319,8 +325,8 @@ class OnnxSparseMoeBlock(nn.Module):
             x_MD,
             router_probs,
             router_weights,
-            gate_up.packed(),
-            down.packed(),
+            gate_up.packed(x_MD.dtype),
+            down.packed(x_MD.dtype),
             top_k=top_k,
             bits=self.format.bits,
             group_size=self.format.group_size,
@@ -378,7 +384,7 @@ class Lowering:
             case eager.GroupedQueryAttention():
                 return OnnxAttention(self.config, getattr(torch, plan.activation_dtype))
             case nn.Embedding():
-                return OnnxEmbedding(plan[name])
+                return OnnxEmbedding(plan[name], getattr(torch, plan.activation_dtype))
             case SparseMoeBlock():
                 return OnnxSparseMoeBlock(name, self.config, plan)
             case nn.Linear():

@@ -47,9 +47,8 @@ def use_own_products(model: ir.Model) -> int:
     for node in nodes:
         x, qdata, scale, zero_point, _, bias = _padded(node.inputs, 6)
         attributes = {name: node.attributes[name].value for name in ("N", "K", "bits", "block_size")}
-        _replace(model, node, "MatMulNBits", (x, qdata, scale, zero_point, bias), attributes)
-    _import_domain(model, len(nodes))
-    return len(nodes)
+        _replace(model, node, "MatMulNBits", (x, qdata, _as_stored(scale), zero_point, bias), attributes)
+    return _finish(model, len(nodes))
 
 
 def fuse_feed_forwards(model: ir.Model, plan: WeightPlan) -> int:
@@ -223,9 +222,15 @@ def use_own_experts(model: ir.Model, config: ModelConfig) -> int:
             "bits": node.attributes["expert_weight_bits"].value,
             "block_size": node.attributes["block_size"].value,
         }
-        weights = (gate_up, inputs[3], inputs[11], inputs[5], inputs[6], inputs[12])
+        weights = (gate_up, _as_stored(inputs[3]), inputs[11], inputs[5], _as_stored(inputs[6]), inputs[12])
         _replace(model, node, "SparseMoe", (inputs[0], logits, bias, *weights), attributes)
     return _finish(model, len(nodes))  # the routing around the old nodes goes too
+
+
+def _as_stored(scale: ir.Value | None) -> ir.Value | None:
+    """The initializer behind a Cast: our operators read float16 scales where they are mapped."""
+    node = None if scale is None else scale.producer()
+    return scale if node is None or node.op_type != "Cast" else node.inputs[0]
 
 
 def _padded(inputs: Sequence[ir.Value | None], count: int) -> list[ir.Value | None]:

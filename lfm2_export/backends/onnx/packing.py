@@ -14,7 +14,9 @@ b: bits, E: experts, I: moe_intermediate_size):
                           fc1: N = 2I, row 2i is w1's (gate) row i, row 2i+1 is w3's (up); fc2: w2
 
 so a tied embedding and head can be two initializers on the same bytes of the data file. MatMulNBits' scales have its
-activations' dtype, GatherBlockQuantized's that of its output, QMoE's may be float16 beside float32 activations.
+activations' dtype, GatherBlockQuantized's that of its output: where those are float32, a Cast stands between the
+float16 initializer and the node. QMoE would take float16 scales as they are, but onnxruntime then inserts Casts of its
+own, too late to fold them below full optimization. Our operators read either dtype.
 MatMulNBits calls our group_size "block_size"; rename only here.
 """
 

@@ -84,6 +84,27 @@ def name_initializers(model: ir.Model, plan: WeightPlan) -> int:
     return len(found)
 
 
+def share_tied_scales(model: ir.Model, plan: WeightPlan) -> int:
+    """Lets a tied head read the token table's scales, through the table's Cast: folded twice, they would be in memory
+    twice. Codes are left alone, as the operators want other shapes of them. Returns how many heads do."""
+    count = 0
+    for weight in plan.values():
+        if weight.same_bytes_as is not None and isinstance(weight.format, IntFormat):
+            own, table = (stored.tensor("scale") for stored in (weight, plan[weight.same_bytes_as]))
+            _as_read(model, own).replace_all_uses_with(_as_read(model, table))
+            count += 1
+    if count:
+        common_passes.RemoveUnusedNodesPass()(model)
+    return count
+
+
+def _as_read(model: ir.Model, name: str) -> ir.Value:
+    """What an initializer's reader makes of it, where that is a Cast."""
+    value = model.graph.initializers[name]
+    (reader,) = value.consumers()
+    return reader.outputs[0] if reader.op_type == "Cast" else value
+
+
 def name_axes(model: ir.Model, cache: CacheSpec) -> int:
     """Types every input and output with the artifact's axis names; Transformers.js wants exactly ``batch_size``."""
     inputs: dict[str, tuple[int | str, ...]] = {"input_ids": (BATCH, SEQUENCE), "attention_mask": (BATCH, TOTAL)}

@@ -17,8 +17,10 @@ from lfm2_export.backends.weights.plan import Roles, Stack, Storage, WeightPlan
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import QuantizationError
 from lfm2_export.families.tensors import ModelTensor, TensorClass
-from lfm2_export.quant.formats import FloatFormat, IntFormat, WeightFormat
+from lfm2_export.quant.formats import GROUP_SIZES, FloatFormat, IntFormat, WeightFormat
 from lfm2_export.quant.schemes import FormatChoice, Scheme
+
+LEAST_GROUP = 32  # of those that are chosen for a width; the user may ask for less
 
 
 class Layout(Enum):
@@ -64,17 +66,23 @@ def make_plan(config: ModelConfig, scheme: Scheme) -> WeightPlan:
     Raises:
         QuantizationError: a width is no multiple of the group size, or an excluding pattern matches nothing.
     """
-    plan = plans.make_plan(config, scheme, _OnnxStorage())
+    plan = plans.make_plan(config, scheme, _OnnxStorage(fits_groups=scheme.fits_groups))
     # cos and sin of every position, for half of a head.
     values = config.max_position_embeddings * config.head_dim if config.attention_layers else 0
     return replace(plan, table_bytes=values * np.dtype(plan.activation_dtype).itemsize)
 
 
 class _OnnxStorage(Storage):
-    """One operator holds a layer's experts; a tied head reads the token table."""
+    """One operator holds a layer's experts; a tied head reads the token table.
+
+    ``fits_groups``: whether a width that is no multiple of the scheme's group size gets the largest that divides it.
+    """
 
     stacks = (Stack(name="gate_up", matrices=("w1", "w3")), Stack(name="down", matrices=("w2",)))
     shares_tied_head = True
+
+    def __init__(self, *, fits_groups: bool):
+        self.fits_groups = fits_groups
 
     def layout(self, kind: TensorClass, form: WeightFormat, matrix: str | None) -> Layout:
         match kind:
@@ -96,18 +104,41 @@ class _OnnxStorage(Storage):
         if tensor.kind in (TensorClass.ROUTER, TensorClass.EXPERT_BIAS):
             # fp16 scores tie now and then, and a tie picks another expert than the model would.
             return FormatChoice(FloatFormat(dtype="float32"), choice.reason)
-        return choice
+        return _fitted(choice, tensor.shape[-1]) if self.fits_groups else choice
 
     def choose_for_stack(self, choices: Mapping[str, FormatChoice], tensors: Sequence[ModelTensor]) -> FormatChoice:
-        found = set(choices.values())
-        if len({choice.format for choice in found}) > 1:
+        # Widths inside and outside of the experts may have got groups of different sizes, all powers of 2.
+        form, reason = min(choices.values(), key=lambda choice: (_group_size(choice.format), choice.reason))
+        if any(_in_groups_of(_group_size(form), choice.format) != form for choice in choices.values()):
             raise QuantizationError(
-                f"{tensors[0].name}: --exclude names some experts of this layer and not others, but QMoE holds all of "
-                "them in one format; exclude the whole layer (model.layers.N.feed_forward.experts.*)"
+                f"{tensors[0].name}: this layer's experts are to be stored in several formats, but QMoE holds all of "
+                "them in one; exclude the whole layer (model.layers.N.feed_forward.experts.*) or none of it"
             )
-        form, reason = min(found, key=lambda choice: choice.reason)
         if isinstance(form, IntFormat) and form.group_size in {tensor.shape[-1] for tensor in tensors}:
             # onnxruntime 1.30's QMoE misreads 4-bit zero points where a row is a single group (measured; 1.31 is
             # right).
             form = replace(form, symmetric=True, signed_scale=True)
         return FormatChoice(form, reason)
+
+
+def _fitted(choice: FormatChoice, columns: int) -> FormatChoice:
+    """In the largest groups of which ``columns`` are a multiple; as it was where there are none that kernels are made
+    for, which is refused later."""
+    form, reason = choice
+    if not isinstance(form, IntFormat) or columns % form.group_size == 0:
+        return choice
+    fitting = [size for size in GROUP_SIZES if LEAST_GROUP <= size < form.group_size and columns % size == 0]
+    if not fitting:
+        return choice
+    return FormatChoice(
+        replace(form, group_size=fitting[-1]),
+        f"{reason}; groups of {fitting[-1]}: {columns} columns are no multiple of {form.group_size}",
+    )
+
+
+def _group_size(form: WeightFormat) -> int:
+    return form.group_size if isinstance(form, IntFormat) else 0
+
+
+def _in_groups_of(size: int, form: WeightFormat) -> WeightFormat:
+    return replace(form, group_size=size) if isinstance(form, IntFormat) and size else form

@@ -10,7 +10,7 @@
 namespace lfm2 {
 namespace {
 
-constexpr int64_t kAhead = 4096;  // bytes: covers DRAM latency, across page boundaries too
+constexpr int64_t kAhead = 4096;  // bytes of codes: covers DRAM latency, across page boundaries too
 constexpr int kMostTokens = 4;    // of one pass of `dot`
 constexpr int kTileTokens = 6;    // of one pass of `block`: 2 x 6 sums of integers, as many of floats
 
@@ -116,10 +116,18 @@ LFM2_ALWAYS __m512i lanes_of(int first, int lanes_per_value) {
 struct Spread {
   __m512i groups;  // the weights' scales to groups of 32
   int64_t per_piece;
+  int64_t scales_ahead, points_ahead;  // bytes: those of the codes that are fetched meanwhile
 };
 
-LFM2_ALWAYS Spread spread_of(int64_t group) {
-  return {lanes_of(0, static_cast<int>(group / kGroupInputs)), kPadding / group};
+LFM2_ALWAYS Spread spread_of(const RowMatrix& w) {
+  const int64_t ahead = kAhead * 8 / w.bits / w.group;
+  return {lanes_of(0, static_cast<int>(w.group / kGroupInputs)), kPadding / w.group, ahead * (w.half_scales ? 2 : 4),
+          ahead / 2};
+}
+
+// May lie behind the tensor's end: harmless.
+LFM2_ALWAYS void fetch_ahead(const uint8_t* at, int64_t bytes) {
+  _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(at) + bytes), _MM_HINT_T0);
 }
 
 // Sums of one token that do not wait for each other: a multiply-add takes four cycles.
@@ -136,6 +144,10 @@ LFM2_ALWAYS void add_piece(const RowMatrix& w, const uint8_t* codes, const uint8
   constexpr int kRegisters = kBits == 4 ? 4 : 8;
   const int64_t first = piece * spread.per_piece;
   const __mmask16 mask = first_lanes(kWhole ? spread.per_piece : left / w.group);
+  fetch_ahead(scales + first * (w.half_scales ? 2 : 4), spread.scales_ahead);
+  if (points != nullptr) {
+    fetch_ahead(points + first / 2, spread.points_ahead);
+  }
   const __m512 scale = load_scales(scales, first, mask, w.half_scales);
   const __m512 point = points == nullptr ? _mm512_set1_ps(kBits == 4 ? 8 : 128) : load_points(points, first, mask);
   const __m512 offset = _mm512_permutexvar_ps(spread.groups, _mm512_mul_ps(scale, point));
@@ -151,7 +163,7 @@ LFM2_ALWAYS void add_piece(const RowMatrix& w, const uint8_t* codes, const uint8
 #pragma GCC unroll 8
   for (int r = 0; r < kRegisters; ++r) {
     const uint8_t* at = codes + piece * (kPadding * kBits / 8) + r * 64;
-    _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(at) + kAhead), _MM_HINT_T0);
+    fetch_ahead(at, kAhead);
     const __m512i bytes = kWhole ? _mm512_loadu_si512(at)
                                  : _mm512_maskz_loadu_epi8(first_bytes(left * kBits / 8 - r * 64), at);
     const __m512i low = kBits == 4 ? _mm512_and_si512(bytes, nibble) : bytes;
@@ -172,7 +184,7 @@ LFM2_ALWAYS void add_piece(const RowMatrix& w, const uint8_t* codes, const uint8
 template <int kBits, int kTokens>
 void dot_tokens(const RowMatrix& w, const RowActivations& x, float* y, int64_t stride) {
   constexpr int kSums = sums_of(kTokens);
-  const Spread spread = spread_of(w.group);
+  const Spread spread = spread_of(w);
   const int64_t whole = w.columns / kPadding, left = w.columns % kPadding;
   // Divisions, which are as slow as a row: not in the loop.
   const int64_t row_bytes = w.row_bytes(), scale_bytes = w.scale_bytes(), point_bytes = w.point_bytes();

@@ -62,7 +62,7 @@ void run_matmuls(const MatMulProblem* problems, int count, const RowKernels& ker
   Arena arena(scratch);
   const int64_t tokens = problems->tokens, columns = problems->w.columns;
   RowActivations x = take_activations(arena, tokens, problems->w);
-  x.shifted = is_worth_arranging(kernels, tokens);
+  x.shifted = is_worth_arranging(kernels, tokens, x.bits);
   quantize_all(kernels, pool, problems->x, columns, x);
   int64_t all_rows = 0;
   for (int i = 0; i < count; ++i) {
@@ -96,7 +96,8 @@ void run_feed_forward(const FeedForwardProblem& problem, const RowKernels& kerne
   for (int64_t first = 0; first < problem.tokens; first += kPassTokens) {
     const int64_t tokens = std::min(kPassTokens, problem.tokens - first);
     RowActivations x = all.x.part(0, tokens), inner = all.inner.part(0, tokens);
-    x.shifted = inner.shifted = is_worth_arranging(kernels, tokens);
+    x.shifted = is_worth_arranging(kernels, tokens, x.bits);
+    inner.shifted = is_worth_arranging(kernels, tokens, inner.bits);
     quantize_all(kernels, pool, problem.x + first * width, width, x);
     share_out(pool, groups, [&](int64_t group) { gate_up(problem, kernels, x, inner, group); });
     const int64_t rows = rows_of_a_task(width, inner, pool);

@@ -54,8 +54,8 @@ RowActivations take_activations(Arena& arena, int64_t tokens, const RowMatrix& w
   return found;
 }
 
-bool is_worth_arranging(const RowKernels& kernels, int64_t tokens) {
-  return kernels.block != nullptr && tokens > kFewTokens;
+bool is_worth_arranging(const RowKernels& kernels, int64_t tokens, int bits) {
+  return kernels.block != nullptr && tokens > few_tokens(bits);
 }
 
 void quantize_all(const RowKernels& kernels, const ThreadPool& pool, const float* x, int64_t columns,

@@ -10,8 +10,8 @@ namespace lfm2 {
 // Room for `tokens` quantized inputs of w.
 RowActivations take_activations(Arena& arena, int64_t tokens, const RowMatrix& w);
 
-// Whether weights are rearranged for so many tokens; such activations are `shifted`.
-bool is_worth_arranging(const RowKernels& kernels, int64_t tokens);
+// Whether weights of so many bits are rearranged for so many tokens; such activations are `shifted`.
+bool is_worth_arranging(const RowKernels& kernels, int64_t tokens, int bits);
 
 // All tokens of x [tokens, columns] into `to`, by all workers.
 void quantize_all(const RowKernels& kernels, const ThreadPool& pool, const float* x, int64_t columns,

@@ -38,7 +38,7 @@ def dense(*layers: str, **overrides: Any) -> dict[str, Any]:
 
 # Raw config and export's options. Each combines features that do not hide each other's errors.
 CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "moe": (moe(CONV, ATTENTION, CONV, moe_intermediate_size=64), {}),
+    "moe": (moe(CONV, ATTENTION, CONV, moe_intermediate_size=64), {"group_size": 32}),
     "moe-bare-router": (
         moe(
             CONV,
@@ -88,7 +88,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "dense": (
         dense(CONV, ATTENTION, conv_L_cache=2, conv_bias=True, num_attention_heads=2, head_dim=80),
-        {},
+        {"group_size": 32},
     ),
     "dense-many-heads": (
         dense(ATTENTION, CONV, num_attention_heads=24, num_key_value_heads=1, head_dim=16, tie_word_embeddings=False),
@@ -113,7 +113,7 @@ class Case:
         program = Artifact.open(self.made.artifact, verify=False).program("onnx", scheme)
         self.config = lfm2_export.open_checkpoint(self.made.checkpoint).config
         self.model = load_model(StoredWeights(self.made.artifact / program.graphs["model"], self.config))
-        self.group_size = options.get("group_size", 32)
+        self.group_size = options.get("group_size")
         self._known: dict[bytes, np.ndarray] = {}
 
     def open(self, kernels: str, kv_cache: str = "float") -> Runner:

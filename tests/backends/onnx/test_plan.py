@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -131,16 +132,38 @@ def test_embedding_and_head_are_8_bit_in_q4():
 @pytest.mark.parametrize(("inner", "symmetric"), [(32, True), (64, False)])
 def test_experts_of_one_group_a_row_have_no_zero_points(inner, symmetric):
     """onnxruntime 1.30, which Transformers.js brings, misreads them."""
-    plan = plan_of(config_of(moe_intermediate_size=inner))
+    scheme = replace(get_scheme("q4"), experts=IntFormat(bits=4, symmetric=False, scale_dtype="float16"))
+    plan = make_plan(config_of(moe_intermediate_size=inner), scheme)
     assert plan[f"{EXPERTS}.down"].format.symmetric is symmetric
     assert plan[f"{EXPERTS}.gate_up"].format.symmetric is symmetric
     assert not plan["model.layers.0.conv.in_proj"].format.symmetric
 
 
-def test_scales_have_the_dtype_that_the_operators_take():
-    """MatMulNBits and GatherBlockQuantized: their activations'; QMoE: any, and float16 takes half the bytes."""
-    for scheme in ("q8", "q4", "q4f16"):
-        plan = plan_of(config_of(), scheme)
-        scales = {w.layout: w.storage()["scale"][1] for w in plan.values() if isinstance(w.format, IntFormat)}
-        assert scales[Layout.DOWN] == scales[Layout.GATE_UP] == np.float16
-        assert scales[Layout.MATMUL] == scales[Layout.TABLE] == np.dtype(plan.activation_dtype)
+@pytest.mark.parametrize("scheme", ["q8", "q4", "q4f16"])
+def test_scales_are_float16_whatever_the_activations_are(scheme):
+    plan = plan_of(config_of(), scheme)
+    scales = {w.layout: w.storage()["scale"][1] for w in plan.values() if isinstance(w.format, IntFormat)}
+    assert set(scales) == {Layout.DOWN, Layout.GATE_UP, Layout.MATMUL, Layout.TABLE}
+    assert set(scales.values()) == {np.dtype(np.float16)}
+
+
+def test_a_width_that_is_no_multiple_of_the_schemes_groups_gets_the_largest_that_divides_it():
+    plan = plan_of(config_of(hidden_size=192), "q4")
+    sizes = {name: weight.format.group_size for name, weight in plan.items() if isinstance(weight.format, IntFormat)}
+    assert {sizes[EMBEDDING], sizes[HEAD], sizes["model.layers.0.conv.out_proj"]} == {64}
+    assert sizes["model.layers.0.conv.in_proj"] == 32
+    assert plan["model.layers.0.conv.in_proj"].reason == "scheme q4: linear"
+    assert plan[EMBEDDING].reason == "scheme q4: embedding; groups of 64: 192 columns are no multiple of 128"
+    assert plan[HEAD].format == plan[EMBEDDING].format
+    with pytest.raises(QuantizationError, match=r"in_features=48 is not a multiple of group_size=128; pass --group-"):
+        plan_of(config_of(hidden_size=48), "q4")
+
+
+@pytest.mark.parametrize(("hidden", "inner", "size"), [(256, 128, 64), (256, 96, 32), (96, 128, 32), (128, 64, 64)])
+def test_a_layers_experts_have_groups_that_fit_inside_and_outside(hidden, inner, size):
+    """QMoE has one group size for both matrices."""
+    plan = plan_of(config_of(hidden_size=hidden, moe_intermediate_size=inner))
+    for name in (f"{EXPERTS}.gate_up", f"{EXPERTS}.down"):
+        assert plan[name].format.group_size == size
+        assert plan[name].format.symmetric
+        assert ("no multiple of 64" in plan[name].reason) == (size == 32)
