@@ -121,7 +121,9 @@ def export(
     if opened.exact_formats:
         schemes = [taken_over(opened, one, within, requantize_table=requantize_table) for one in schemes]
     else:
-        schemes = mixed(opened, schemes, within, lowering.make_plan, algorithm=algorithm, by_default=not uniform)
+        # A backend without schemes that mix need have no plan.
+        make_plan = lambda config, one: lowering.make_plan(config, one)  # noqa: E731
+        schemes = mixed(opened, schemes, within, make_plan, algorithm=algorithm, by_default=not uniform)
     progress = progress or Progress()
     calibration = Calibration.asked(opened, calibrate, statistics)
     asked = {} if calibration is None else {"calibration": calibration.key()}
