@@ -47,6 +47,7 @@ def export(
     target_bits: float | None = None,
     target_size: str | int | None = None,
     budget: str | None = None,
+    measure: str | Path | None = None,
     revision: str | None = None,
     offline: bool = False,
     progress: Progress | None = None,
@@ -65,6 +66,8 @@ def export(
             token table included; q4 does so by itself, in the bytes of llama.cpp's Q4_K_M, unless ``group_size`` or
             ``exclude`` is given.
         target_size: the same within so many bytes of data, or "700MB", "1.2GB", "650MiB".
+        measure: a file of text on which is measured what each tensor's width costs, with the model in memory as
+            float32; None estimates it without data.
         budget: what these two count: "file" (default) or "step", what a decode step reads.
         options: the backend's own settings (``Backend.OPTIONS``), each of which is checked; None leaves one to the
             backend. executorch has ``max_context``, positions that the buffers hold (4096); ``moe_op``, how quantized
@@ -80,6 +83,7 @@ def export(
     _check_kinds(str, "a name", backend=backend, algorithm=algorithm)
     _check_kinds((str, NoneType), "a name or None", revision=revision)
     _check_kinds((str, NoneType), "a name or None", budget=budget)
+    _check_kinds((str, os.PathLike, NoneType), "a file or None", measure=measure)
     _check_kinds((str, int, NoneType), "bytes, a size such as 700MB, or None", target_size=target_size)
     _check_kinds((int, float, NoneType), "a number or None", target_bits=target_bits)
     _check_kinds(
@@ -93,11 +97,13 @@ def export(
     options = _checked_options(backend, options)
     asked = make_budget(target_bits, target_size, budget)
     schemes = _customized(_schemes(lowering, backend, schemes_asked), group_size, excluded)
-    check_mixable(schemes, asked, group_size)
+    uniform = group_size is not None or bool(excluded)
+    check_mixable(schemes, asked, group_size, by_default=not uniform, text=measure)
     opened = open_checkpoint(checkpoint, revision=revision, offline=offline)
     companions.check(opened)
-    uniform = group_size is not None or excluded
-    schemes = mixed(opened, schemes, asked, lowering.make_plan, algorithm=algorithm, by_default=not uniform)
+    schemes = mixed(
+        opened, schemes, asked, lowering.make_plan, algorithm=algorithm, by_default=not uniform, text=measure
+    )
     progress = progress or Progress()
     key = _key(opened, backend, schemes, {"algorithm": algorithm, **options})
     record = Background(lambda: writer.confirm(CheckpointRecord.of(opened)))
