@@ -37,7 +37,7 @@ class Statistics(Protocol):
 
 
 # Weights of a matrix that are looked at, in so many places of it; and experts of a layer.
-_SAMPLED, _PLACES, _EXPERTS = 1 << 17, 8, 4
+_SAMPLED, _PLACES, _EXPERTS = 1 << 15, 4, 4
 
 
 def estimate_damages(
