@@ -35,6 +35,10 @@ OrtStatus* create_status(int code, const char* message) {
   return new OrtStatus{code, message};
 }
 
+void release_status(OrtStatus* status) {
+  delete status;
+}
+
 OrtStatus* create_domain(const char*, OrtCustomOpDomain** domain) {
   *domain = the_domain = new OrtCustomOpDomain;
   return nullptr;
@@ -186,6 +190,7 @@ const Table& the_table() {
     put<ort::KernelContextGetInput>(made, input);
     put<ort::KernelContextGetOutput>(made, output);
     put<ort::KernelInfoGetConstantInput>(made, constant_input);
+    put<ort::ReleaseStatus>(made, release_status);
     put<ort::ReleaseTensorTypeAndShapeInfo>(made, release_info);
     put<ort::KernelContextParallelFor>(made, parallel_for);
     return made;

@@ -382,7 +382,8 @@ class ProjectionsCase:
     def label(self) -> str:
         first, rows = self.w[0], ",".join(str(w.rows) for w in self.w)
         return (
-            f"Projections tokens={self.tokens} {rows}x{first.columns} bits={first.bits} group={first.group} "
+            f"Projections tokens={self.tokens} {rows}x{first.columns} bits={','.join(str(w.bits) for w in self.w)} "
+            f"group={','.join(str(w.group) for w in self.w)} "
             f"threads={self.threads}"
         )
 
@@ -396,7 +397,13 @@ class ProjectionsCase:
     def attributes(self) -> dict[str, Any]:
         first = self.w[0]
         rows = {f"N{index}": w.rows for index, w in enumerate(self.w)}
-        return {"K": first.columns, "bits": first.bits, "block_size": first.group, **rows}
+        others = {
+            f"N{index}_{name}": value
+            for index, w in enumerate(self.w)
+            for name, value in (("bits", w.bits), ("block_size", w.group))
+            if (w.bits, w.group) != (first.bits, first.group)
+        }
+        return {"K": first.columns, "bits": first.bits, "block_size": first.group, **rows, **others}
 
     def run(self) -> list[npt.NDArray[Any]]:
         inputs, attributes = self.inputs, self.attributes
@@ -420,8 +427,8 @@ class FeedForwardCase:
     def label(self) -> str:
         w1, w2 = self.w1, self.w2
         return (
-            f"FeedForward tokens={self.tokens} {w1.columns}-{w1.rows} bits={w1.bits},{w2.bits} "
-            f"group={w1.group},{w2.group} threads={self.threads}"
+            f"FeedForward tokens={self.tokens} {w1.columns}-{w1.rows} bits={w1.bits},{self.w3.bits},{w2.bits} "
+            f"group={w1.group},{self.w3.group},{w2.group} threads={self.threads}"
         )
 
     @property
@@ -431,8 +438,10 @@ class FeedForwardCase:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        w1, w2 = self.w1, self.w2
+        w1, w3, w2 = self.w1, self.w3, self.w2
+        differs = (w3.bits, w3.group) != (w1.bits, w1.group)
         return {
+            **({"up_bits": w3.bits, "up_block_size": w3.group} if differs else {}),
             "inner": w1.rows,
             "bits": w1.bits,
             "block_size": w1.group,
@@ -535,6 +544,9 @@ PROJECTIONS_CASES = [
         (30, (Matrix(64, 96), Matrix(17, 96, seed=1), Matrix(1, 96, seed=2)), 2),
         (2, (Matrix(32, 256, group=128), Matrix(64, 256, group=128, symmetric=True), Matrix(8, 256, group=128)), 2),
         (9, (Matrix(48, 64, bits=8), Matrix(16, 64, bits=8, seed=1), Matrix(16, 64, bits=8, seed=2)), 1),
+        (1, (Matrix(64, 128, bits=8, group=128), Matrix(16, 128, half=True), Matrix(40, 128, bits=8)), 2),
+        (10, (Matrix(64, 128, group=64), Matrix(16, 128, group=128, symmetric=True), Matrix(40, 128, bits=8)), 1),
+        (20, (Matrix(64, 128), Matrix(16, 128, bits=8, group=64), Matrix(40, 128, bits=8)), 2),
     )
 ]
 FEED_FORWARD_CASES = [
@@ -544,6 +556,9 @@ FEED_FORWARD_CASES = [
         (20, Matrix(96, 64), Matrix(96, 64, seed=1), Matrix(64, 96), 2),
         (3, Matrix(128, 128, group=128), Matrix(128, 128, group=128, seed=1), Matrix(128, 128, bits=8), 1),
         (1030, Matrix(64, 64, bits=8), Matrix(64, 64, bits=8, seed=1), Matrix(64, 64, group=64), 1),
+        (1, Matrix(96, 128, group=128), Matrix(96, 128, bits=8, half=True), Matrix(128, 96), 2),
+        (10, Matrix(96, 128, bits=8, group=64), Matrix(96, 128, symmetric=True), Matrix(128, 96, bits=8), 1),
+        (1030, Matrix(64, 64), Matrix(64, 64, bits=8, group=64), Matrix(64, 64, group=64), 1),
     )
 ]
 MOE_CASES = [

@@ -125,7 +125,12 @@ Case projections(Random& random, int64_t tokens) {
     const std::string index = std::to_string(i);
     const int64_t rows = random.between(1, 50);
     maker.integer("N" + index, rows);
-    maker.matrix("w" + index, {}, rows, columns, bits, group);
+    const bool as_first = i == 0 || random.one_in(2);
+    const int64_t its_bits = as_first ? bits : random_bits(random), its_group = as_first ? group : 32;
+    if (!as_first) {
+      maker.format("N" + index + "_", its_bits, its_group);
+    }
+    maker.matrix("w" + index, {}, rows, columns, its_bits, its_group);
   }
   return maker.made();
 }
@@ -139,7 +144,12 @@ Case feed_forward(Random& random, int64_t tokens) {
   maker.format("down_", down_bits, down_group);
   maker.floats("x", {1, random_tokens(random, tokens), width});
   maker.matrix("w1", {}, inner, width, bits, group);
-  maker.matrix("w3", {}, inner, width, bits, group);
+  const bool as_first = random.one_in(2);
+  const int64_t up_bits = as_first ? bits : random_bits(random), up_group = as_first ? group : 32;
+  if (!as_first) {
+    maker.format("up_", up_bits, up_group);
+  }
+  maker.matrix("w3", {}, inner, width, up_bits, up_group);
   maker.matrix("w2", {}, width, inner, down_bits, down_group);
   return maker.made();
 }

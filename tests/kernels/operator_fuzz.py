@@ -70,6 +70,7 @@ def base_calls() -> list[Call]:
         *onnx_operators.PRODUCT_CASES[6:],
         *onnx_operators.PROJECTIONS_CASES[::3],
         *onnx_operators.FEED_FORWARD_CASES[:3],
+        *onnx_operators.FEED_FORWARD_CASES[4:6],
         *onnx_operators.MOE_CASES[::2],
         *onnx_operators.CONV_CASES[:5],
         *attention,

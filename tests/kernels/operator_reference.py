@@ -63,19 +63,27 @@ def _product(inputs: Inputs, a: Attributes) -> list[npt.NDArray[Any]]:
     return [(out + (0 if bias is None else bias.reshape(-1).astype(np.float64))).reshape(*shape[:-1], a["N"])]
 
 
+def _format(a: Attributes, prefix: str) -> tuple[int, int]:
+    """Bits and group of a further matrix: the first one's where the node says nothing, or no integer."""
+    own, first = ([a.get(f"{start}{name}") for name in ("bits", "block_size")] for start in (prefix, ""))
+    bits, group = (one if isinstance(one, int) else other for one, other in zip(own, first, strict=True))
+    return bits, group
+
+
 def _projections(inputs: Inputs, a: Attributes) -> list[npt.NDArray[Any]]:
     x, shape = _x(inputs)
     found = []
     for index in range(3):
         rows = a[f"N{index}"]
-        w = _matrix(inputs, 1 + 3 * index, rows, a["K"], a["bits"], a["block_size"])
+        w = _matrix(inputs, 1 + 3 * index, rows, a["K"], *_format(a, f"N{index}_"))
         found.append((x @ w.T).reshape(*shape[:-1], rows))
     return found
 
 
 def _feed_forward(inputs: Inputs, a: Attributes) -> list[npt.NDArray[Any]]:
     x, shape = _x(inputs)
-    gate, up = (_matrix(inputs, i, a["inner"], shape[-1], a["bits"], a["block_size"]) for i in (1, 4))
+    gate = _matrix(inputs, 1, a["inner"], shape[-1], a["bits"], a["block_size"])
+    up = _matrix(inputs, 4, a["inner"], shape[-1], *_format(a, "up_"))
     down = _matrix(inputs, 7, shape[-1], a["inner"], a["down_bits"], a["down_block_size"])
     inner = silu(x @ gate.T) * (x @ up.T)
     return [((rounded(inner) if inner.size else inner) @ down.T).reshape(shape)]

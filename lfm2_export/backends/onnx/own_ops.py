@@ -58,11 +58,9 @@ def fuse_feed_forwards(model: ir.Model, plan: WeightPlan) -> int:
     for block in blocks:
         gate, up, down = (_only_reader(model, block[part].tensor("qdata")) for part in ("w1", "w3", "w2"))
         assert gate.inputs[0] is up.inputs[0]
-        attributes = {
-            "inner": gate.attributes["N"].value,
-            **{name: gate.attributes[name].value for name in ("bits", "block_size")},
-            **{f"down_{name}": down.attributes[name].value for name in ("bits", "block_size")},
-        }
+        first, second, last = (_format(node) for node in (gate, up, down))
+        attributes = {"inner": gate.attributes["N"].value, **first, **_other_format("up_", second, first)}
+        attributes |= {f"down_{name}": value for name, value in last.items()}
         weights = [value for node in (gate, up, down) for value in _padded(node.inputs, 4)[1:4]]
         _replace(model, down, "FeedForward", (gate.inputs[0], *weights), attributes)
     return _finish(model, len(blocks))
@@ -78,9 +76,17 @@ def _feed_forwards(plan: WeightPlan) -> list[dict[str, StoredWeight]]:
 
 
 def _is_whole(block: Mapping[str, StoredWeight]) -> bool:
-    """Whether all three matrices are quantized, the first two alike, and the width between them comes in groups."""
-    w1, w3, down = (block[part] for part in ("w1", "w3", "w2"))
-    return isinstance(down.format, IntFormat) and isinstance(w1.format, IntFormat) and w1.format == w3.format
+    """Whether all three matrices are quantized."""
+    return all(isinstance(block[part].format, IntFormat) for part in ("w1", "w3", "w2"))
+
+
+def _format(product: ir.Node) -> dict[str, int]:
+    return {name: product.attributes[name].as_int() for name in ("bits", "block_size")}
+
+
+def _other_format(prefix: str, form: Mapping[str, int], first: Mapping[str, int]) -> dict[str, int]:
+    """The attributes of a further matrix: none where it is stored as the first one."""
+    return {} if form == first else {f"{prefix}{name}": value for name, value in form.items()}
 
 
 def fuse_short_convs(model: ir.Model) -> int:
@@ -127,15 +133,17 @@ def fuse_attention(model: ir.Model, config: ModelConfig) -> int:
 
 
 def fuse_projections(model: ir.Model) -> int:
-    """The products that make q, k and v of one input become one Projections, where all are quantized alike. Returns how
-    many."""
+    """The products that make q, k and v of one input become one Projections, if all are quantized. Returns how many."""
     count = 0
     for attention in [node for node in model.graph if node.op_type == "Attention" and node.domain == DOMAIN]:
         products = [_producer(value) for value in attention.inputs[:3]]
-        if not _are_alike(products):
+        if not _are_together(products):
             continue
-        attributes = {name: products[0].attributes[name].value for name in ("K", "bits", "block_size")}
+        first, *others = map(_format, products)
+        attributes = {"K": products[0].attributes["K"].value, **first}
         attributes |= {f"N{index}": node.attributes["N"].value for index, node in enumerate(products)}
+        for index, form in enumerate(others, start=1):
+            attributes |= _other_format(f"N{index}_", form, first)
         weights = [value for node in products for value in _padded(node.inputs, 4)[1:4]]
         while weights[-1] is None:
             weights.pop()
@@ -147,13 +155,12 @@ def fuse_projections(model: ir.Model) -> int:
     return _finish(model, count)
 
 
-def _are_alike(products: Sequence[ir.Node]) -> bool:
+def _are_together(products: Sequence[ir.Node]) -> bool:
     first = products[0]
     return all(
         (node.op_type, node.domain) == ("MatMulNBits", DOMAIN)
         and node.inputs[0] is first.inputs[0]
         and len(node.inputs) <= 4  # no bias
-        and all(node.attributes[name].value == first.attributes[name].value for name in ("bits", "block_size"))
         for node in products
     )
 

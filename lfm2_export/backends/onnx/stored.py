@@ -45,6 +45,8 @@ _SCALES = {
 # What bits and group size are called, where not "bits" and "block_size".
 _BITS = {("QMoE", 2): "expert_weight_bits", ("QMoE", 5): "expert_weight_bits", ("FeedForward", 7): "down_bits"}
 _GROUP_SIZE = {("FeedForward", 7): "down_block_size"}
+# What stands in front of these names where a further matrix of a node is stored otherwise than its first.
+_PREFIX = {("FeedForward", 4): "up_", ("Projections", 4): "N1_", ("Projections", 7): "N2_"}
 # 255 of them are a float32.
 _LARGEST_SCALE = 1e36
 # Operators that multiply by a stored matrix as it is; MatMul's is stored [in, out].
@@ -229,8 +231,9 @@ class _Graph(GraphFile):
         point = self._input(node, point_index) if any(node.input[point_index : point_index + 1]) else None
         if scale.dtype.kind != "f" or any(part and part.dtype != np.uint8 for part in (codes, point)):
             raise self.refusal(f"{named(name)} or its scales have the wrong element type")
-        bits = self._integer(node, _BITS.get(operator, "bits"))
-        group_size = self._integer(node, _GROUP_SIZE.get(operator, "block_size"))
+        prefix = _PREFIX.get(operator, "")
+        bits = self._integer(node, _BITS.get(operator, "bits"), prefix)
+        group_size = self._integer(node, _GROUP_SIZE.get(operator, "block_size"), prefix)
         if bits not in (4, 8) or group_size < 2 or group_size % 2:
             raise self.refusal(f"{named(name)} has {bits} bits in groups of {group_size}, which is not known")
         outer, groups = scale.shape[:-1], scale.shape[-1]
@@ -258,10 +261,12 @@ class _Graph(GraphFile):
             raise self.refusal(f"a node {shown(node.op_type, 40)} has {len(node.input)} inputs, not its scales")
         return self.stored(node.input[index])
 
-    def _integer(self, node: onnx.NodeProto, name: str) -> int:
-        for attribute in node.attribute:
-            if attribute.name == name and attribute.type == onnx.AttributeProto.INT:
-                return int(attribute.i)
+    def _integer(self, node: onnx.NodeProto, name: str, prefix: str = "") -> int:
+        """An attribute: with the prefix where the node has it so, else without."""
+        integers = {a.name: int(a.i) for a in node.attribute if a.type == onnx.AttributeProto.INT}
+        for known in (f"{prefix}{name}", name):
+            if known in integers:
+                return integers[known]
         raise self.refusal(f"a node {shown(node.op_type, 40)} does not say its {name}")
 
     def check_shape(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:

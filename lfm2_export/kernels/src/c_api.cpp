@@ -156,9 +156,9 @@ int lfm2_matmul_nbits(const char* kernels_name, int threads, Lfm2Array x, const 
     operands.w[0] = matrix_of(*w, *format);
     operands.bias = optional(bias, Kind::kFloat);
     lfm2::MatMulProblem problem =
-        lfm2::prepare({kOp, {format->bits, format->group}, columns, 1, {rows}}, operands)[0];
+        lfm2::prepare({kOp, {{format->bits, format->group}}, columns, 1, {rows}}, operands)[0];
     problem.out = checked_output(kOp, out, tokens, rows);
-    return problem.tokens == 0 ? kDone : with_scratch(lfm2::matmul_scratch_bytes(problem), [&](void* scratch) {
+    return problem.tokens == 0 ? kDone : with_scratch(lfm2::matmuls_scratch_bytes(&problem, 1), [&](void* scratch) {
       lfm2::run_matmul(problem, *kernels, pool_of(threads), scratch);
     });
   });
@@ -176,7 +176,7 @@ int lfm2_feed_forward(const char* kernels_name, int threads, Lfm2Array x, const 
     lfm2::check_threads(kOp, threads);
     const lfm2::Format stored = {format->bits, format->group};
     lfm2::FeedForwardProblem problem =
-        lfm2::prepare({kOp, inner, stored, stored}, {operand_of(x, Kind::kFloat, {tokens, width}),
+        lfm2::prepare({kOp, inner, stored, stored, stored}, {operand_of(x, Kind::kFloat, {tokens, width}),
                                                      matrix_of(*gate, *format), matrix_of(*up, *format),
                                                      matrix_of(*down, *format)});
     problem.out = checked_output(kOp, out, tokens, width);

@@ -44,7 +44,7 @@ struct MatrixOperands {
 struct ProductAttributes {
   static constexpr int kMost = 3;
   const char* op;
-  Format format;
+  Format formats[kMost];
   int64_t columns;
   int count;
   int64_t rows[kMost];
@@ -64,7 +64,7 @@ MatMulProblems prepare(const ProductAttributes& attributes, const ProductOperand
 struct FeedForwardAttributes {
   const char* op;
   int64_t inner;
-  Format format, down;
+  Format gate, up, down;
 };
 
 struct FeedForwardOperands {

@@ -8,10 +8,11 @@
 namespace lfm2 {
 
 void check(const ProductAttributes& a) {
+  static constexpr const char* kPrefixes[] = {"", "N1_", "N2_"};
   const Checks checks(a.op);
-  checks.format("", a.format);
   checks.size("K", a.columns);
   for (int i = 0; i < a.count; ++i) {
+    checks.format(kPrefixes[i], a.formats[i]);
     checks.size("N", a.rows[i]);
   }
 }
@@ -24,7 +25,7 @@ MatMulProblems prepare(const ProductAttributes& a, const ProductOperands& operan
   for (int i = 0; i < a.count; ++i) {
     static constexpr const char* kNames[] = {"w", "w of N1", "w of N2"};
     problems[i].x = operands.x.as<float>();
-    problems[i].w = checks.matrix(kNames[i], operands.w[i], a.format, a.rows[i], a.columns);
+    problems[i].w = checks.matrix(kNames[i], operands.w[i], a.formats[i], a.rows[i], a.columns);
     problems[i].tokens = tokens;
   }
   checks.optional(operands.bias, "bias", Kind::kFloat, a.rows[0]);
@@ -34,7 +35,8 @@ MatMulProblems prepare(const ProductAttributes& a, const ProductOperands& operan
 
 void check(const FeedForwardAttributes& a) {
   const Checks checks(a.op);
-  checks.format("", a.format);
+  checks.format("", a.gate);
+  checks.format("up_", a.up);
   checks.format("down_", a.down);
   checks.size("inner", a.inner);
   if (a.inner % kGroupInputs != 0) {
@@ -49,8 +51,8 @@ FeedForwardProblem prepare(const FeedForwardAttributes& a, const FeedForwardOper
   FeedForwardProblem problem = {};
   problem.tokens = checks.tokens(operands.x, width);
   problem.x = operands.x.as<float>();
-  problem.gate = checks.matrix("w1", operands.gate, a.format, a.inner, width);
-  problem.up = checks.matrix("w3", operands.up, a.format, a.inner, width);
+  problem.gate = checks.matrix("w1", operands.gate, a.gate, a.inner, width);
+  problem.up = checks.matrix("w3", operands.up, a.up, a.inner, width);
   problem.down = checks.matrix("w2", operands.down, a.down, width, a.inner);
   return problem;
 }

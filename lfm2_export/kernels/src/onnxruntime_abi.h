@@ -85,6 +85,7 @@ using KernelContextGetOutput =
     Entry<91, OrtStatus*(OrtKernelContext*, size_t, const int64_t* shape, size_t rank, OrtValue**)>;
 using KernelInfoGetConstantInput =
     Entry<249, OrtStatus*(const OrtKernelInfo*, size_t index, int* is_constant, const OrtValue**)>;
+using ReleaseStatus = Entry<93, void(OrtStatus*)>;
 using ReleaseTensorTypeAndShapeInfo = Entry<99, void(OrtTensorTypeAndShapeInfo*)>;
 using KernelContextParallelFor =
     Entry<274, OrtStatus*(const OrtKernelContext*, void (*)(void*, size_t), size_t total, size_t batches, void*)>;

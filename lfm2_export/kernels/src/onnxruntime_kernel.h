@@ -175,6 +175,17 @@ inline int64_t attribute(const OrtApi* api, const OrtKernelInfo* info, const cha
   return value;
 }
 
+// `otherwise` where the graph says nothing.
+inline int64_t attribute_or(const OrtApi* api, const OrtKernelInfo* info, const char* name, int64_t otherwise) {
+  int64_t value = 0;
+  OrtStatus* missing = ort::KernelInfoGetAttributeInt64::of(api)(info, name, &value);
+  if (missing == nullptr) {
+    return value;
+  }
+  ort::ReleaseStatus::of(api)(missing);
+  return otherwise;
+}
+
 inline float float_attribute(const OrtApi* api, const OrtKernelInfo* info, const char* name) {
   float value = 0.0f;
   check(ort::KernelInfoGetAttributeFloat::of(api)(info, name, &value));

@@ -2,9 +2,11 @@
 //
 //   MatMulNBits(x, codes, scales, zero_points?, bias?) -> x times the transposed matrix, plus bias
 //       K, N, bits, block_size
-//   Projections(x, three times codes, scales, zero_points?) -> x times each; K, N0, N1, N2, bits, block_size
+//   Projections(x, three times codes, scales, zero_points?) -> x times each; K, N0, N1, N2, bits, block_size, and
+//       N1_bits, N1_block_size, N2_bits, N2_block_size where the later ones differ from the first
 //   FeedForward(x, w1 codes, scales, zero_points?, w3 codes, scales, zero_points?, w2 codes, scales, zero_points?)
-//       -> (silu(x w1') * x w3') w2'; inner, bits, block_size (of w1 and w3), down_bits, down_block_size
+//       -> (silu(x w1') * x w3') w2'; inner, bits, block_size (of w1 and w3), up_bits, up_block_size (of w3, where it
+//       differs), down_bits, down_block_size
 //   GatedConv(projected, weight, bias?, state, attended, rows) -> C * conv(B * x), new state
 //   Attention(q, k, v, q_norm, k_norm, past_key, past_value, seqlens_k, attention_mask, cos, sin, position_ids)
 //       -> attended values, present_key, present_value; num_heads, kv_num_heads, epsilon. Where the past and the present

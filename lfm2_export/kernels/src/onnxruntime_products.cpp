@@ -10,6 +10,13 @@ Format format_of(const OrtApi* api, const OrtKernelInfo* info, const std::string
   return {attribute(api, info, (prefix + "bits").c_str()), attribute(api, info, (prefix + "block_size").c_str())};
 }
 
+// Of a further matrix: as the first one's where the graph says nothing else.
+Format format_or(const OrtApi* api, const OrtKernelInfo* info, const std::string& prefix) {
+  const Format first = format_of(api, info);
+  return {attribute_or(api, info, (prefix + "bits").c_str(), first.bits),
+          attribute_or(api, info, (prefix + "block_size").c_str(), first.group)};
+}
+
 class MatMulNBits {
  public:
   static constexpr const char* kName = "MatMulNBits";
@@ -18,7 +25,7 @@ class MatMulNBits {
   static constexpr int kOutputs[] = {ort::kFloat};
 
   MatMulNBits(const OrtApi* api, const OrtKernelInfo* info)
-      : attributes_{kName, format_of(api, info), attribute(api, info, "K"), 1, {attribute(api, info, "N")}} {
+      : attributes_{kName, {format_of(api, info)}, attribute(api, info, "K"), 1, {attribute(api, info, "N")}} {
     check(attributes_);
   }
 
@@ -30,7 +37,7 @@ class MatMulNBits {
     MatMulProblem problem = prepare(attributes_, operands)[0];
     problem.out = context.output_like(operands.x, problem.w.rows);
     if (problem.tokens > 0) {
-      run_matmul(problem, best_row_kernels(), context.pool(), scratch_of(matmul_scratch_bytes(problem)));
+      run_matmul(problem, best_row_kernels(), context.pool(), scratch_of(matmuls_scratch_bytes(&problem, 1)));
     }
   }
 
@@ -49,7 +56,7 @@ class Projections {
 
   Projections(const OrtApi* api, const OrtKernelInfo* info)
       : attributes_{kName,
-                    format_of(api, info),
+                    {format_of(api, info), format_or(api, info, "N1_"), format_or(api, info, "N2_")},
                     attribute(api, info, "K"),
                     kCount,
                     {attribute(api, info, "N0"), attribute(api, info, "N1"), attribute(api, info, "N2")}} {
@@ -68,7 +75,7 @@ class Projections {
     }
     if (problems[0].tokens > 0) {
       run_matmuls(problems.data(), kCount, best_row_kernels(), context.pool(),
-                  scratch_of(matmul_scratch_bytes(problems[0])));
+                  scratch_of(matmuls_scratch_bytes(problems.data(), kCount)));
     }
   }
 
@@ -86,7 +93,8 @@ class FeedForward {
   static constexpr int kOutputs[] = {ort::kFloat};
 
   FeedForward(const OrtApi* api, const OrtKernelInfo* info)
-      : attributes_{kName, attribute(api, info, "inner"), format_of(api, info), format_of(api, info, "down_")} {
+      : attributes_{kName, attribute(api, info, "inner"), format_of(api, info), format_or(api, info, "up_"),
+                    format_of(api, info, "down_")} {
     check(attributes_);
   }
 

@@ -13,23 +13,36 @@ namespace {
 constexpr int64_t kPassTokens = 1024;  // bounds the scratch memory
 
 struct FeedForwardScratch {
-  RowActivations x, inner;
+  SharedInput x;
+  RowActivations inner;
 };
 
 FeedForwardScratch take_feed_forward(Arena& arena, const FeedForwardProblem& problem) {
   const int64_t tokens = std::min(problem.tokens, kPassTokens);
-  return {take_activations(arena, tokens, problem.gate), take_activations(arena, tokens, problem.down)};
+  FeedForwardScratch found;
+  found.x.take(arena, tokens, problem.gate);
+  found.x.take(arena, tokens, problem.up);
+  found.inner = take_activations(arena, tokens, problem.down);
+  return found;
+}
+
+SharedInput take_input(Arena& arena, const MatMulProblem* problems, int count) {
+  SharedInput found;
+  for (int i = 0; i < count; ++i) {
+    found.take(arena, problems[i].tokens, problems[i].w);
+  }
+  return found;
 }
 
 // One group of inner inputs of all tokens.
-void gate_up(const FeedForwardProblem& problem, const RowKernels& kernels, const RowActivations& x,
+void gate_up(const FeedForwardProblem& problem, const RowKernels& kernels, const SharedInput& x,
              const RowActivations& inner, int64_t group) {
-  const int64_t count = x.tokens * kGroupInputs;  // of kPassTokens at most
+  const int64_t count = inner.tokens * kGroupInputs;  // of kPassTokens at most
   auto* gate = static_cast<float*>(thread_scratch(Use::kGateUp, 2 * count * static_cast<int64_t>(sizeof(float))));
   float* up = gate + count;
-  multiply(kernels, problem.gate.part(group * kGroupInputs, kGroupInputs), x, gate, kGroupInputs);
-  multiply(kernels, problem.up.part(group * kGroupInputs, kGroupInputs), x, up, kGroupInputs);
-  for (int64_t token = 0; token < x.tokens; ++token) {
+  multiply(kernels, problem.gate.part(group * kGroupInputs, kGroupInputs), x.of(problem.gate), gate, kGroupInputs);
+  multiply(kernels, problem.up.part(group * kGroupInputs, kGroupInputs), x.of(problem.up), up, kGroupInputs);
+  for (int64_t token = 0; token < inner.tokens; ++token) {
     kernels.swiglu(gate + token * kGroupInputs, up + token * kGroupInputs, 1, inner, group, token);
   }
 }
@@ -47,9 +60,9 @@ void some_rows(const MatMulProblem& problem, const RowKernels& kernels, const Ro
 
 }  // namespace
 
-size_t matmul_scratch_bytes(const MatMulProblem& problem) {
+size_t matmuls_scratch_bytes(const MatMulProblem* problems, int count) {
   Arena arena(nullptr);
-  take_activations(arena, problem.tokens, problem.w);
+  take_input(arena, problems, count);
   return arena.used();
 }
 
@@ -60,15 +73,13 @@ void run_matmul(const MatMulProblem& problem, const RowKernels& kernels, const T
 void run_matmuls(const MatMulProblem* problems, int count, const RowKernels& kernels, const ThreadPool& pool,
                  void* scratch) {
   Arena arena(scratch);
-  const int64_t tokens = problems->tokens, columns = problems->w.columns;
-  RowActivations x = take_activations(arena, tokens, problems->w);
-  x.shifted = is_worth_arranging(kernels, tokens, x.bits);
-  quantize_all(kernels, pool, problems->x, columns, x);
+  SharedInput x = take_input(arena, problems, count);
+  x.quantize(kernels, pool, problems->x, problems->w.columns);
   int64_t all_rows = 0;
   for (int i = 0; i < count; ++i) {
     all_rows += problems[i].w.rows;
   }
-  const int64_t rows = rows_of_a_task(all_rows, x, pool);
+  const int64_t rows = rows_of_a_task(all_rows, x.is_shifted(), pool);
   int64_t tasks = 0;
   for (int i = 0; i < count; ++i) {
     tasks += ceil_div(problems[i].w.rows, rows);
@@ -78,7 +89,7 @@ void run_matmuls(const MatMulProblem* problems, int count, const RowKernels& ker
     for (int64_t its = 0; task >= (its = ceil_div(problem->w.rows, rows)); ++problem) {
       task -= its;
     }
-    some_rows(*problem, kernels, x, task * rows, std::min(rows, problem->w.rows - task * rows));
+    some_rows(*problem, kernels, x.of(problem->w), task * rows, std::min(rows, problem->w.rows - task * rows));
   });
 }
 
@@ -95,12 +106,12 @@ void run_feed_forward(const FeedForwardProblem& problem, const RowKernels& kerne
   const int64_t width = problem.gate.columns, groups = problem.gate.rows / kGroupInputs;
   for (int64_t first = 0; first < problem.tokens; first += kPassTokens) {
     const int64_t tokens = std::min(kPassTokens, problem.tokens - first);
-    RowActivations x = all.x.part(0, tokens), inner = all.inner.part(0, tokens);
-    x.shifted = is_worth_arranging(kernels, tokens, x.bits);
+    SharedInput x = all.x.first(tokens);
+    x.quantize(kernels, pool, problem.x + first * width, width);
+    RowActivations inner = all.inner.part(0, tokens);
     inner.shifted = is_worth_arranging(kernels, tokens, inner.bits);
-    quantize_all(kernels, pool, problem.x + first * width, width, x);
     share_out(pool, groups, [&](int64_t group) { gate_up(problem, kernels, x, inner, group); });
-    const int64_t rows = rows_of_a_task(width, inner, pool);
+    const int64_t rows = rows_of_a_task(width, inner.shifted, pool);
     share_out(pool, ceil_div(width, rows), [&](int64_t task) {
       const int64_t row = task * rows;
       float* out = problem.out + first * width + row;

@@ -19,19 +19,18 @@ struct MatMulProblem {
   float* out;  // [tokens, w.rows]
 };
 
-size_t matmul_scratch_bytes(const MatMulProblem& problem);
-
 // out = x w' + bias
 void run_matmul(const MatMulProblem& problem, const RowKernels& kernels, const ThreadPool& pool, void* scratch);
 
-// Several products of one x, by matrices of one width and format: threads meet once for all of them. The scratch memory is
-// that of any one of them.
+size_t matmuls_scratch_bytes(const MatMulProblem* problems, int count);
+
+// Several products of one x, by matrices of one width: threads meet once for all of them.
 void run_matmuls(const MatMulProblem* problems, int count, const RowKernels& kernels, const ThreadPool& pool,
                  void* scratch);
 
 struct FeedForwardProblem {
   const float* x;        // [tokens, width]
-  RowMatrix gate, up;    // w1, w3 [inner, width], of one format
+  RowMatrix gate, up;    // w1, w3 [inner, width]
   RowMatrix down;        // w2 [width, inner]
   int64_t tokens;
   float* out;  // [tokens, width]

@@ -68,6 +68,30 @@ void quantize_all(const RowKernels& kernels, const ThreadPool& pool, const float
   });
 }
 
+void SharedInput::take(Arena& arena, int64_t tokens, const RowMatrix& w) {
+  RowActivations& its = of(w);
+  if (its.padded == 0) {
+    its = take_activations(arena, tokens, w);
+  }
+}
+
+SharedInput SharedInput::first(int64_t tokens) const {
+  SharedInput found = *this;
+  for (RowActivations& its : found.by_bits) {
+    its.tokens = tokens;
+  }
+  return found;
+}
+
+void SharedInput::quantize(const RowKernels& kernels, const ThreadPool& pool, const float* x, int64_t columns) {
+  for (RowActivations& its : by_bits) {
+    if (its.padded > 0) {
+      its.shifted = is_worth_arranging(kernels, its.tokens, its.bits);
+      quantize_all(kernels, pool, x, columns, its);
+    }
+  }
+}
+
 void multiply(const RowKernels& kernels, const RowMatrix& w, const RowActivations& x, float* y, int64_t stride) {
   if (!x.shifted) {
     return kernels.dot(w, x, y, stride);
@@ -78,8 +102,8 @@ void multiply(const RowKernels& kernels, const RowMatrix& w, const RowActivation
   }
 }
 
-int64_t rows_of_a_task(int64_t all, const RowActivations& x, const ThreadPool& pool) {
-  if (x.shifted) {
+int64_t rows_of_a_task(int64_t all, bool arranged, const ThreadPool& pool) {
+  if (arranged) {
     return kBlockRows;
   }
   const int64_t rows = ceil_div(all, pool.workers * kTasksPerWorker);

@@ -17,11 +17,27 @@ bool is_worth_arranging(const RowKernels& kernels, int64_t tokens, int bits);
 void quantize_all(const RowKernels& kernels, const ThreadPool& pool, const float* x, int64_t columns,
                   const RowActivations& to);
 
+// An input that several matrices read: once for those of 4 bits and once for those of 8, whose order of codes differs, as
+// far as there are any.
+struct SharedInput {
+  RowActivations by_bits[2] = {};  // without columns where no matrix has so many bits
+
+  RowActivations& of(const RowMatrix& w) { return by_bits[w.bits == 8]; }
+  const RowActivations& of(const RowMatrix& w) const { return by_bits[w.bits == 8]; }
+
+  // Makes room for w's; all matrices have one width.
+  void take(Arena& arena, int64_t tokens, const RowMatrix& w);
+
+  SharedInput first(int64_t tokens) const;
+  bool is_shifted() const { return by_bits[0].shifted || by_bits[1].shifted; }
+  void quantize(const RowKernels& kernels, const ThreadPool& pool, const float* x, int64_t columns);
+};
+
 // y[token * stride + row] of all rows of w, on this thread.
 void multiply(const RowKernels& kernels, const RowMatrix& w, const RowActivations& x, float* y, int64_t stride);
 
-// Rows of a task, where so many are shared out among all workers.
-int64_t rows_of_a_task(int64_t all, const RowActivations& x, const ThreadPool& pool);
+// Rows of a task, where so many are shared out among all workers, and perhaps rearranged.
+int64_t rows_of_a_task(int64_t all, bool arranged, const ThreadPool& pool);
 
 // Memory of this thread, kept from call to call; each `Use` has its own. 64-byte aligned. Throws std::bad_alloc.
 enum class Use { kBlock, kGateUp, kAttention, kWindow };

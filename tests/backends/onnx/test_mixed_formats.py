@@ -1,4 +1,4 @@
-"""Matrices of one layer in different formats: what reads several at once reads them as they are, or is not fused."""
+"""Matrices of one layer in different formats: what reads several at once reads each as it is stored."""
 
 from __future__ import annotations
 
@@ -82,17 +82,28 @@ def graph_of(made: Path, role: str) -> Path:
     return made / "artifact" / Artifact.open(made / "artifact", verify=False).program("onnx", "q4").graphs[role]
 
 
-def test_matrices_in_different_formats_are_not_fused(made: Path) -> None:
+def test_matrices_in_different_formats_are_fused_all_the_same(made: Path) -> None:
     nodes = onnx.load(graph_of(made, "lfm2"), load_external_data=False).graph.node
     counts = Counter(node.op_type for node in nodes)
     found = {op: counts[op] for op in ("Projections", "FeedForward", "SparseMoe", "MatMulNBits", "QMoE")}
     print(found)
-    # Attention's output, both projections of a conv, and the head are alone; one attention layer and one dense
-    # feed-forward of two each have matrices that differ.
-    alone = 3 + 2 * 3 + 1 + 3 + 2 * 3
-    assert found == {"Projections": 2, "FeedForward": 2, "SparseMoe": 2, "MatMulNBits": alone, "QMoE": 0}
+    # Attention's output, both projections of a conv, and the head are alone.
+    alone = 3 + 2 * 3 + 1
+    assert found == {"Projections": 3, "FeedForward": 4, "SparseMoe": 2, "MatMulNBits": alone, "QMoE": 0}
+    several = {a.name for node in nodes for a in node.attribute if a.name.endswith(("_bits", "_block_size"))}
+    own = {"up_bits", "up_block_size", "N1_bits", "N1_block_size", "N2_bits", "N2_block_size"}
+    assert several == own | {"down_bits", "down_block_size"}
     sizes = {(a.name, a.i) for node in nodes for a in node.attribute if a.name in ("bits", "block_size")}
     assert sizes == {("bits", 4), ("bits", 8), ("block_size", 32), ("block_size", 64), ("block_size", 128)}
+
+
+def test_the_reader_of_weights_knows_each_matrixs_own_format(made: Path) -> None:
+    config = lfm2_export.open_checkpoint(made / "checkpoint").config
+    portable, own = (StoredWeights(graph_of(made, role), config) for role in ("model", "lfm2"))
+    assert {tensor.dtype for tensor in own.tensors.values()} == {"int4", "int8", "float32"}
+    for name in portable.tensors:
+        assert own.tensors[name].dtype == portable.tensors[name].dtype
+        assert np.array_equal(own.read(name), portable.read(name)), name
 
 
 # Medians over 24 positions: 0.056 of the logits' spread with ours, 0.061 with onnxruntime's: int8 activations.
