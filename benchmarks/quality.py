@@ -5,7 +5,8 @@
 In: checkpoints. Out: a table and JSON: the KL divergence from the unquantized model (mean and standard error over
 windows of held-out text), bits a weight of the file and of what a decode step reads. Both sides are computed by the
 same eager model in float32 with the weights that each file would hold, so that only the rounding of weights differs.
-llama-quantize is built from the sources that llama-bench is built from; --ours leaves it out.
+llama-quantize, without an importance matrix, is built from the sources that llama-bench is built from, unless
+--quantize names one; --ours leaves it out.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from lfm2_export.quant.formats import FloatArray, IntFormat
 from lfm2_export.quant.schemes import Scheme, get_scheme
 
 LLAMA_TYPES = ("Q4_0", "Q4_K_M", "Q5_K_S")
-TOKENS = 12_288
+TOKENS = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +91,8 @@ def plan_weights(checkpoint: Checkpoint, plan: WeightPlan, algorithm: str) -> di
 def our_schemes(checkpoint: Checkpoint) -> Iterator[tuple[str, Scheme]]:
     q4 = get_scheme("q4")
     yield "q4, default mix", mix(checkpoint, q4, Budget(), make_plan, algorithm=DEFAULT_ALGORITHM)
-    for size in (32, 64, 128):
+    for size in (32, 64):
         yield f"q4, groups of {size}", q4.with_group_size(size)
-    yield "q8", get_scheme("q8")
 
 
 def llama(meter: Meter, quantize: Path) -> Iterator[Quality]:
@@ -132,10 +132,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("checkpoints", nargs="+")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--ours", action="store_true", help="leave llama.cpp out")
+    parser.add_argument("--quantize", type=Path, help="a llama-quantize that is there already")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    quantize = None if options.ours else get_llama_quantize(find_compiler())
-    found = [one for name in options.checkpoints for one in qualities(name, quantize)]
+    quantize = None if options.ours else options.quantize or get_llama_quantize(find_compiler())
+    found = []
+    for name in options.checkpoints:
+        for one in qualities(name, quantize):
+            print(one, flush=True)
+            found.append(one)
     options.output.write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n")
     print(table(found))
 

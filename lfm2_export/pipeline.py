@@ -32,7 +32,7 @@ from lfm2_export.packages import recorded_versions
 from lfm2_export.progress import Progress
 from lfm2_export.quant.schemes import Scheme, get_scheme
 from lfm2_export.resources import check_disk, check_memory, disk_needed
-from lfm2_export.takeover import taken_over
+from lfm2_export.takeover import check_nothing_chosen, taken_over
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ def export(
     target_bits: float | None = None,
     target_size: str | int | None = None,
     budget: str | None = None,
+    measure: str | Path | None = None,
     config_from: str | Path | None = None,
     requantize_table: bool = False,
     revision: str | None = None,
@@ -78,6 +79,8 @@ def export(
             token table included; q4 does so by itself, in the bytes of llama.cpp's Q4_K_M, unless ``group_size`` or
             ``exclude`` is given.
         target_size: the same within so many bytes of data, or "700MB", "1.2GB", "650MiB".
+        measure: a file of text on which is measured what each tensor's width costs, with the model in memory as
+            float32; None estimates it without data.
         budget: what these two count: "file" (default) or "step", what a decode step reads.
         config_from: for a GGUF file: the checkpoint whose config, tokenizer and templates count instead of the file's.
         requantize_table: for a GGUF file: a token table that is quantized already is so again, in the scheme's format;
@@ -98,6 +101,7 @@ def export(
     _check_kinds((str, os.PathLike, NoneType), "a name or None", calibrate=calibrate, statistics=statistics)
     _check_kinds((str, NoneType), "a name or None", budget=budget)
     _check_kinds((str, os.PathLike, NoneType), "a name or None", config_from=config_from)
+    _check_kinds((str, os.PathLike, NoneType), "a file or None", measure=measure)
     _check_kinds((str, int, NoneType), "bytes, a size such as 700MB, or None", target_size=target_size)
     _check_kinds((int, float, NoneType), "a number or None", target_bits=target_bits)
     _check_kinds(
@@ -114,16 +118,17 @@ def export(
     given: dict[str, object] = {"--group-size": group_size, "--exclude": " ".join(excluded) or None}
     given |= {"--calibrate": calibrate, "--statistics": statistics}
     schemes = _customized(_schemes(lowering, backend, schemes_asked), group_size, excluded, given)
-    check_mixable(schemes, within, group_size)
+    uniform = group_size is not None or bool(excluded)
+    check_mixable(schemes, within, group_size, by_default=not uniform, text=measure)
     opened = open_checkpoint(checkpoint, revision=revision, offline=offline, config_from=config_from)
     companions.check(opened)
-    uniform = group_size is not None or excluded
     if opened.exact_formats:
-        schemes = [taken_over(opened, one, within, requantize_table=requantize_table) for one in schemes]
+        check_nothing_chosen(opened, within, measure)
+        schemes = [taken_over(opened, one, requantize_table=requantize_table) for one in schemes]
     else:
         # A backend without schemes that mix need have no plan.
         make_plan = lambda config, one: lowering.make_plan(config, one)  # noqa: E731
-        schemes = mixed(opened, schemes, within, make_plan, algorithm=algorithm, by_default=not uniform)
+        schemes = mixed(opened, schemes, within, make_plan, algorithm=algorithm, by_default=not uniform, text=measure)
     progress = progress or Progress()
     calibration = Calibration.asked(opened, calibrate, statistics)
     asked = {} if calibration is None else {"calibration": calibration.key()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 from lfm2_export.checkpoint import Checkpoint
 from lfm2_export.errors import QuantizationError
@@ -19,19 +20,23 @@ from lfm2_export.quant.schemes import FormatChoice, Scheme
 logger = logging.getLogger(__name__)
 
 
-def taken_over(checkpoint: Checkpoint, scheme: Scheme, budget: Budget | None, *, requantize_table: bool) -> Scheme:
-    """The scheme with a choice for every tensor that can be stored as it is.
+def check_nothing_chosen(checkpoint: Checkpoint, budget: Budget | None, text: str | Path | None) -> None:
+    """Refuses what would choose other widths than the file's.
 
     Raises:
-        QuantizationError: a budget was given, though the widths are the file's.
+        QuantizationError: a budget was given, or a text to measure widths on.
     """
+    if budget is not None or text is not None:
+        raise QuantizationError(
+            f"{checkpoint.source.path.name}: is quantized already, and its widths are taken over; leave --target-bits, "
+            "--target-size and --measure out, or export from the unquantized checkpoint"
+        )
+
+
+def taken_over(checkpoint: Checkpoint, scheme: Scheme, *, requantize_table: bool) -> Scheme:
+    """The scheme with a choice for every tensor that can be stored as it is."""
     if not scheme.has_groups:
         return scheme
-    if budget is not None:
-        raise QuantizationError(
-            f"{checkpoint.source.path.name}: is quantized already, and its widths are taken over; leave --target-bits "
-            "and --target-size out, or export from the unquantized checkpoint"
-        )
     choices, again = {}, []
     for name, there in checkpoint.exact_formats.items():
         tensor = checkpoint.model_tensors[name]

@@ -93,6 +93,16 @@ def edited(change: Callable[[dict[str, Any]], object]) -> str:
         (lambda m: m["programs"][0].update(graphs={}), "onnx q4 has no graph 'model'"),
         (lambda m: m["programs"][0]["graphs"].update(cpu="x.onnx"), "does not list 'x.onnx', its graph 'cpu', among"),
         (lambda m: m["programs"].append(m["programs"][0]), "the program onnx q4 is listed twice"),
+        (
+            lambda m: m["programs"][0]["options"].update(bits_per_weight={"file": "x"}),
+            "options.bits_per_weight={'file': 'x'}, which is not a number for each kind",
+        ),
+        (lambda m: m["programs"][0]["options"].update(bits_per_weight={"file": -1}), "which is not a number for each"),
+        (
+            lambda m: m["programs"][0]["options"].update(widths=[{"part": "x", "format": "y", "tensors": 1}]),
+            "options.widths=[{",
+        ),
+        (lambda m: m["programs"][0]["options"].update(widths=7), "options.widths=7, which is not a list of parts and"),
     ],
 )
 def test_names_what_is_wrong(change: Callable[[dict[str, Any]], object], text: str) -> None:

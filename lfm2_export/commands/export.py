@@ -95,6 +95,7 @@ class ExportCommand:
                 target_bits=options.target_bits,
                 target_size=options.target_size,
                 budget=options.budget,
+                measure=options.measure,
                 requantize_table=options.requantize_table,
                 **source_options(options),
                 progress=progress,
@@ -123,6 +124,12 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
         "--budget",
         metavar="file|step",
         help="what these count: the file (default), or what a decode step reads",
+    )
+    parser.add_argument(
+        "--measure",
+        metavar="FILE",
+        type=given,
+        help="a text on which is measured what each tensor's width costs (default: an estimate without data)",
     )
 
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from lfm2_export.backends.weights.plan import WeightPlan
 from lfm2_export.checkpoint import Checkpoint
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import QuantizationError
+from lfm2_export.messages import shown
 from lfm2_export.mixing.budget import Budget, bytes_for, make_budget
 from lfm2_export.mixing.estimate import Damages, Statistics, estimate_damages
 from lfm2_export.mixing.units import Space, make_space
@@ -24,12 +26,22 @@ __all__ = ["Budget", "Statistics", "check_mixable", "make_budget", "mix", "mixed
 MakePlan = Callable[[ModelConfig, Scheme], WeightPlan]
 
 
-def check_mixable(schemes: Sequence[Scheme], budget: Budget | None, group_size: int | None) -> None:
+def check_mixable(
+    schemes: Sequence[Scheme],
+    budget: Budget | None,
+    group_size: int | None,
+    *,
+    by_default: bool = True,
+    text: str | Path | None = None,
+) -> None:
     """Refuses a budget that nothing can be done with, before a checkpoint is opened.
 
     Raises:
         QuantizationError: no scheme has widths to mix, or the group size was given as well.
     """
+    mixes = budget is not None or (by_default and any(scheme.mixed for scheme in schemes))
+    if text is not None and not mixes:
+        raise QuantizationError(f"--measure {shown(str(text))}: pass --target-bits or --target-size with it")
     if budget is None:
         return
     if not any(scheme.can_mix for scheme in schemes):
@@ -47,9 +59,13 @@ def mixed(
     *,
     algorithm: str,
     by_default: bool,
+    text: str | Path | None = None,
 ) -> list[Scheme]:
     """The schemes, with choices in those that mix: all that can where a budget was asked for; else, ``by_default``,
     those that do so by themselves.
+
+    Args:
+        text: a file of text on which damages are measured; None estimates them without data.
 
     Raises:
         QuantizationError: the budget is below the floor or above 8 bits, or a width does not fit the groups.
@@ -58,7 +74,9 @@ def mixed(
     found = []
     for scheme in schemes:
         wanted = budget if budget is not None and scheme.can_mix else Budget() if scheme.mixed and by_default else None
-        found.append(scheme if wanted is None else mix(checkpoint, scheme, wanted, make_plan, algorithm=algorithm))
+        found.append(
+            scheme if wanted is None else mix(checkpoint, scheme, wanted, make_plan, algorithm=algorithm, text=text)
+        )
     return found
 
 
@@ -70,9 +88,10 @@ def mix(
     *,
     algorithm: str,
     statistics: Statistics | None = None,
+    text: str | Path | None = None,
 ) -> Scheme:
-    """The scheme with the best choice that the budget allows, by what the weights alone say, or the weights and
-    ``statistics``.
+    """The scheme with the best choice that the budget allows, by what the weights alone say, the weights and
+    ``statistics``, or by what is measured on a ``text``.
 
     Raises:
         QuantizationError: the budget is below the floor or above 8 bits, or a width does not fit the groups.
@@ -81,9 +100,14 @@ def mix(
     space = make_space(checkpoint.config, scheme, make_plan, budget.counted)
     limit = bytes_for(budget, space)
     # One that needs statistics loses less than this one, and in the same order.
-    estimating = DEFAULT_ALGORITHM if get_algorithm(algorithm).needs_statistics else algorithm
-    damages = estimate_damages(checkpoint, space, get_algorithm(estimating), statistics)
-    return with_choices(scheme, space, damages, limit, str(budget))
+    estimating = get_algorithm(DEFAULT_ALGORITHM if get_algorithm(algorithm).needs_statistics else algorithm)
+    if text is None:
+        damages, because = estimate_damages(checkpoint, space, estimating, statistics), str(budget)
+    else:
+        from lfm2_export.mixing.measured import measure  # imports torch
+
+        damages, because = measure(checkpoint, space, estimating, text), f"{budget}, as measured"
+    return with_choices(scheme, space, damages, limit, because)
 
 
 def with_choices(scheme: Scheme, space: Space, damages: Damages, limit: int, because: str) -> Scheme:

@@ -37,7 +37,7 @@ class Statistics(Protocol):
 
 
 # Weights of a matrix that are looked at, in so many places of it; and experts of a layer.
-_SAMPLED, _PLACES, _EXPERTS = 1 << 17, 8, 4
+_SAMPLED, _PLACES, _EXPERTS = 1 << 15, 4, 4
 
 
 def estimate_damages(
@@ -63,20 +63,31 @@ def _unit(
     statistics: Statistics | None,
     shares: Mapping[int, float],
 ) -> dict[IntFormat, float]:
-    workspace = Workspace()
     damages = dict.fromkeys(unit.formats, 0.0)
     for weight in unit.weights:
-        errors = {form: np.zeros(2) for form in unit.formats}
-        for name, values in _samples(checkpoint, weight):
-            hessian = None if statistics is None else statistics.hessian(name)
-            if statistics is not None and hessian is None:
-                continue  # what no token meets does no harm
-            for form in unit.formats:
-                errors[form] += squared_error(values, form, algorithm, workspace, fqn=name, hessian=hessian)
         prior = weight_of(weight.part, weight.matrix, of_outputs=statistics is not None) * share_of(weight, shares)
-        for form, (lost, energy) in errors.items():
-            damages[form] += prior * float(lost / energy) if energy else 0.0
+        for form, error in relative_errors(checkpoint, unit, weight, algorithm, statistics).items():
+            damages[form] += prior * error
     return damages
+
+
+def relative_errors(
+    checkpoint: Checkpoint,
+    unit: UnitShape,
+    weight: StoredWeight,
+    algorithm: Algorithm,
+    statistics: Statistics | None = None,
+) -> dict[IntFormat, float]:
+    """Of a weight of the unit, quantized: squared error over squared size, of what was sampled."""
+    workspace = Workspace()
+    errors = {form: np.zeros(2) for form in unit.formats}
+    for name, values in _samples(checkpoint, weight):
+        hessian = None if statistics is None else statistics.hessian(name)
+        if statistics is not None and hessian is None:
+            continue  # what no token meets does no harm
+        for form in unit.formats:
+            errors[form] += squared_error(values, form, algorithm, workspace, fqn=name, hessian=hessian)
+    return {form: float(lost / energy) if energy else 0.0 for form, (lost, energy) in errors.items()}
 
 
 def share_of(weight: StoredWeight, shares: Mapping[int, float]) -> float:

@@ -11,18 +11,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lfm2_export.checkpoint import Checkpoint
+from lfm2_export.mixing.estimate import Damages, relative_errors
 from lfm2_export.mixing.units import Space, UnitShape
 from lfm2_export.models.decoder import DecoderForCausalLM, empty_cache
 from lfm2_export.models.layers import Recorder
 from lfm2_export.models.loading import load_model
+from lfm2_export.parity.sample import read_sample
 from lfm2_export.quant.algorithms import Algorithm
 from lfm2_export.quant.formats import FloatArray, IntFormat
+from lfm2_export.resources import check_memory
+
+TOKENS = 4096
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -120,16 +126,33 @@ def quantized(
     return {name: algorithm(checkpoint.read(name), form, fqn=name).dequantize() for name in tensors}
 
 
-def measure(
+def measured_damages(
     meter: Meter, space: Space, algorithm: Algorithm, report: Callable[[UnitShape], None] = lambda unit: None
-) -> dict[str, dict[IntFormat, float]]:
-    """The damage of every format of every unit, by the unit's name."""
-    found: dict[str, dict[IntFormat, float]] = {}
+) -> Damages:
+    """The damage of every format of every unit, by the unit's name: measured in the unit's first format, and as much
+    more or less in the others as their relative errors are (on tiny-dense most matrices do 0.0060 to 0.0069 of the
+    damage at 8 bits in groups of 128, with 0.0066 of the error)."""
+    found: Damages = {}
     for unit in space.units:
-        layer = unit.weights[0].layer
-        found[unit.name] = {
-            form: meter.kl(quantized(meter.checkpoint, unit.tensors, form, algorithm), first_layer=layer)
-            for form in unit.formats
-        }
+        first = unit.formats[0]
+        values = quantized(meter.checkpoint, unit.tensors, first, algorithm)
+        damage = meter.kl(values, first_layer=unit.weights[0].layer)
+        errors = [relative_errors(meter.checkpoint, unit, weight, algorithm) for weight in unit.weights]
+        sums = {form: sum(one[form] for one in errors) for form in unit.formats}
+        found[unit.name] = {form: damage * error / sums[first] if error else 0.0 for form, error in sums.items()}
         report(unit)
     return found
+
+
+def measure(checkpoint: Checkpoint, space: Space, algorithm: Algorithm, text: str | Path) -> Damages:
+    """What the units cost on a text.
+
+    Raises:
+        Lfm2ExportError: the text cannot be read or is too short.
+        ResourceError: the memory is too small for the model in float32.
+    """
+    check_memory(4 * checkpoint.parameter_count, purpose="the model in float32 (--measure)", remedy="leave it out")
+    context = checkpoint.config.max_position_embeddings
+    sample = read_sample(checkpoint, text, max_tokens=TOKENS, context_length=context)
+    meter = Meter(checkpoint, [window.inputs for window in sample.windows])
+    return measured_damages(meter, space, algorithm)

@@ -1,0 +1,72 @@
+"""What the benchmark of quality rests on: the prior's fit, checkpoints as .gguf and back, its table."""
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from benchmarks.gguf_checkpoint import dequantized, stacks, stored_bytes, write_gguf
+from benchmarks.quality import Quality, table
+from benchmarks.sensitivity import prior
+from lfm2_export.backends.weights.widths import Counted
+from lfm2_export.checkpoint import Checkpoint, open_checkpoint
+from tests.checkpoints import tiny_config, write_random_checkpoint
+
+CLASSES, CHECKPOINTS = {"a": 8.0, "b": 0.5, "c": 0.25}, {"x": 1.0, "y": 100.0}
+
+
+def records() -> list[dict[str, object]]:
+    """KL as the product of everything that the fit divides out; checkpoint y has no matrix of class c."""
+    return [
+        {
+            "class": kind,
+            "checkpoint": name,
+            "bits": bits,
+            "group_size": 32,
+            "error": 0.006 * share,
+            "share": share,
+            "kl": (1 if bits == 4 else 7) * factor * scale * 0.006 * share * share,
+        }
+        for kind, factor in CLASSES.items()
+        for name, scale in CHECKPOINTS.items()
+        for share in (1.0, 0.1)
+        for bits in (4, 8)
+        if (kind, name) != ("c", "y")
+    ]
+
+
+def test_the_prior_is_the_factor_of_the_class_alone() -> None:
+    found = prior(records())
+    print(found)
+    assert found == pytest.approx(CLASSES, rel=0.01)
+
+
+@pytest.fixture(scope="module", params=["lfm2", "lfm2_moe"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    return open_checkpoint(write_random_checkpoint(folder / "made", tiny_config(request.param), seed=1))
+
+
+def test_a_gguf_holds_every_tensor_of_the_checkpoint(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "made.gguf", checkpoint)
+    sources = stacks(checkpoint)
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    assert found.keys() == sources.keys()
+    for name, tensors in sources.items():
+        expected = np.concatenate([checkpoint.read(tensor.name).ravel() for tensor in tensors])
+        assert np.array_equal(found[name].data.ravel(), expected), name
+
+
+def test_unquantized_tensors_are_not_dequantized_and_all_bytes_count(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "made.gguf", checkpoint)
+    assert dequantized(path, checkpoint) == {}
+    bytes_of = stored_bytes(path, checkpoint)
+    assert bytes_of[Counted.FILE] == (4 * checkpoint.parameter_count, checkpoint.parameter_count)
+    has_experts = checkpoint.config.num_experts > 0
+    assert (bytes_of[Counted.STEP] < bytes_of[Counted.FILE]) == has_experts
+
+
+def test_the_table_has_a_row_for_each() -> None:
+    row = Quality(checkpoint="x", name="q4", kl=0.00123, kl_error=0.00004, file_bits=5.2, step_bits=6.0)
+    assert table([row, row]).splitlines()[2:] == ["| x | q4 | 0.00123 ± 0.00004 | 5.20 | 6.00 |"] * 2
