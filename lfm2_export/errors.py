@@ -37,6 +37,10 @@ class QuantizationError(Lfm2ExportError):
     """A scheme is unknown or does not fit a tensor."""
 
 
+class CalibrationError(Lfm2ExportError):
+    """A text or a file of statistics is not what a calibration needs."""
+
+
 class ExportError(Lfm2ExportError):
     """The program could not be lowered as asked."""
 

@@ -21,6 +21,7 @@ from typing import Any
 from lfm2_export import json_values, paths
 from lfm2_export.errors import Lfm2ExportError
 from lfm2_export.messages import shown
+from lfm2_export.resources import human_bytes
 
 # The largest JSON file of the family, the manifest of the 24B with every program, is below 8 MB.
 JSON_LIMIT = 16 << 20
@@ -142,6 +143,31 @@ def read_text(path: Path, folder: Path, kind: type[Lfm2ExportError], *, limit: i
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise kind(f"{paths.shown(path)}: byte {error.start} is not UTF-8; bring back the original") from error
+
+
+def read_own_text(path: Path, kind: type[Lfm2ExportError], *, limit: int, option: str) -> str:
+    """A UTF-8 file that the user named after ``option``. It may be a link to anywhere; but a device or a pipe has no
+    end to wait for.
+
+    Raises:
+        kind: there is none, or as ``read_text``.
+    """
+    real = paths.real(path, kind)
+    found = paths.status(real, kind)
+    if found is None:
+        raise kind(f"{paths.shown(path)}: no such file; pass {option} with a file of text")
+    if found.st_size > limit:
+        raise kind(
+            f"{paths.shown(path)}: has {human_bytes(found.st_size)}, more than the {human_bytes(limit)} of text that "
+            "are read; cut a piece out of it"
+        )
+    data = read_bytes(path, real.parent, kind, limit=limit)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise kind(
+            f"{paths.shown(path)}: is not UTF-8 text ({error.reason} at byte {error.start}); convert it"
+        ) from error
 
 
 def read_json_object(

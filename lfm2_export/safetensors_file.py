@@ -99,12 +99,13 @@ class TensorInfo:
 @dataclass(frozen=True, kw_only=True)
 class Shard:
     """A safetensors file as its header describes it. ``real`` is its path without links, ``identity`` what tells a
-    later change."""
+    later change, ``metadata`` what it says of itself, unchecked."""
 
     path: Path
     real: Path
     identity: tuple[int, ...]
     tensors: dict[str, TensorInfo]
+    metadata: Any = None
 
 
 def read_shard(path: Path) -> Shard:
@@ -117,9 +118,9 @@ def read_shard(path: Path) -> Shard:
     with files.open_regular(path, path.parent, CheckpointError, real=real) as file:
         status = os.fstat(file.fileno())
         header, data_start = _read_header(path, file, status.st_size)
-    tensors = _parse_header(path, header, data_start)
+    tensors, metadata = _parse_header(path, header, data_start)
     _check_layout(path, tensors, data_start, status.st_size)
-    return Shard(path=path, real=real, identity=_identity(status), tensors=tensors)
+    return Shard(path=path, real=real, identity=_identity(status), tensors=tensors, metadata=metadata)
 
 
 def read_stored(shard: Shard, info: TensorInfo) -> np.ndarray:
@@ -244,17 +245,17 @@ def _damaged(path: Path, fault: str) -> CheckpointError:
     return CheckpointError(f"{paths.shown(path)}: {fault}; download it again")
 
 
-def _parse_header(path: Path, header: bytes, data_start: int) -> dict[str, TensorInfo]:
+def _parse_header(path: Path, header: bytes, data_start: int) -> tuple[dict[str, TensorInfo], Any]:
     try:
         entries = json_values.parse(header, pairs_hook=_refuse_duplicates)
     except json_values.JsonError as error:
         raise _damaged(path, f"its header {error}") from error
     if not isinstance(entries, dict):
         raise _damaged(path, "its header is not a JSON object")
-    entries.pop("__metadata__", None)
+    metadata = entries.pop("__metadata__", None)
     if len(entries) > MOST_TENSORS:
         raise _damaged(path, f"its header lists {len(entries)} tensors, more than the {MOST_TENSORS} that are read")
-    return {name: _tensor_info(path, name, entry, data_start) for name, entry in entries.items()}
+    return {name: _tensor_info(path, name, entry, data_start) for name, entry in entries.items()}, metadata
 
 
 def _refuse_duplicates(pairs: json_values.Pairs) -> dict[str, Any]:

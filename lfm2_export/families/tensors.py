@@ -60,6 +60,16 @@ class ModelTensor:
 
 Tensors = Mapping[str, ModelTensor]
 
+# Matrices of a block that multiply what another one of it multiplies.
+_SAME_INPUT_AS: Mapping[str, str] = {"k_proj": "q_proj", "v_proj": "q_proj", "w3": "w1"}
+
+
+def input_name(tensor: ModelTensor) -> str:
+    """The name that stands for a matrix's input: its own, or that of the first matrix that has the same input."""
+    if tensor.matrix is None or (first := _SAME_INPUT_AS.get(tensor.matrix)) is None:
+        return tensor.name
+    return f"{tensor.name.removesuffix(f'{tensor.matrix}.weight')}{first}.weight"
+
 
 @dataclass(frozen=True, kw_only=True)
 class FusedPart:

@@ -50,10 +50,14 @@ class Experts(nn.Module):
         out = torch.zeros_like(x_MD)
         for expert in chosen.unique().tolist():
             token, place = torch.where(chosen == expert)
-            gate, up = F.linear(x_MD[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            y = F.linear(F.silu(gate) * up, self.down_proj[expert]) * weights[token, place, None]
+            y = F.linear(self.inner(expert, x_MD[token]), self.down_proj[expert]) * weights[token, place, None]
             out.index_add_(0, token, y.to(out.dtype))
         return out
+
+    def inner(self, expert: int, x_MD: Tensor) -> Tensor:
+        """What one expert's last matrix is given, [M, I]."""
+        gate, up = F.linear(x_MD, self.gate_up_proj[expert]).chunk(2, dim=-1)
+        return F.silu(gate) * up
 
 
 class SparseMoeBlock(nn.Module):

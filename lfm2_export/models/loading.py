@@ -8,7 +8,8 @@ model there is never more than a few megabytes of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -63,12 +64,46 @@ def load_model(source: WeightSource, *, dtype: torch.dtype = torch.float32) -> D
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype} is not supported; expected one of {', '.join(map(str, DTYPES))}")
-    with torch.device("meta"), _WithoutInit():
-        model = get_net(source.config.model_type)(source.config)
+    model = _meta_model(source)
     for name, parts in _parts(source, model).items():
         _set_tensor(model, name, _read_tensor(source, parts, _tensor(model, name), dtype))
     model.tie_weights()
     return model.eval()
+
+
+class PartlyLoaded:
+    """An eager model, fp32, whose weights are read for a module at a time: the others' are on the meta device.
+
+    Raises:
+        CheckpointError: weights are missing or left over.
+    """
+
+    def __init__(self, source: WeightSource):
+        self._source = source
+        self.model = _meta_model(source).eval()
+        self._parts = _parts(source, self.model)
+
+    @contextmanager
+    def loaded(self, prefix: str) -> Iterator[nn.Module]:
+        """The module of that name with its weights, which are let go at the end.
+
+        Raises:
+            CheckpointError: a weight has another shape or is not finite.
+        """
+        names = [name for name in self._parts if name.startswith(f"{prefix}.")]
+        for name in names:
+            read = _read_tensor(self._source, self._parts[name], _tensor(self.model, name), torch.float32)
+            _set_tensor(self.model, name, read)
+        try:
+            yield self.model.get_submodule(prefix)
+        finally:
+            for name in names:
+                _set_tensor(self.model, name, _tensor(self.model, name).to("meta"))
+
+
+def _meta_model(source: WeightSource) -> DecoderForCausalLM:
+    with torch.device("meta"), _WithoutInit():
+        return get_net(source.config.model_type)(source.config)
 
 
 def load_pretrained(

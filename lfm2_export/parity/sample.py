@@ -12,10 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lfm2_export import files, paths
+from lfm2_export import files
 from lfm2_export.checkpoint import Checkpoint
 from lfm2_export.errors import Lfm2ExportError
-from lfm2_export.resources import human_bytes
 from lfm2_export.source import ASSETS, BUNDLED
 from lfm2_export.text import Tokenizer
 
@@ -67,7 +66,8 @@ def read_sample(checkpoint: Checkpoint, text: str | Path | None, *, max_tokens: 
     if (checkpoint.path / "tokenizer.json").is_file():
         path = HELD_OUT if text is None else Path(text)
         tokenizer = Tokenizer.from_dir(checkpoint.path)
-        tokens = np.array(tokenizer.encode(_read(path), add_special_tokens=False), dtype=np.int64)
+        content = files.read_own_text(path, Lfm2ExportError, limit=TEXT_LIMIT, option="--text")
+        tokens = np.array(tokenizer.encode(content, add_special_tokens=False), dtype=np.int64)
         prefix = np.array(tokenizer.encode(""), dtype=np.int64)
         description = _describe(checkpoint, text)
     elif text is None:
@@ -79,26 +79,6 @@ def read_sample(checkpoint: Checkpoint, text: str | Path | None, *, max_tokens: 
     if len(tokens) < LEAST_TOKENS:
         raise Lfm2ExportError(f"{text}: has {len(tokens)} tokens; parity needs at least {LEAST_TOKENS}")
     return Sample(description=description, windows=_windows(tokens, prefix, length, max_tokens))
-
-
-def _read(path: Path) -> str:
-    """The user's own file, so it may be a link to anywhere; but a device or a pipe has no end to wait for."""
-    real = paths.real(path, Lfm2ExportError)
-    found = paths.status(real, Lfm2ExportError)
-    if found is None:
-        raise Lfm2ExportError(f"{path}: no such file; pass --text with a file of text")
-    if found.st_size > TEXT_LIMIT:
-        raise Lfm2ExportError(
-            f"{path}: has {human_bytes(found.st_size)}, more than the {human_bytes(TEXT_LIMIT)} of text that are read; "
-            "cut a piece out of it"
-        )
-    data = files.read_bytes(path, real.parent, Lfm2ExportError, limit=TEXT_LIMIT)
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise Lfm2ExportError(
-            f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); convert it"
-        ) from error
 
 
 def _describe(checkpoint: Checkpoint, text: str | Path | None) -> str:

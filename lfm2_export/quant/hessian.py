@@ -1,0 +1,95 @@
+"""What a layer's input says about its weights: which of their errors its output feels.
+
+In: the Hessian of a linear layer's squared output error, H = XᵀX / tokens over the inputs X [tokens, n] that it met, or
+its diagonal. Out: ``InputStatistics``, what the ``gptq`` algorithm works with: H with a floor under it, the order in
+which columns are rounded, and the factor that carries the error of one on to the next.
+
+An error dW of the weights costs trace(dW H dWᵀ): the mean squared error of the layer's output.
+
+Shape suffixes: N in_features, R rows of a weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lfm2_export.errors import QuantizationError
+from lfm2_export.quant.formats import FloatArray
+
+# Added to the diagonal, as a share of its mean: GPTQ's own (arXiv:2210.17323). Inputs that were never seen then count
+# for a hundredth of the usual ones, and few tokens leave no direction free.
+DAMPING = 0.01
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class InputStatistics:
+    """The input of a weight [R, N].
+
+    ``hessian_NN`` float32, damped. ``order_N``: the columns by falling mean square of their input (activation order).
+    ``factor_NN``: unit upper triangular U, float32, in that order, with H = U D Uᵀ.
+    """
+
+    hessian_NN: FloatArray
+    order_N: npt.NDArray[np.int64]
+    factor_NN: FloatArray
+
+    @property
+    def in_features(self) -> int:
+        return len(self.order_N)
+
+
+def input_statistics(hessian: npt.NDArray[np.floating[Any]], *, name: str = "statistics") -> InputStatistics:
+    """What follows from H [N, N], or from its diagonal [N]. The factor is computed in float64.
+
+    Raises:
+        QuantizationError: it is not finite, has a negative diagonal, or is no matrix of products at all.
+    """
+    diagonal_N = np.array(hessian if hessian.ndim == 1 else np.diagonal(hessian), np.float64)
+    if not np.isfinite(hessian.min(initial=0) + hessian.max(initial=0)) or diagonal_N.min(initial=0) < 0:
+        raise QuantizationError(f"{name}: the statistics are damaged (not finite, or squares below 0); calibrate again")
+    floor = DAMPING * float(diagonal_N.mean()) or 1.0  # an input that is always zero
+    order_N = np.argsort(-diagonal_N, kind="stable")
+    if hessian.ndim == 1:
+        damped = np.diag(diagonal_N + floor).astype(np.float32)
+        return InputStatistics(hessian_NN=damped, order_N=order_N, factor_NN=np.eye(len(order_N), dtype=np.float32))
+    factor_NN = _unit_upper_factor(hessian, order_N, floor, name)
+    damped = np.array(hessian, np.float32)
+    damped[np.diag_indices(len(order_N))] += np.float32(floor)
+    return InputStatistics(hessian_NN=damped, order_N=order_N, factor_NN=factor_NN)
+
+
+def _unit_upper_factor(hessian: np.ndarray, order_N: np.ndarray, floor: float, name: str) -> FloatArray:
+    """U of H = U D Uᵀ with the columns in ``order_N``: Cholesky's factor of H with everything in reverse, reversed.
+
+    GPTQ takes the inverse's factor and updates the weights that are left; carrying errors over with U instead gives
+    the same codes (LDLQ, arXiv:2307.13304) without an inverse.
+    """
+    reverse_N = order_N[::-1]
+    turned = hessian[np.ix_(reverse_N, reverse_N)].astype(np.float64)
+    turned[np.diag_indices(len(order_N))] += floor
+    try:
+        lower = np.linalg.cholesky(turned)
+    except np.linalg.LinAlgError:
+        raise QuantizationError(
+            f"{name}: the statistics are damaged (not positive definite); calibrate again"
+        ) from None
+    del turned
+    np.divide(lower, np.diagonal(lower).copy(), out=lower)
+    return np.ascontiguousarray(lower[::-1, ::-1], np.float32)
+
+
+def hessian_error(weight: FloatArray, dequantized: FloatArray, hessian: npt.NDArray[np.floating[Any]]) -> float:
+    """trace(dW H dWᵀ) for dW = ``weight`` - ``dequantized``, both [R, N]: with H = XᵀX / tokens, the mean over tokens
+    of the squared error that storing the weight adds to the layer's output. H is [N, N], or its diagonal [N].
+
+    Products are float32, their sum is float64.
+    """
+    difference = np.subtract(weight, dequantized, dtype=np.float32)
+    if hessian.ndim == 1:
+        return float(np.einsum("rn,rn,n->", difference, difference, hessian, dtype=np.float64, optimize=True))
+    felt = difference @ np.asarray(hessian, np.float32)
+    return float(np.vecdot(felt, difference).sum(dtype=np.float64))
