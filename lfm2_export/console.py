@@ -166,7 +166,10 @@ def export_progress() -> Iterator[ExportProgress]:
             tasks.append(bar.add_task(one_line(label), total=total))
 
         yield ExportProgress(
-            start=start, advance=lambda nbytes: bar.advance(tasks[-1], nbytes), continued=_note_continued
+            start=start,
+            advance=lambda nbytes: bar.advance(tasks[-1], nbytes),
+            continued=_note_continued,
+            told=note,
         )
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -20,6 +21,7 @@ from lfm2_export.artifact import Artifact, ArtifactWriter
 from lfm2_export.backends import BACKENDS, Backend, get_backend, option_flag
 from lfm2_export.backends.program import Estimate, ExportedProgram, ExportRequest
 from lfm2_export.background import Background
+from lfm2_export.calibration.request import Calibration, choose_algorithm
 from lfm2_export.checkpoint import Checkpoint, open_checkpoint
 from lfm2_export.errors import ExportError
 from lfm2_export.leftovers import swept
@@ -27,7 +29,6 @@ from lfm2_export.manifest import CheckpointRecord, Program
 from lfm2_export.messages import shown
 from lfm2_export.packages import recorded_versions
 from lfm2_export.progress import Progress
-from lfm2_export.quant.algorithms import DEFAULT_ALGORITHM
 from lfm2_export.quant.schemes import Scheme, get_scheme
 from lfm2_export.resources import check_disk, check_memory, disk_needed
 
@@ -42,7 +43,9 @@ def export(
     output: str | Path,
     group_size: int | None = None,
     exclude: str | Sequence[str] = (),
-    algorithm: str = DEFAULT_ALGORITHM,
+    algorithm: str | None = None,
+    calibrate: str | Path | None = None,
+    statistics: str | Path | None = None,
     revision: str | None = None,
     offline: bool = False,
     progress: Progress | None = None,
@@ -56,7 +59,13 @@ def export(
         output: a folder that does not exist, is empty, or is an artifact of the same checkpoint, which is added to.
         group_size: weights that share a scale, in the schemes that have groups; default: the scheme's.
         exclude: one or several patterns of tensor names (as in ``fnmatch``) to leave unquantized in those schemes.
-        algorithm: how integer weights are fitted: "refit" (least squared error) or "round" (plain rounding, faster).
+        algorithm: how integer weights are fitted: "refit" (least squared error), "round" (plain rounding, faster) or
+            "gptq" (least error of the layers' outputs on a text). Default: gptq with ``calibrate`` or ``statistics``,
+            else refit.
+        calibrate: the text that gptq measures the layers' inputs on: "default" (comes with this package), "self" (what
+            the model itself writes) or a UTF-8 file.
+        statistics: a file for what was measured: written with ``calibrate`` (and used again where it is there), read
+            without.
         options: the backend's own settings (``Backend.OPTIONS``), each of which is checked; None leaves one to the
             backend. executorch has ``max_context``, positions that the buffers hold (4096); ``moe_op``, how quantized
             experts run: "stock" (default: ExecuTorch's operator), "lfm2" (ours) or "both"; ``embedding_bits``, how
@@ -68,8 +77,9 @@ def export(
     """
     schemes_asked, excluded = _names("scheme", scheme), _names("exclude", exclude)
     _check_kinds((str, os.PathLike), "a name", checkpoint=checkpoint, output=output)
-    _check_kinds(str, "a name", backend=backend, algorithm=algorithm)
-    _check_kinds((str, NoneType), "a name or None", revision=revision)
+    _check_kinds(str, "a name", backend=backend)
+    _check_kinds((str, NoneType), "a name or None", algorithm=algorithm, revision=revision)
+    _check_kinds((str, os.PathLike, NoneType), "a name or None", calibrate=calibrate, statistics=statistics)
     _check_kinds(
         (int, NoneType),
         "an integer or None",
@@ -79,17 +89,23 @@ def export(
         raise ExportError(f"output={str(output)!r} names no folder; give a name, or . for this one")
     lowering = get_backend(backend)
     options = _checked_options(backend, options)
-    schemes = _customized(_schemes(lowering, backend, schemes_asked), group_size, excluded)
+    algorithm = choose_algorithm(algorithm, calibrate, statistics)
+    given: dict[str, object] = {"--group-size": group_size, "--exclude": " ".join(excluded) or None}
+    given |= {"--calibrate": calibrate, "--statistics": statistics}
+    schemes = _customized(_schemes(lowering, backend, schemes_asked), group_size, excluded, given)
     opened = open_checkpoint(checkpoint, revision=revision, offline=offline)
     companions.check(opened)
     progress = progress or Progress()
-    key = _key(opened, backend, schemes, {"algorithm": algorithm, **options})
+    calibration = Calibration.asked(opened, calibrate, statistics)
+    asked = {} if calibration is None else {"calibration": calibration.key()}
+    key = _key(opened, backend, schemes, {"algorithm": algorithm, **asked, **options})
     record = Background(lambda: writer.confirm(CheckpointRecord.of(opened)))
     # A backend's files lie in the folder of its name.
     writer = ArtifactWriter(output, record.result, into=[backend], key=key)
     with interrupts.lasting(), swept(), writer:
         if (finished := writer.finished()) is not None:
             return finished
+        known = None if calibration is None else calibration.existing(writer.ledgers)
         requests = [
             ExportRequest(
                 checkpoint=opened,
@@ -100,16 +116,20 @@ def export(
                 progress=progress.advance,
                 options=options,
                 ledgers=writer.ledgers,
+                statistics=known,
             )
             for one in schemes
         ]
         estimates = [lowering.estimate(request) for request in requests]
-        _check_resources(estimates, writer.folder)
+        _check_resources(estimates, writer.folder, 0 if calibration is None else calibration.quantizing_memory())
         done = sum(estimate.done_bytes for estimate in estimates)
         if done:
             progress.continued(done, len(requests) * opened.total_bytes)
         # Hashing reads every shard: it runs beside the export, once nothing cheap can refuse the work any more.
         record.start()
+        if calibration is not None and known is None:
+            measured = calibration.collected(writer.ledgers, progress)
+            requests = [replace(request, statistics=measured) for request in requests]
         for request in requests:
             logger.info("lowering %s to %s %s", opened.name, backend, request.scheme.name)
             progress.start(f"{backend} {request.scheme.name}", opened.total_bytes)
@@ -168,11 +188,12 @@ def _schemes(lowering: Backend, backend: str, names: Sequence[str]) -> list[Sche
     return found
 
 
-def _customized(schemes: Sequence[Scheme], group_size: int | None, exclude: Sequence[str]) -> list[Scheme]:
-    """The schemes with what was asked for in those that quantize; refused where none of them does."""
+def _customized(
+    schemes: Sequence[Scheme], group_size: int | None, exclude: Sequence[str], given: Mapping[str, object]
+) -> list[Scheme]:
+    """The schemes with what was asked for in those that quantize; anything ``given`` is refused where none does."""
     if not any(scheme.has_groups for scheme in schemes):
         names = ", ".join(scheme.name for scheme in schemes)
-        given = {"--group-size": group_size, "--exclude": " ".join(exclude) or None}
         for option, value in given.items():
             if value is not None:
                 raise ExportError(
@@ -203,9 +224,9 @@ def _key(checkpoint: Checkpoint, backend: str, schemes: Sequence[Scheme], option
     )
 
 
-def _check_resources(estimates: Sequence[Estimate], folder: Path) -> None:
+def _check_resources(estimates: Sequence[Estimate], folder: Path, more_memory: int) -> None:
     check_disk(folder, disk_needed(estimate.disk_bytes for estimate in estimates))
-    check_memory(max(estimate.memory_bytes for estimate in estimates))
+    check_memory(max(estimate.memory_bytes for estimate in estimates) + more_memory)
 
 
 def _program(backend: str, scheme: Scheme, made: ExportedProgram) -> Program:

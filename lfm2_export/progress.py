@@ -18,14 +18,19 @@ def _ignore_continued(done: int, total: int) -> None:
     pass
 
 
+def _ignore_told(text: str) -> None:
+    pass
+
+
 @dataclass(frozen=True, kw_only=True)
 class Progress:
     """``start(label, total)`` begins a step of so many bytes, ``advance(amount)`` says how many more are done.
 
     ``continued(done, total)`` is called once, before the work, where an export that was interrupted goes on: bytes of
-    the checkpoint (counted once a scheme) that are done, and those in all.
+    the checkpoint (counted once a scheme) that are done, and those in all. ``told(text)``: what long work will take.
     """
 
     continued: Callable[[int, int], None] = _ignore_continued
     start: Callable[[str, int], None] = _ignore_start
     advance: Callable[[int], None] = _ignore_advance
+    told: Callable[[str], None] = _ignore_told

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lfm2_export.cache import CacheSpec
+from lfm2_export.calibration.statistics import Statistics
 from lfm2_export.checkpoint import Checkpoint
 from lfm2_export.manifest import StoredTensor, TensorSpec
 from lfm2_export.quant.schemes import Scheme
@@ -22,7 +23,8 @@ class ExportRequest:
     """One program to make. ``file_name`` is the program's file; ``algorithm`` names a quantization algorithm;
     ``options`` are those of the backend's own settings that were given (``Backend.OPTIONS``); ``progress`` is told how
     many bytes of the checkpoint each step consumed. ``ledgers`` is the folder for the files'
-    ledgers, ``*.ledger``, by which a killed export is continued; None for one that is not to be."""
+    ledgers, ``*.ledger``, by which a killed export is continued; None for one that is not to be. ``statistics`` are
+    those that the algorithm needs, None for one that needs none."""
 
     checkpoint: Checkpoint
     scheme: Scheme
@@ -32,6 +34,12 @@ class ExportRequest:
     progress: Callable[[int], None]
     options: Mapping[str, Any] = field(default_factory=dict)
     ledgers: Path | None = None
+    statistics: Statistics | None = None
+
+    def describe_algorithm(self) -> dict[str, Any]:
+        """What the manifest's options say of it."""
+        calibration = {} if self.statistics is None else {"calibration": self.statistics.record()}
+        return {"algorithm": self.algorithm, **calibration}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,13 +18,19 @@ _MEASURED = (TensorClass.LINEAR, TensorClass.EXPERTS, TensorClass.HEAD)
 @dataclass(frozen=True, kw_only=True)
 class Input:
     """What some matrices of one block multiply: ``width`` numbers a token. ``name`` is that of the first of them,
-    ``serves`` are all. The head's input belongs to no layer."""
+    ``matrix`` its name in the block, ``serves`` are all. The head's input belongs to no layer."""
 
     name: str
     width: int
     layer: int | None
     expert: int | None
+    matrix: str | None
     serves: tuple[str, ...]
+
+    @property
+    def is_inner(self) -> bool:
+        """Whether it is made by the block itself, so that another expert's has other numbers in the same places."""
+        return self.matrix == "w2"
 
 
 def inputs(config: ModelConfig, tensors: Tensors) -> dict[str, Input]:
@@ -32,11 +38,16 @@ def inputs(config: ModelConfig, tensors: Tensors) -> dict[str, Input]:
     found: dict[str, Input] = {}
     for tensor in _measured(config, tensors):
         name = input_name(tensor)
-        here = found.setdefault(
-            name,
-            Input(name=name, width=tensor.shape[-1], layer=tensor.layer, expert=tensor.expert, serves=()),
-        )
-        found[name] = replace(here, serves=(*here.serves, tensor.name))
+        if name not in found:
+            found[name] = Input(
+                name=name,
+                width=tensor.shape[-1],
+                layer=tensor.layer,
+                expert=tensor.expert,
+                matrix=tensor.matrix,
+                serves=(),
+            )
+        found[name] = replace(found[name], serves=(*found[name].serves, tensor.name))
     return found
 
 

@@ -72,7 +72,7 @@ def read_text(checkpoint: Checkpoint, source: str, *, tokens: int = TOKENS) -> T
         )
     tokenizer = Tokenizer.from_dir(checkpoint.path)
     prefix = np.array(tokenizer.encode(""), dtype=np.int64)
-    length = _row_length(checkpoint, tokens)
+    length = row_length(checkpoint, tokens)
     found = _encoded(tokenizer, content, tokens)
     if len(found) < LEAST_TOKENS:
         raise CalibrationError(
@@ -104,7 +104,8 @@ def _encoded(tokenizer: Tokenizer, content: str, tokens: int) -> np.ndarray:
             return np.array(found[:tokens], dtype=np.int64)
 
 
-def _row_length(checkpoint: Checkpoint, tokens: int) -> int:
+def row_length(checkpoint: Checkpoint, tokens: int) -> int:
+    """Tokens of a row."""
     return min(ROW, checkpoint.config.max_position_embeddings, tokens)
 
 
@@ -131,7 +132,7 @@ def sample(checkpoint: Checkpoint, *, tokens: int = TOKENS) -> Text:
     from lfm2_export.models.loading import load_model
 
     check_sampling(checkpoint)
-    length = _row_length(checkpoint, tokens)
+    length = row_length(checkpoint, tokens)
     rows = _sample(load_model(checkpoint), max(1, tokens // length), length, _unwanted(checkpoint))
     return Text(source=SELF, sha256=hashlib.sha256(rows.tobytes()).hexdigest(), rows_BT=rows)
 
@@ -161,12 +162,13 @@ def _sample(model: DecoderForCausalLM, rows: int, length: int, unwanted: list[in
     return taken
 
 
-def check_source(source: object) -> str:
-    """What was given as ``calibrate``.
+def check_name(value: object, option: str) -> str:
+    """What was given as ``calibrate`` or ``statistics``.
 
     Raises:
         CalibrationError: it is no name.
     """
-    if not isinstance(source, str | Path) or not str(source).strip():
-        raise CalibrationError(f"calibrate={shown(source)}: {DEFAULT}, {SELF} or the name of a text file expected")
-    return str(source)
+    if not isinstance(value, str | Path) or not str(value).strip():
+        expected = f"{DEFAULT}, {SELF} or the name of a text file" if option == "calibrate" else "the name of a file"
+        raise CalibrationError(f"{option}={shown(value)}: {expected} expected")
+    return str(value)

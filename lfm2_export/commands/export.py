@@ -44,8 +44,20 @@ class ExportCommand:
         )
         parser.add_argument(
             "--algorithm",
-            default="refit",
-            help="refit (default: least squared error) or round (plain rounding, faster)",
+            help="gptq (default where calibrated), refit (default: least squared error) or round (plain, faster)",
+        )
+        parser.add_argument(
+            "--calibrate",
+            metavar="TEXT",
+            type=given,
+            help="fit weights to what layers are given on a text: default (comes with this), self (the model's own) "
+            "or a file",
+        )
+        parser.add_argument(
+            "--statistics",
+            metavar="FILE",
+            type=given,
+            help="keep what --calibrate measures in this file; without --calibrate: use it",
         )
         for backend in BACKENDS.values():
             for name, option in backend.OPTIONS.items():
@@ -71,6 +83,8 @@ class ExportCommand:
                 group_size=options.group_size,
                 exclude=options.exclude,
                 algorithm=options.algorithm,
+                calibrate=options.calibrate,
+                statistics=options.statistics,
                 revision=options.revision,
                 offline=options.offline,
                 progress=progress,

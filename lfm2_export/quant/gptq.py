@@ -22,7 +22,9 @@ from lfm2_export.quant.groups import Chunk
 from lfm2_export.quant.hessian import InputStatistics
 
 # What is gained by another round is below the standard error of the KL (measured on the bundled checkpoints).
-_ROUNDS = 2
+ROUNDS = 2
+# Of a chunk: its steps are Python's, column by column, and should be long. 4 MB a buffer, six buffers a thread.
+CHUNK_WEIGHTS = 1 << 20
 # Columns whose errors are carried on one by one; to those behind them they are carried by one product.
 _BLOCK = 128
 
@@ -37,7 +39,7 @@ def quantize_chunk(chunk: Chunk, statistics: InputStatistics) -> None:
     rows = _Rows(chunk, statistics)
     with np.errstate(over="ignore", invalid="ignore"):
         rows.round_in_order()
-        for _ in range(_ROUNDS):
+        for _ in range(ROUNDS):
             rows.descend()
         rows.store(chunk)
 

@@ -25,7 +25,7 @@ from lfm2_export.errors import QuantizationError
 from lfm2_export.quant.formats import FloatArray, IntFormat, QuantizedTensor, StorageError
 from lfm2_export.resources import usable_cores
 
-_CHUNK_WEIGHTS = 1 << 18  # float32: 1 MB a buffer, four buffers a thread
+CHUNK_WEIGHTS = 1 << 18  # float32: 1 MB a buffer, four buffers a thread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ class Workspace:
 
 def rows_per_chunk(in_features: int) -> int:
     """How many rows of a matrix make a chunk of the best size."""
-    return max(1, _CHUNK_WEIGHTS // max(1, in_features))
+    return max(1, CHUNK_WEIGHTS // max(1, in_features))
 
 
 def _turn(stored: npt.NDArray[Any], chunk: Chunk) -> None:

@@ -11,6 +11,8 @@ Shape suffixes: N in_features, R rows of a weight.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,19 @@ from lfm2_export.quant.formats import FloatArray
 # Added to the diagonal, as a share of its mean: GPTQ's own (arXiv:2210.17323). Inputs that were never seen then count
 # for a hundredth of the usual ones, and few tokens leave no direction free.
 DAMPING = 0.01
+
+
+@contextlib.contextmanager
+def one_thread_products() -> Iterator[None]:
+    """Within it numpy's products take one thread each: where several work side by side, BLAS's own threads would wait
+    for each other (ten times slower on a busy machine), and sums would depend on the number of cores."""
+    try:
+        import threadpoolctl
+    except ImportError:  # of the export extra; without it results are as good
+        yield
+        return
+    with threadpoolctl.threadpool_limits(1, user_api="blas"):
+        yield
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -95,7 +95,14 @@ class _Share:
 def _stream(request: ExportRequest, plan: PtePlan, name: str, root: Path) -> PteStream:
     """The stream of one file; ``root`` is where its files go if the request is not to be continued."""
     ledger = None if request.ledgers is None else request.ledgers / f"{name}.ledger"
-    return PteStream(plan, request.algorithm, name=name, root=request.ledgers or root, ledger=ledger)
+    return PteStream(
+        plan,
+        request.algorithm,
+        name=name,
+        root=request.ledgers or root,
+        ledger=ledger,
+        statistics=request.statistics,
+    )
 
 
 def max_context(request: ExportRequest) -> int:
@@ -158,7 +165,7 @@ def _options(
     """Settings, and per file what was made: its delegates, operators, and where its weights lie."""
     scheme = next(iter(plans.values())).scheme
     return {
-        "algorithm": request.algorithm,
+        **request.describe_algorithm(),
         "max_context": context,
         "moe_op": {name: str(plan.moe_op) for name, plan in plans.items() if plan.moe_op is not None},
         "delegates": {name: one.delegates for name, one in made.items()},

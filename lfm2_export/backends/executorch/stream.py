@@ -21,6 +21,7 @@ from lfm2_export.backends.executorch.plan import Layout, MoeOp, PtePlan, is_pack
 from lfm2_export.backends.weights.pieces import CHUNK_VALUES, Piece, Placement, pieces
 from lfm2_export.backends.weights.plan import StoredWeight
 from lfm2_export.backends.weights.stream import FIGURES, WeightStream, bytes_on_disk
+from lfm2_export.calibration.statistics import Statistics
 from lfm2_export.checkpoint import Checkpoint
 from lfm2_export.families import get_family
 from lfm2_export.families.tensors import EMBEDDING, expert_stacks, feed_forward_prefix
@@ -138,14 +139,25 @@ class PteStream:
     Args:
         name: the program's file name; the files are in a folder that is called after it, below ``root``.
         ledger: the ledger's place; None for work that is not to be continued.
+        statistics: for an algorithm that needs them.
     """
 
-    def __init__(self, plan: PtePlan, algorithm: str, *, name: str, root: Path, ledger: Path | None):
+    def __init__(
+        self,
+        plan: PtePlan,
+        algorithm: str,
+        *,
+        name: str,
+        root: Path,
+        ledger: Path | None,
+        statistics: Statistics | None = None,
+    ):
         self.plan, self.algorithm, self.places = plan, algorithm, place(plan)
+        self._statistics = statistics
         names = [f"{name}.weights/{index}" for index in range(len(self.places.sizes))]
         self.pieces = pieces(plan)
         self.paths = [root / name for name in names]
-        key = repr((algorithm, CHUNK_VALUES, plan, self.places))
+        key = repr((algorithm, None if statistics is None else statistics.key, CHUNK_VALUES, plan, self.places))
         self._ledger = Ledger(
             ledger,
             root=root,
@@ -175,6 +187,7 @@ class PteStream:
             algorithm=get_algorithm(self.algorithm),
             report=report,
             ledger=self._ledger,
+            statistics=self._statistics,
         )
         return stream.write(self.plan, {})
 

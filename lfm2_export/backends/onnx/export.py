@@ -60,7 +60,8 @@ def _data_paths(request: ExportRequest, placements: Mapping[str, Placement]) -> 
 
 def _ledger(request: ExportRequest, plan: WeightPlan, placements: Mapping[str, Placement]) -> Ledger:
     names = [f"{FOLDER}/{path.name}" for path in _data_paths(request, placements)]
-    key = repr((request.algorithm, CHUNK_VALUES, plan, placements))
+    statistics = None if request.statistics is None else request.statistics.key
+    key = repr((request.algorithm, statistics, CHUNK_VALUES, plan, placements))
     return Ledger(
         None if request.ledgers is None else request.ledgers / f"{request.file_name}.ledger",
         root=request.folder,
@@ -96,6 +97,7 @@ def export_program(request: ExportRequest) -> ExportedProgram:
         algorithm=get_algorithm(request.algorithm),
         report=request.progress,
         ledger=_ledger(request, plan, placements),
+        statistics=request.statistics,
     )
     tensors = stream.write(plan, computed_tensors(config))
     names = _save_graphs(graphs, request.file_name, folder)
@@ -113,7 +115,7 @@ def export_program(request: ExportRequest) -> ExportedProgram:
 
 
 def _options(request: ExportRequest, plan: WeightPlan) -> dict[str, object]:
-    return {"algorithm": request.algorithm, "accuracy_level": plan.accuracy_level, **request.scheme.options()}
+    return {**request.describe_algorithm(), "accuracy_level": plan.accuracy_level, **request.scheme.options()}
 
 
 def _save_graphs(graphs: Graphs, file_name: str, folder: Path) -> dict[str, str]:

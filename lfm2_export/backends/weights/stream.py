@@ -12,10 +12,11 @@ size.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,14 +26,17 @@ from lfm2_export.backends.weights.pieces import Piece, Placement, pieces
 from lfm2_export.backends.weights.plan import StoredWeight, WeightPlan
 from lfm2_export.background import map_in_threads
 from lfm2_export.checkpoint import Checkpoint, check_finite, is_finite
+from lfm2_export.families.tensors import HEAD, Part
 from lfm2_export.ledger import Ledger
 from lfm2_export.manifest import StoredTensor
 from lfm2_export.quant.algorithms import Algorithm
 from lfm2_export.quant.formats import IntFormat, StorageError, storage_error, to_float
-from lfm2_export.quant.groups import Chunk, Workspace, rows_per_chunk
+from lfm2_export.quant.groups import Chunk, Workspace
+from lfm2_export.quant.hessian import InputStatistics, one_thread_products
 from lfm2_export.resources import usable_cores
 
 Report = Callable[[int], None]
+UNMEASURED = "refit: no input is multiplied with it"
 Arrays = Mapping[str, np.ndarray]
 
 # What a ledger says of each piece.
@@ -55,10 +59,21 @@ class Packing(Protocol):
         """The same of a weight that is not quantized, in its format's dtype."""
 
 
+class InputSource(Protocol):
+    """Statistics of what weights are multiplied with."""
+
+    def of(self, weight: str) -> InputStatistics | None:
+        """Those of a weight's input, by its published name; None for one that is multiplied with nothing."""
+
+    def has(self, weight: str) -> bool:
+        """Whether there are any."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class WeightStream:
     """Fills files. ``report`` is told the bytes of checkpoint that each step has consumed. ``ledger`` makes the files
-    (at ``paths``), says which pieces are in them already, and is told of every further one."""
+    (at ``paths``), says which pieces are in them already, and is told of every further one. ``statistics``: for an
+    algorithm that needs them."""
 
     checkpoint: Checkpoint
     placements: Mapping[str, Placement]
@@ -67,6 +82,7 @@ class WeightStream:
     algorithm: Algorithm
     report: Report
     ledger: Ledger
+    statistics: InputSource | None = None
     _own: _Thread = field(default_factory=lambda: _Thread(), init=False)
 
     def write(self, plan: WeightPlan, computed: Mapping[str, Callable[[], np.ndarray]]) -> tuple[StoredTensor, ...]:
@@ -78,7 +94,7 @@ class WeightStream:
             QuantizationError: a value does not fit the stored dtype.
             OSError: the disk is full or fails.
         """
-        with self.ledger:
+        with self.ledger, one_thread_products() if self.statistics else contextlib.nullcontext():
             files = [os.open(path, os.O_RDWR) for path in self.paths]
             try:
                 errors = self._write_pieces(plan, files)
@@ -87,7 +103,7 @@ class WeightStream:
             finally:
                 for file in files:
                     os.close(file)
-        return tuple(_record(weight, errors.get(weight.name)) for weight in plan.values())
+        return tuple(self._record(weight, errors.get(weight.name)) for weight in plan.values())
 
     def _write_pieces(self, plan: WeightPlan, files: Sequence[int]) -> dict[str, StorageError]:
         """The error of every weight that has bytes of its own."""
@@ -144,14 +160,27 @@ class WeightStream:
         room = self.packing.empty(piece.weight, form, piece.row_count)
         error, first = StorageError(), piece.rows.start if piece.rows else 0
         for offset, source in enumerate(piece.sources):
-            rows = range(offset, piece.row_count, len(piece.sources))
-            for stored in self._blocks(source, piece.rows, rows_per_chunk(piece.weight.shape[-1])):
+            rows, algorithm = range(offset, piece.row_count, len(piece.sources)), self._algorithm(piece.weight, source)
+            for stored in self._blocks(source, piece.rows, algorithm.rows_per_chunk(piece.weight.shape[-1])):
                 rows, these = rows[len(stored) :], rows[: len(stored)]
                 named = range(first + these.start, first + these.stop, these.step)
-                chunk = self.algorithm.rows(stored, form, self._own.workspace, fqn=piece.weight.name, rows=named)
+                chunk = algorithm.rows(stored, form, self._own.workspace, fqn=piece.weight.name, rows=named)
                 error += chunk.storage_error()
                 self.packing.pack(chunk, slice(these.start, these.stop, these.step), room)
         return self.packing.packed(piece.weight, room), error
+
+    def _algorithm(self, weight: StoredWeight, source: str) -> Algorithm:
+        """The algorithm for the input that a source is multiplied with."""
+        if self.statistics is None:
+            return self.algorithm
+        return self.algorithm.fitted(self.statistics.of(_measured(weight, source)))
+
+    def _record(self, weight: StoredWeight, error: StorageError | None) -> StoredTensor:
+        record = _record(weight, error)
+        own_bytes = isinstance(weight.format, IntFormat) and weight.same_bytes_as is None
+        if self.statistics is None or not own_bytes or self.statistics.has(_measured(weight, weight.sources[0])):
+            return record
+        return replace(record, reason=f"{record.reason}; {UNMEASURED}" if record.reason else UNMEASURED)
 
     def _blocks(self, source: str, rows: slice | None, step: int) -> Iterator[np.ndarray]:
         for stored in self.checkpoint.read_raw_blocks(source, rows, step):
@@ -165,6 +194,11 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.workspace = Workspace()
+
+
+def _measured(weight: StoredWeight, source: str) -> str:
+    """The name under which a source's input was measured: that of a copy which is a tied head is the head's."""
+    return HEAD if weight.part is Part.HEAD else source
 
 
 def bytes_on_disk(path: Path) -> int:
