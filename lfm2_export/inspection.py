@@ -78,6 +78,7 @@ def _program(program: Program, artifact: Artifact) -> dict[str, Any]:
         "here": artifact.is_here(program),
         "bytes": sum(entry.bytes for entry in program.files.values()),
         "weights_by_dtype": dict(dtypes),
+        "calibration": program.calibration,
         "largest_error": None if worst is None else {"tensor": worst.name, "relative_error": worst.error},
         "operators": dict(program.operators),
         "state_bytes_per_token": program.cache.bytes_per_token(),

@@ -130,6 +130,22 @@ class Program:
     def key(self) -> tuple[str, str]:
         return self.backend, self.scheme
 
+    @property
+    def calibration(self) -> str | None:
+        """What its weights were fitted to, in words; None where that was no text, or the options do not say it."""
+        made = self.options.get("calibration")
+        text = made.get("text") if isinstance(made, Mapping) else None
+        if not isinstance(text, Mapping):
+            return None
+        algorithm, source, digest, tokens = (
+            self.options.get("algorithm"),
+            *(text.get(name) for name in ("source", "sha256", "tokens")),
+        )
+        if not isinstance(tokens, int) or not all(isinstance(one, str) for one in (algorithm, source, digest)):
+            return None
+        what = {"default": "lfm2-export's own text", "self": "text that the model wrote"}.get(str(source), source)
+        return f"{algorithm} on {tokens:,} tokens of {what} (sha256 {str(digest)[:12]})"
+
     def __str__(self) -> str:
         return f"{self.backend} {self.scheme}"
 

@@ -70,7 +70,8 @@ def _programs(programs: Sequence[Program]) -> str:
         for program in programs
     ]
     head = "| Backend | Scheme | File | Size with weights | Context |\n|---|---|---|---|---|"
-    return "\n".join(["## Programs\n", head, *rows, ""])
+    notes = [f"{_plain(program)}: {_plain(made)}.\n" for program in programs if (made := program.calibration)]
+    return "\n".join(["## Programs\n", head, *rows, "", *notes])
 
 
 def _figures(programs: Sequence[Program]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lfm2_export import console
 from lfm2_export.commands.base import add_json, add_source, given
-from lfm2_export.messages import listed
+from lfm2_export.messages import listed, one_line
 from lfm2_export.resources import human_bytes
 
 
@@ -56,6 +56,9 @@ def _print_artifact(found: dict[str, Any]) -> None:
         ("program", "file", "size", "weights", "largest error", "state bytes per token"),
         [_program_row(program) for program in found["programs"] if program["here"]],
     )
+    for program in found["programs"]:
+        if program["calibration"]:
+            print(one_line(f"{program['backend']} {program['scheme']}: {program['calibration']}"))
     absent = [f"{program['backend']} {program['scheme']}" for program in found["programs"] if not program["here"]]
     for note, names in (
         ("not in this folder", absent),
