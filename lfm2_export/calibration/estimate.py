@@ -136,21 +136,23 @@ def _diagonal(checkpoint: Checkpoint, found: Mapping[str, Input], length: int, a
 def _memory(checkpoint: Checkpoint, found: Mapping[str, Input], length: int, diagonal: frozenset[str]) -> int:
     """At the peak: the largest layer with its Hessians and a batch, or the token table."""
     config = checkpoint.config
-    weights: dict[int | None, int] = {}
+    layers: dict[int | None, int] = {}
     for tensor in checkpoint.model_tensors.values():
         if tensor.name != EMBEDDING:
-            weights[tensor.layer] = weights.get(tensor.layer, 0) + 4 * prod(tensor.shape)
-    hessians: dict[int | None, int] = {}
+            layers[tensor.layer] = layers.get(tensor.layer, 0) + 4 * prod(tensor.shape)
+    largest: dict[tuple[int | None, str | None], int] = {}
     for one in found.values():
         if one.name not in diagonal:
-            hessians[one.layer] = hessians.get(one.layer, 0) + 4 * one.width**2
-    widest = max((one.width for one in found.values() if one.name not in diagonal), default=0)
+            layers[one.layer] = layers.get(one.layer, 0) + 4 * one.width**2
+            # Of each kind of a layer's input one more: the mean, or what is on its way into the file.
+            largest[one.layer, one.matrix] = 2 * 4 * one.width**2
+    for (layer, _), nbytes in largest.items():
+        layers[layer] += nbytes
     rows = max(1, BATCH_TOKENS // length)
     attention = 4 * rows * config.num_attention_heads * length**2
     batch = 4 * rows * length * (4 * max(config.intermediate_size, config.hidden_size) + 8 * config.hidden_size)
-    largest = max(weights.get(layer, 0) + hessians.get(layer, 0) for layer in range(config.num_hidden_layers))
     table = 4 * config.vocab_size * config.hidden_size
-    return _BASE + max(table, largest + attention + batch + 4 * 4 * widest**2)
+    return _BASE + max(table, max(layers.values()) + attention + batch)
 
 
 def _duration(seconds: float) -> str:
