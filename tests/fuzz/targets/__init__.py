@@ -24,6 +24,7 @@ TARGETS = (
     "onnx_graph",
     "pte",
     "safetensors",
+    "statistics",
     "tokenizer",
     "tokenizer_config",
     "weights",
