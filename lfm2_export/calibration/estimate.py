@@ -25,8 +25,13 @@ from lfm2_export.resources import human_bytes, usable_cores
 
 # Bytes a second: weights read and converted, statistics packed and written.
 READ, WRITE = 1.0e9, 0.4e9
-# Of one core: columns of a chunk updated after one of them was rounded, values a second.
-UPDATES = 1.5e9
+# Of one core: values a second where columns of a chunk are updated one after another; how fast its narrow products are,
+# and a factor in float64, as shares of the speed of a square one in float32.
+UPDATES, NARROW, FACTOR = 0.5e9, 0.3, 0.25
+# Steps that are no products: of each channel of a layer, and how many of them one core does in a second.
+STEPS, STEPS_PER_SECOND = 64, 1.0e9
+# Of a sampled token: a layer's operators, seconds; and bytes of weights that are read in a second.
+OPERATORS, SWEEP = 4.0e-3, 8.0e9
 # torch and this package.
 _BASE = 450 << 20
 _GROUP = 32
@@ -53,16 +58,23 @@ class Estimate:
         return f"{text}; memory is short: of {len(self.diagonal)} inputs only the mean squares are kept"
 
 
-def estimate(checkpoint: Checkpoint, rows: int, length: int, *, available: int | None) -> Estimate:
-    """For ``rows`` rows of ``length`` tokens, in ``available`` bytes of memory (None: any number)."""
+def estimate(
+    checkpoint: Checkpoint, rows: int, length: int, *, available: int | None, sampled: bool = False
+) -> Estimate:
+    """For ``rows`` rows of ``length`` tokens, which the model writes itself where they are ``sampled``, in
+    ``available`` bytes of memory (None: any number)."""
     found = inputs(checkpoint.config, checkpoint.model_tensors)
     diagonal = _diagonal(checkpoint, found, length, available)
     tokens, config = rows * length, checkpoint.config
     speed = measured_speed()
     file_bytes = 4 * sum(one.width if one.name in diagonal else packed_size(one.width) for one in found.values())
     flops = tokens * (_forward_flops(checkpoint) + _gram_flops(config, found.values(), diagonal))
+    steps = tokens * config.num_hidden_layers * config.hidden_size * STEPS
+    seconds = (flops / speed + steps / STEPS_PER_SECOND) / usable_cores()
+    if sampled:
+        seconds += length * (4 * checkpoint.parameter_count / SWEEP + config.num_hidden_layers * OPERATORS)
     return Estimate(
-        seconds=flops / (speed * usable_cores()) + checkpoint.total_bytes / READ + file_bytes / WRITE,
+        seconds=seconds + checkpoint.total_bytes / READ + file_bytes / WRITE,
         quantizing_seconds=_quantizing_seconds(checkpoint, found, speed),
         memory_bytes=_memory(checkpoint, found, length, diagonal),
         disk_bytes=file_bytes + 2 * 4 * tokens * config.hidden_size,
@@ -114,7 +126,7 @@ def _quantizing_seconds(checkpoint: Checkpoint, found: Mapping[str, Input], spee
         products += 2 * rows * width**2 * (0.5 + ROUNDS)
         updates += rows * width * _GROUP * (1 + ROUNDS)
     factors = sum(one.width**3 / 3 for one in found.values())
-    return ((products + 2 * factors) / speed + updates / UPDATES) / usable_cores()
+    return ((products / NARROW + 2 * factors / FACTOR) / speed + updates / UPDATES) / usable_cores()
 
 
 def _diagonal(checkpoint: Checkpoint, found: Mapping[str, Input], length: int, available: int | None) -> frozenset[str]:
@@ -136,21 +148,23 @@ def _diagonal(checkpoint: Checkpoint, found: Mapping[str, Input], length: int, a
 def _memory(checkpoint: Checkpoint, found: Mapping[str, Input], length: int, diagonal: frozenset[str]) -> int:
     """At the peak: the largest layer with its Hessians and a batch, or the token table."""
     config = checkpoint.config
-    weights: dict[int | None, int] = {}
+    layers: dict[int | None, int] = {}
     for tensor in checkpoint.model_tensors.values():
         if tensor.name != EMBEDDING:
-            weights[tensor.layer] = weights.get(tensor.layer, 0) + 4 * prod(tensor.shape)
-    hessians: dict[int | None, int] = {}
+            layers[tensor.layer] = layers.get(tensor.layer, 0) + 4 * prod(tensor.shape)
+    largest: dict[tuple[int | None, str | None], int] = {}
     for one in found.values():
         if one.name not in diagonal:
-            hessians[one.layer] = hessians.get(one.layer, 0) + 4 * one.width**2
-    widest = max((one.width for one in found.values() if one.name not in diagonal), default=0)
+            layers[one.layer] = layers.get(one.layer, 0) + 4 * one.width**2
+            # Of each kind of a layer's input one more: the mean, or what is on its way into the file.
+            largest[one.layer, one.matrix] = 2 * 4 * one.width**2
+    for (layer, _), nbytes in largest.items():
+        layers[layer] += nbytes
     rows = max(1, BATCH_TOKENS // length)
     attention = 4 * rows * config.num_attention_heads * length**2
     batch = 4 * rows * length * (4 * max(config.intermediate_size, config.hidden_size) + 8 * config.hidden_size)
-    largest = max(weights.get(layer, 0) + hessians.get(layer, 0) for layer in range(config.num_hidden_layers))
     table = 4 * config.vocab_size * config.hidden_size
-    return _BASE + max(table, largest + attention + batch + 4 * 4 * widest**2)
+    return _BASE + max(table, max(layers.values()) + attention + batch)
 
 
 def _duration(seconds: float) -> str:

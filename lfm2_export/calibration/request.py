@@ -125,7 +125,8 @@ class Calibration:
         """What collecting will take."""
         length = texts.row_length(self.checkpoint, texts.TOKENS)
         rows, length = (texts.TOKENS // length, length) if self.text is None else self.text.rows_BT.shape
-        return estimate(self.checkpoint, rows, length, available=available_memory())
+        sampled = self.source == SELF
+        return estimate(self.checkpoint, rows, length, available=available_memory(), sampled=sampled)
 
     def quantizing_memory(self) -> int:
         """Bytes that an export needs beside what it needs without statistics."""

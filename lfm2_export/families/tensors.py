@@ -62,7 +62,7 @@ class ModelTensor:
 Tensors = Mapping[str, ModelTensor]
 
 # Matrices of a block that multiply what another one of it multiplies.
-_SAME_INPUT_AS: Mapping[str, str] = {"k_proj": "q_proj", "v_proj": "q_proj", "w3": "w1"}
+_SAME_INPUT_AS: Mapping[str, str] = {"k_proj": "q_proj", "v_proj": "q_proj", "g_proj": "q_proj", "w3": "w1"}
 
 
 def input_name(tensor: ModelTensor) -> str:

@@ -105,7 +105,8 @@ class _Rows:
         slope_GR -= change_R * felt_GR
 
     def _fit_codes(self, group: int, columns: slice, slope_GR: FloatArray, inner_GG: FloatArray) -> None:
-        """Coordinate descent: each column's best codes, all else being as it is."""
+        """Coordinate descent: each column's best codes, all else being as it is. Of ``slope_GR`` only what is still
+        needed is kept up."""
         scale_R, least_R, greatest_R = self.scale_SR[group], self.least_SR[group], self.greatest_SR[group]
         for place, column in enumerate(range(columns.start, columns.stop)):
             steps_R = self.steps_NR[column]
@@ -116,7 +117,7 @@ class _Rows:
             change_R = (better_R - steps_R) * scale_R
             self.steps_NR[column] = better_R
             self.error_NR[column] -= change_R
-            slope_GR -= inner_GG[:, place, None] * change_R
+            slope_GR[place + 1 :] -= inner_GG[place + 1 :, place, None] * change_R
 
     def store(self, chunk: Chunk) -> None:
         """Puts codes and scales into the chunk; rows whose sums left float32 keep what ``refit`` gave them."""

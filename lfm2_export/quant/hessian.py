@@ -22,9 +22,10 @@ import numpy.typing as npt
 from lfm2_export.errors import QuantizationError
 from lfm2_export.quant.formats import FloatArray
 
-# Added to the diagonal, as a share of its mean: GPTQ's own (arXiv:2210.17323). Inputs that were never seen then count
-# for a hundredth of the usual ones, and few tokens leave no direction free.
-DAMPING = 0.01
+# Added to the diagonal, as a share of its mean, as in GPTQ (arXiv:2210.17323), which has 0.01. KL over refit's on
+# tiny-moe and tiny-dense, 10,240 held-out tokens, standard error 0.01: 0.686 and 0.670 at 0.01, 0.686 and 0.665 at
+# 0.03, 0.670 and 0.661 at 0.1, 0.672 and 0.664 at 0.3; the worst row is then off by 0.18 of its size, not by 0.33.
+DAMPING = 0.1
 
 
 @contextlib.contextmanager

@@ -16,16 +16,19 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 import lfm2_export
 from lfm2_export.artifact import Artifact
+from lfm2_export.calibration.inputs import inputs
+from lfm2_export.calibration.statistics import Description, StatisticsLayout, checkpoint_hash, packed
 from lfm2_export.manifest import FileEntry, Manifest, Program
 from tests import artifacts
 from tests.checkpoints import tiny_config, write_random_checkpoint
 from tests.fuzz import bundle
 from tests.fuzz.bundle import Part
-from tests.fuzz.targets import FOLDER
+from tests.fuzz.targets import FOLDER, statistics
 from tests.fuzz.targets.manifest import FILES
 from tests.gguf.written import write as write_gguf
 
@@ -48,6 +51,7 @@ def write_all() -> None:
     _write_manifests()
     _write_tokenizers()
     _write_settings()
+    _write_statistics()
 
 
 def _put(target: str, name: str, content: bytes | str) -> None:
@@ -271,6 +275,23 @@ _MACROS = """{%- macro call(name, arguments) -%}{{ name ~ '(' ~ arguments | tojs
 {%- if ns.count > 99 -%}{{ raise_exception('too many') }}{%- endif -%}
 {%- endfor -%}{{ tools | tojson(indent=2) }}
 """
+
+
+def _write_statistics() -> None:
+    """Of identity inputs, and of their diagonals."""
+    found = inputs(statistics.checkpoint().config, statistics.checkpoint().model_tensors)
+    for name, diagonal in (("whole", ()), ("diagonal", tuple(found))):
+        layout = StatisticsLayout(inputs=found, diagonal=diagonal, source="default")
+        description = Description(
+            checkpoint=checkpoint_hash(statistics.record()),
+            source="default",
+            sha256="0" * 64,
+            tokens=5000,
+            seen=dict.fromkeys(found, 5000),
+        )
+        ones = [np.ones(one.width, np.float32) for one in found.values()]
+        data = [one if diagonal else packed(np.diag(one)) for one in ones]
+        _put("statistics", name, layout.header(description) + b"".join(one.tobytes() for one in data))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from lfm2_export.backends.executorch.stream import PteStream
 from lfm2_export.backends.weights import pieces, stream
 from lfm2_export.checkpoint import Checkpoint, open_checkpoint
 from lfm2_export.errors import CheckpointError, QuantizationError
-from lfm2_export.families.tensors import EMBEDDING
+from lfm2_export.families.tensors import EMBEDDING, HEAD
 from lfm2_export.manifest import StoredTensor
+from lfm2_export.quant.algorithms import get_algorithm
+from lfm2_export.quant.hessian import InputStatistics, input_statistics
 from lfm2_export.quant.schemes import get_scheme
 from tests.checkpoints import tiny_config, write_random_checkpoint
 
@@ -89,3 +92,57 @@ def test_a_full_disk_is_an_error_of_the_file_and_not_a_signal(checkpoint, tmp_pa
     monkeypatch.setattr(stream.os, "pwrite", pwrite)
     with pytest.raises(OSError, match="No space left"):
         streamed(checkpoint, tmp_path / "out")
+
+
+class MadeUpStatistics:
+    """Those of one input for every weight but the token table."""
+
+    key = "made up"
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def has(self, weight: str) -> bool:
+        return weight != EMBEDDING
+
+    def of(self, weight: str) -> InputStatistics | None:
+        self.asked.append(weight)
+        width = 96 if weight.endswith("feed_forward.w2.weight") else 32 if weight.endswith("w2.weight") else 64
+        inputs = np.random.default_rng(width).standard_normal((100, width)).astype(np.float32)
+        return input_statistics(inputs.T @ inputs / 100) if self.has(weight) else None
+
+
+@pytest.mark.parametrize("few_values", [False, True])
+def test_an_algorithm_that_needs_statistics_gets_those_of_each_source(checkpoint, tmp_path, monkeypatch, few_values):
+    if few_values:
+        monkeypatch.setattr(pieces, "CHUNK_VALUES", A_FEW_ROWS)
+    plan, statistics = make_plan(checkpoint.config, get_scheme("8da4w"), moe_op=MoeOp.LFM2), MadeUpStatistics()
+    made = PteStream(plan, "gptq", name="model.pte", root=tmp_path, ledger=None, statistics=statistics)  # type: ignore[arg-type]
+    records = {record.name: record for record in made.write(checkpoint, lambda nbytes: None)}
+    name = "model.layers.0.feed_forward.w2.weight"
+    there = made.places.tensors[f"{name}.qdata"]
+    stored = np.fromfile(made.paths[there.file], np.int8, there.nbytes, offset=there.offset).reshape(there.shape)
+    quantize = get_algorithm("gptq").fitted(statistics.of(name))
+    expected = quantize(checkpoint.read(name), plan[name].format, threads=1).qdata.astype(np.int16) - 8
+    differing = float((stored != expected).mean())
+    print(f"{differing:.4f} of the codes differ")  # of a few rows a product is summed in another order
+    assert differing < (0.01 if few_values else 1e-9)
+    assert HEAD in statistics.asked, "a head of its own has its own input"
+    assert records[EMBEDDING].reason == f"scheme 8da4w: embedding; {stream.UNMEASURED}"
+    assert stream.UNMEASURED not in str([record.reason for record in records.values() if record.name != EMBEDDING])
+
+
+def test_files_that_other_statistics_filled_are_not_gone_on_with(checkpoint, tmp_path) -> None:
+    plan = make_plan(checkpoint.config, get_scheme("8da4w"), moe_op=None)
+    ledger = tmp_path / "model.ledger"
+    options = {"name": "model.pte", "root": tmp_path, "ledger": ledger}
+    one, other = MadeUpStatistics(), MadeUpStatistics()
+    other.key = "others"
+    PteStream(plan, "gptq", **options, statistics=one).write(checkpoint, lambda nbytes: None)  # type: ignore[arg-type]
+    for _ in range(200):
+        if PteStream(plan, "gptq", **options, statistics=one).done:  # type: ignore[arg-type]
+            break
+        time.sleep(0.05)
+    assert PteStream(plan, "gptq", **options, statistics=one).done  # type: ignore[arg-type]
+    assert not PteStream(plan, "gptq", **options, statistics=other).done  # type: ignore[arg-type]
+    assert not PteStream(plan, "refit", **options).done  # type: ignore[arg-type]

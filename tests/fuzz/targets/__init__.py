@@ -25,6 +25,7 @@ TARGETS = (
     "onnx_graph",
     "pte",
     "safetensors",
+    "statistics",
     "tokenizer",
     "tokenizer_config",
     "weights",
