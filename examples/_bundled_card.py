@@ -51,7 +51,7 @@ def model_card(name: str, config: dict, facts: dict) -> str:
     windows, chars_per_token = facts["perplexity_by_window"], facts["held_out_chars"] / facts["held_out_tokens"]
     card = CARD.format(
         name=name,
-        family={"lfm2_moe": "LFM2-MoE", "lfm2": "LFM2"}[config["model_type"]],
+        family={"lfm2_moe": "LFM2-MoE", "lfm2": "LFM2", "lfm3": "LFM3"}[config["model_type"]],
         shapes="\n".join(f"| {key} | {value} |" for key, value in _shapes(config)),
         python=platform.python_version(),
         minutes=facts["seconds"] / 60,
@@ -69,6 +69,7 @@ def _shapes(config: dict) -> list[tuple[str, object]]:
     keys = ("hidden_size", "num_hidden_layers", "layer_types", "full_attn_idxs", "num_attention_heads")
     keys += ("num_key_value_heads", "intermediate_size", "block_ff_dim", "num_dense_layers", "num_experts")
     keys += ("num_experts_per_tok", "moe_intermediate_size", "conv_L_cache", "vocab_size", "max_position_embeddings")
+    keys += ("head_dim", "sliding_window")
     return [(key, config[key]) for key in keys if key in config]
 
 

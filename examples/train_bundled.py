@@ -2,6 +2,7 @@
 
     python examples/train_bundled.py tiny-moe --output lfm2_export/assets/tiny-moe
     python examples/train_bundled.py tiny-dense --output lfm2_export/assets/tiny-dense
+    python examples/train_bundled.py tiny-lfm3 --output lfm2_export/assets/tiny-lfm3
 
 In: the text of `_bundled_corpus`. Out: a folder with config.json, model.safetensors (bfloat16, experts one by one,
 float32 expert bias), tokenizer, chat template and model card. What is trained are transformers' own classes, as what
@@ -12,6 +13,7 @@ Shapes: B rows of T tokens; V vocabulary; E experts.
 """
 
 import argparse
+import copy
 import json
 import logging
 import math
@@ -27,7 +29,9 @@ from _bundled_tokenizer import BOS, EOT, SPECIAL_TOKENS, chat_document, train_to
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from lfm2_export.families import get_family
 
 log = logging.getLogger("train_bundled")
 
@@ -91,6 +95,23 @@ CONFIGS = {
         "rope_theta": 1000000.0,
         "tie_embedding": True,
         "use_pos_enc": True,
+    },
+    # The fields of LFM3-1.7B, the label of the half rotation among them (lfm2_export/families/lfm3.py).
+    "tiny-lfm3": COMMON
+    | {
+        "architectures": ["Lfm3ForCausalLM"],
+        "conv_L_cache": 7,
+        "head_dim": 64,
+        "intermediate_size": 160,
+        "layer_types": ["conv", "conv", "full_attention", "conv", "sliding_attention", "conv"],
+        "model_type": "lfm3",
+        "num_attention_heads": 4,
+        "rope_parameters": {
+            "full_attention": {"partial_rotary_factor": 0.5, "rope_theta": 1000000.0, "rope_type": "default"},
+            "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+        },
+        "sliding_window": 64,
+        "tie_word_embeddings": True,
     },
 }
 GENERATION = {"bos_token_id": 1, "eos_token_id": [7, 2], "pad_token_id": 0}
@@ -162,10 +183,17 @@ def learning_rate(step: int, steps: int) -> float:
     return FINAL_LR + (PEAK_LR - FINAL_LR) * (1 + math.cos(math.pi * progress)) / 2
 
 
+def config_of(name: str) -> PretrainedConfig:
+    """Returns a checkpoint's config as transformers has to be given it."""
+    raw = copy.deepcopy(CONFIGS[name])
+    reference = get_family(raw["model_type"]).reference_config(raw)
+    return AutoConfig.for_model(**(raw if reference is None else reference.raw))
+
+
 def new_model(name: str) -> PreTrainedModel:
     """Returns a model in float32 with random weights, its config read as it will be read from the checkpoint."""
     torch.manual_seed(SEED)
-    config = AutoConfig.for_model(**CONFIGS[name])
+    config = config_of(name)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if "moe" in config.model_type:  # the default, "grouped_mm", takes eleven times as long on a CPU
         model.set_experts_implementation("eager")
@@ -230,7 +258,7 @@ def hub_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         elif name.endswith("experts.down_proj"):
             _add_experts_(tensors, name.removesuffix("down_proj"), (tensor,), ("w2",))
         elif name != "lm_head.weight":  # tied to the embedding
-            tensors[name] = tensor
+            tensors[name.replace(".self_attn.g_proj.", ".self_attn.gate_proj.")] = tensor
     bfloat16 = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in tensors.items()}
     return bfloat16 | {name: tensor for name, tensor in tensors.items() if name.endswith("expert_bias")}
 
@@ -253,9 +281,11 @@ def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(dict(sorted(value.items())), indent=2) + "\n")
 
 
-def measure(folder: Path, corpus: Corpus, tokenizer: Tokenizer, *, quick: bool) -> dict:
+def measure(folder: Path, name: str, corpus: Corpus, tokenizer: Tokenizer, *, quick: bool) -> dict:
     """Returns what the model card states, measured on the written files as transformers loads them, in float32."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, config=config_of(name), dtype=torch.float32, experts_implementation="eager"
+    ).eval()
     stream, load = held_out_stream(corpus, tokenizer), ExpertLoad(model)
     stream = stream[:2000] if quick else stream
     headline = perplexity(model, stream, 512)
@@ -295,7 +325,7 @@ def main(arguments: list[str] | None = None) -> None:
     staging = options.output.with_name(options.output.name + ".new")
     shutil.rmtree(staging, ignore_errors=True)
     write_checkpoint(staging, options.checkpoint, model, tokenizer)
-    facts = measure(staging, corpus, tokenizer, quick=options.quick)
+    facts = measure(staging, options.checkpoint, corpus, tokenizer, quick=options.quick)
     facts |= {"steps": options.steps, "train_tokens": len(stream), "seconds": time.monotonic() - began}
     (staging / "README.md").write_text(model_card(options.checkpoint, CONFIGS[options.checkpoint], facts))
     replace_folder(staging, options.output)

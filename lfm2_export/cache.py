@@ -132,6 +132,10 @@ class CacheSpec:
         """Bytes of one row's states of fixed size, whatever the context's length."""
         return sum(t.nbytes(1) for t in self.fixed)
 
+    def state_bytes(self, positions: int) -> int:
+        """Bytes of one row's state that holds so many positions."""
+        return self.fixed_bytes() + self.bytes_per_token() * positions
+
     def to_json(self) -> list[dict[str, Any]]:
         return [{**asdict(t), "shape": list(t.shape)} for t in self.tensors]
 

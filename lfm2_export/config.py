@@ -115,6 +115,10 @@ class ModelConfig:
         return self.sliding_window if kind == SLIDING_ATTENTION else None
 
     @cached_property
+    def sliding_layers(self) -> tuple[int, ...]:
+        return tuple(i for i, kind in enumerate(self.layer_types) if kind == SLIDING_ATTENTION)
+
+    @cached_property
     def conv_layers(self) -> tuple[int, ...]:
         return tuple(i for i, kind in enumerate(self.layer_types) if kind == CONV)
 

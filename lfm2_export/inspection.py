@@ -18,6 +18,8 @@ from lfm2_export.errors import ArtifactError
 from lfm2_export.manifest import MANIFEST, Program
 from lfm2_export.messages import as_unicode
 
+LONG_CONTEXT = 32768
+
 
 def inspect(
     name: str | Path,
@@ -55,6 +57,11 @@ def _checkpoint(name: str, revision: str | None, offline: bool, config_from: str
         "parts": {part: {"parameters": n, "bytes": size} for part, (n, size) in checkpoint.parts().items()},
         "state_bytes_per_token": cache.bytes_per_token(),
         "state_bytes_fixed": cache.fixed_bytes(),
+        "state_bytes_at_32k": cache.state_bytes(LONG_CONTEXT),
+        # In programs that keep no more of a sliding layer than its window.
+        "state_bytes_at_32k_bounded": CacheSpec.from_config(config, bounded=True).state_bytes(LONG_CONTEXT),
+        "sliding_layers": len(config.sliding_layers),
+        "sliding_window": config.sliding_window,
         "context_length": config.max_position_embeddings,
     }
 
@@ -91,6 +98,7 @@ def _program(program: Program, artifact: Artifact) -> dict[str, Any]:
         "operators": dict(program.operators),
         "state_bytes_per_token": program.cache.bytes_per_token(),
         "state_bytes_fixed": program.cache.fixed_bytes(),
+        "state_bytes_at_32k": program.cache.state_bytes(LONG_CONTEXT),
         "context_length": program.context_length,
         "parity": program.parity,
     }

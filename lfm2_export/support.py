@@ -80,5 +80,6 @@ def supported() -> Iterator[Supported]:
                     backend=name,
                     scheme=scheme,
                     file=file,
-                    runtimes=backend.TESTED_WITH.get(scheme, "lfm2-export"),
+                    runtimes=backend.TESTED_WITH.get(f"{family} {scheme}")
+                    or backend.TESTED_WITH.get(scheme, "lfm2-export"),
                 )

@@ -55,7 +55,8 @@ class Backend(Protocol):
     """What a backend offers.
 
     ``SCHEMES``: those that it lowers, with the name of the program's file. ``OPTIONS``: settings of its own for
-    ``export``, by their keyword. ``TESTED_WITH``: the runtimes that tests open a scheme's program with.
+    ``export``, by their keyword. ``TESTED_WITH``: the runtimes that tests open a scheme's program with; under "family
+    scheme" where a family's are others.
     ``KL_TOLERANCE``: how far (mean KL divergence) int8 activations may take a quantized program from the eager model
     with the same weights.
     """

@@ -36,13 +36,22 @@ class InspectCommand:
 
 def _print_checkpoint(found: dict[str, Any]) -> None:
     layers = found["layers"]
+    sliding = f" ({found['sliding_layers']} of them sliding, window {found['sliding_window']})"
+    sliding = sliding if found["sliding_layers"] else ""
+    bounded = (
+        f", {human_bytes(found['state_bytes_at_32k_bounded'])} where sliding layers keep their window alone (.pte)"
+    )
     rows = [
         ("family", found["family"]),
         ("parameters", f"{found['parameters']:,} ({found['active_parameters']:,} for one token)"),
-        ("layers", f"{layers['conv']} conv, {layers['attention']} attention; {found['moe_layers']} with experts"),
+        (
+            "layers",
+            f"{layers['conv']} conv, {layers['attention']} attention{sliding}; {found['moe_layers']} with experts",
+        ),
         ("stored as", ", ".join(f"{dtype} ({n} tensors)" for dtype, n in found["dtypes"].items())),
         ("size", human_bytes(found["bytes"])),
         ("state (fp32)", f"{found['state_bytes_per_token']:,} bytes per token and {found['state_bytes_fixed']:,} more"),
+        ("at 32k of context", human_bytes(found["state_bytes_at_32k"]) + (bounded if sliding else "")),
         ("context", f"{found['context_length']:,} tokens"),
     ]
     console.print_table(found["name"], ("what", "value"), rows)

@@ -47,6 +47,9 @@ TESTED_WITH = {
     "q8": "lfm2-export, onnxruntime, onnxruntime-genai, Transformers.js (Node)",
     "q4": "lfm2-export, onnxruntime, onnxruntime-genai, Transformers.js (Node)",
     "q4f16": "lfm2-export, onnxruntime, Transformers.js (Node; the WebGPU test found no adapter yet)",
+    # Transformers.js 4.3 knows no lfm3.
+    **dict.fromkeys(("lfm3 fp16", "lfm3 q4f16"), "lfm2-export, onnxruntime"),
+    **dict.fromkeys(("lfm3 fp32", "lfm3 q8", "lfm3 q4"), "lfm2-export, onnxruntime, onnxruntime-genai (as its lfm2)"),
 }
 KL_TOLERANCE = 1e-3
 _TELEMETRY = "ORT_DISABLE_TELEMETRY"

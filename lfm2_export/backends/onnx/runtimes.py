@@ -19,12 +19,15 @@ from lfm2_export.artifact import ArtifactWriter
 from lfm2_export.backends.onnx.variants import CPU
 from lfm2_export.cache import CONV_STATE, KEY_STATE, VALUE_STATE, StateTensor
 from lfm2_export.checkpoint import Checkpoint
-from lfm2_export.config import ModelConfig
+from lfm2_export.config import CONV, FULL_ATTENTION, ModelConfig
 from lfm2_export.errors import CheckpointError
 from lfm2_export.manifest import MODEL, Program
 
 # A cache of 128k tokens is 3 GB of fp32 on the 8B, and genai allocates max_length at once.
 GENAI_MAX_LENGTH = 32768
+# What genai 0.18 knows of models with conv states. It handles their state and nothing else, so that the first serves
+# any other family as well; and it finds a layer's state by these two kinds, whatever its graph makes of a window.
+GENAI_TYPES = ("lfm2", "lfm2_moe")
 # WebGPU's QMoE takes neither the zero points nor the separate routing weights of the other schemes.
 WEBGPU_SCHEME = "q4f16"
 
@@ -69,7 +72,7 @@ def genai_config(
     eos = list(stop_token_ids)
     return {
         "model": {
-            "type": config.model_type,
+            "type": config.model_type if config.model_type in GENAI_TYPES else GENAI_TYPES[0],
             "bos_token_id": config.bos_token_id,
             "eos_token_id": eos,
             "pad_token_id": config.pad_token_id if config.pad_token_id is not None else (eos or [0])[0],
@@ -83,7 +86,7 @@ def genai_config(
                 "num_attention_heads": config.num_attention_heads,
                 "num_hidden_layers": config.num_hidden_layers,
                 "num_key_value_heads": config.num_key_value_heads,
-                "layer_types": list(config.layer_types),
+                "layer_types": [kind if kind == CONV else FULL_ATTENTION for kind in config.layer_types],
                 "conv_cache_size": config.conv_L_cache - 1,
                 "inputs": {"input_ids": "input_ids", "attention_mask": "attention_mask", **_names("past")},
                 "outputs": {"logits": "logits", **_names("present")},
