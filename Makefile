@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format golden sanitize sanitized fuzz fuzz-operators bench bench-8b clean
+.PHONY: help demo test lint format golden sanitize sanitized fuzz fuzz-operators faults bench bench-8b clean
 
 help:
 	@echo "make demo      export the bundled checkpoint as fp32 and q4, prove it, generate text from both"
@@ -14,6 +14,7 @@ help:
 	@echo "make sanitize  run the C++ kernels' and operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make fuzz      fuzz the readers of files for MINUTES=5 (of one: TARGET=checkpoint); Linux on x86-64"
 	@echo "make fuzz-operators  call the operators wrongly for MINUTES=5, half of them under the sanitizers"
+	@echo "make faults    make an export and its readers fail, or be killed, at every read and write (ten minutes; Linux)"
 	@echo "make golden    write golden_outputs/ anew (after the bundled checkpoints changed)"
 	@echo "make bench     time llama.cpp, ONNX and .pte side by side at 350M and 1.2B (minutes; 8 GB of disk; a quiet machine)"
 	@echo "make bench-8b  the same for the 8B (half an hour; 45 GB of disk, 12 GB of memory)"
@@ -65,6 +66,10 @@ fuzz-operators: sanitized
 # New inputs that reached new code stay in build/fuzz, from where the next run goes on.
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.fuzz.campaign --minutes $(MINUTES) $(addprefix --target ,$(TARGET))
+
+# The suite tries a few places of each.
+faults: $(STAMP)
+	$(BIN)/python -m tests.faults.everything
 
 # What the comparison makes is kept in BENCH_FILES, so that a second call only measures.
 BENCH_FILES ?= $(HOME)/.cache/lfm2-export/benchmarks

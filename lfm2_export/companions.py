@@ -22,7 +22,7 @@ from lfm2_export.text import Tokenizer
 logger = logging.getLogger(__name__)
 
 GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG = "generation_config.json", "tokenizer.json", "tokenizer_config.json"
-_OBJECTS = (GENERATION_CONFIG, TOKENIZER_CONFIG, "special_tokens_map.json")
+_OBJECTS = (GENERATION_CONFIG, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json")
 # Bytes; what is not named here has ``files.TEXT_LIMIT``. Tokenizers of 260,000 tokens have 33 MB.
 _LIMITS = {TOKENIZER: 64 << 20, **dict.fromkeys(_OBJECTS, files.JSON_LIMIT)}
 

@@ -6,6 +6,7 @@ Out: ``ModelConfig``, every value resolved and checked once, so that nothing dow
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -353,4 +354,4 @@ def refuse_unsupported(fields: Fields, common: Mapping[str, object], own: Mappin
     for key, only in {**supported, **(own or {})}.items():
         value = fields.raw.get(key)
         if value is not None and only is not HONOURED and value != only:
-            raise fields.fail(key, value, f"{only!r}, or no such key")
+            raise fields.fail(key, value, f"{json.dumps(only)}, or no such key")  # as the file would say it

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import operator
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -130,7 +131,9 @@ class GenerationConfig:
         try:
             return cls(**known, stop_token_ids=tuple(stops))
         except GenerationError as error:
-            raise GenerationError(f"{place}: {error}") from error
+            # The file has another name for them.
+            fault = re.sub("^stop_token_ids=", "eos_token_id=", str(error))
+            raise GenerationError(f"{place}: {fault}") from error
 
     @classmethod
     def from_file(cls, path: str | Path) -> GenerationConfig:

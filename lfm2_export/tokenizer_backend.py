@@ -23,11 +23,13 @@ class Additions(TypedDict):
     """What tokenizer_config.json adds to tokenizer.json, as plain data.
 
     declared: tokens in the order of their ids, which replace those of tokenizer.json; None where it declares none.
+    older: then ids, which give an order, and tokens beside those of tokenizer.json.
     special: further ones, taken where the text is not yet known. named: the text of bos_token, eos_token, ..., which
     makes a token special. split: whether special tokens in a text are taken for text.
     """
 
     declared: list[Token] | None
+    older: list[tuple[int, Token]]
     special: list[Token]
     named: list[str]
     split: bool
@@ -48,11 +50,11 @@ def build(data: bytes, additions: Additions) -> tokenizers.Tokenizer:
     backend.encode_special_tokens = additions["split"]
     there = backend.get_added_tokens_decoder()
     declared = additions["declared"]
-    tokens = (
-        [there[ident] for ident in sorted(there)]
-        if declared is None
-        else [tokenizers.AddedToken(**token) for token in declared]
-    )
+    if declared is None:
+        by_id = {ident: tokenizers.AddedToken(**token) for ident, token in additions["older"]} | there
+        tokens = [by_id[ident] for ident in sorted(by_id)]
+    else:
+        tokens = [tokenizers.AddedToken(**token) for token in declared]
     known = {token.content for token in (*there.values(), *tokens)}
     tokens += [tokenizers.AddedToken(**token) for token in additions["special"] if token["content"] not in known]
     named = set(additions["named"])

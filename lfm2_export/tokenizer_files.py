@@ -25,6 +25,8 @@ _TOKEN_LIMIT = 4096
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _EXTRA, _OLD_EXTRA, _OWN = "extra_special_tokens", "additional_special_tokens", "model_specific_special_tokens"
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+# Beside a tokenizer_config.json without added_tokens_decoder.
+OLDER = "added_tokens.json"
 _REMEDY = "restore it or export again"
 
 
@@ -51,8 +53,10 @@ def read(folder: Path) -> TokenizerFiles:
     if not paths.exists(path, ArtifactError):
         raise ArtifactError(f"{paths.shown(path)}: no such file; restore it from the checkpoint or export again")
     config = _object(folder, "tokenizer_config.json")
+    older: list[tuple[int, Token]] = []
     if "added_tokens_decoder" not in config:
         config = _with_map(config, _object(folder, "special_tokens_map.json"))
+        older = list(_older(_object(folder, OLDER), config, folder / OLDER))
     place = folder / "tokenizer_config.json"
     named = _named(config)
     return TokenizerFiles(
@@ -60,6 +64,7 @@ def read(folder: Path) -> TokenizerFiles:
         data=read_bytes(path, folder, ArtifactError, limit=TOKENIZER_LIMIT),
         additions={
             "declared": list(_declared(config, place)) if "added_tokens_decoder" in config else None,
+            "older": older,
             "special": list(_special(config, named, place)),
             "named": [text for name in named if (text := _content(named[name]))],
             "split": config.get("split_special_tokens") is True,
@@ -89,6 +94,17 @@ def _declared(config: Mapping[str, Any], place: Path) -> Iterator[Token]:
         raise _damaged(place, f"added_tokens_decoder={shown(declared)} is no object of tokens by id")
     for _, entry in sorted(declared.items(), key=lambda item: _number(item[0], place)):
         yield _token(entry, place)
+
+
+def _older(tokens: Mapping[str, Any], config: Mapping[str, Any], place: Path) -> Iterator[tuple[int, Token]]:
+    """Ids and tokens of added_tokens.json, which tools wrote before there was an added_tokens_decoder."""
+    extra = config.get(_EXTRA)
+    listed = [*(config.get(name) for name in _NAMED), *(extra if isinstance(extra, list) else [])]
+    special = {_content(token) for token in listed}
+    for text, ident in tokens.items():
+        if type(ident) is not int or not 0 <= ident < 1 << 32:
+            raise _damaged(place, f"{shown(text)} has {shown(ident)} for an id")
+        yield ident, {"content": _text(text, place), "normalized": text not in special, "special": text in special}
 
 
 def _number(key: str, place: Path) -> int:

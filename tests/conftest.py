@@ -17,6 +17,7 @@ from filelock import FileLock
 
 import lfm2_export
 from tests.checkpoints import write_random_checkpoint
+from tests.faults.forks import Forks
 
 # Of tests that open programs with onnxruntime alone; through the package it is off anyway.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -93,6 +94,14 @@ def random_artifact(once: Once) -> Callable[..., Exported]:
         return Exported(checkpoint=folder / "checkpoint", artifact=folder / "artifact")
 
     return exported
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Commands in processes of their own that need not import anything."""
+    made = Forks(tmp_path_factory.mktemp("forks"))
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ def test_the_weights_of_these_tests_are_refused_where_they_are_read(checkpoint: 
         (
             "generation_config.json",
             b'{"eos_token_id": "x"}',
-            "stop_token_ids='x' is not usable; expected token ids; cor",
+            "eos_token_id='x' is not usable; expected token ids; cor",
         ),
         (
             "generation_config.json",

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 import lfm2_export
+from lfm2_export.artifact import Artifact, ArtifactWriter
 from lfm2_export.cli import main
 from lfm2_export.errors import ArtifactError
+from tests.artifacts import record, write_program
 
 PROMPT = [[1, 30, 40]]
 
@@ -75,6 +77,27 @@ def test_a_further_export_keeps_what_was_edited(own: Path) -> None:
     assert (own / "LICENSE").is_file()
     assert lfm2_export.Artifact.open(own).edited() == sorted(kept)
     assert {program.scheme for program in lfm2_export.Artifact.open(own).programs} == {"q4", "fp32", "q8"}
+
+
+def test_a_further_chat_template_is_the_owners_too(tmp_path: Path) -> None:
+    name, folder = "additional_chat_templates/tool_use.jinja", tmp_path / "made"
+
+    def export(scheme: str) -> None:
+        with ArtifactWriter(folder, record()) as writer:
+            write_program(writer, scheme=scheme)
+            writer.write_text(name, "theirs")
+            writer.commit()
+
+    export("q4")
+    (folder / name).write_text("mine\r\n")
+    assert Artifact.open(folder).edited() == [name]
+    export("fp32")
+    assert (folder / name).read_bytes() == b"mine\r\n"
+    (folder / name).unlink()
+    Artifact.open(folder)
+    (folder / name).write_bytes(b"\xff")
+    with pytest.raises(ArtifactError, match=r"tool_use\.jinja: byte 0 is not UTF-8"):
+        Artifact.open(folder)
 
 
 @pytest.mark.parametrize(

@@ -30,11 +30,12 @@ from lfm2_export.errors import ArtifactError, CheckpointError, Lfm2ExportError, 
 from lfm2_export.manifest import MANIFEST
 from lfm2_export.progress import Progress
 from tests.artifacts import snapshot
-from tests.checkpoints import tiny_config, write_random_checkpoint
+from tests.checkpoints import write_random_checkpoint
+from tests.faults.forks import Forks
+from tests.faults.ready import RAW_CONFIG
 
 ROOT = Path(__file__).parent.parent
 SCHEMES = ("fp16", "q4")  # of the tests for which one is not enough
-RAW_CONFIG = tiny_config("lfm2_moe", num_hidden_layers=2, layer_types=["conv", "full_attention"])
 WORKSPACE = ".out.lfm2-export.partial"
 
 # argv: checkpoint, output, how many pieces are written before the process dies or waits, schemes.
@@ -87,19 +88,26 @@ lfm2_export.export(checkpoint, scheme=schemes.split(","), output=output)
 """
 
 
-def start(checkpoint: Path, out: Path, pieces: int, end: str = "kill", schemes: str = "q4") -> subprocess.Popen[str]:
-    """An export that stops once so many pieces are written."""
-    command = [sys.executable, "-c", CHILD, str(checkpoint), str(out), str(pieces), schemes, end]
+def start(checkpoint: Path, out: Path, pieces: int) -> subprocess.Popen[str]:
+    """An export that waits once so many pieces are written."""
+    command = [sys.executable, "-c", CHILD, str(checkpoint), str(out), str(pieces), "q4", "wait"]
     return subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
-def kill_after(pieces: int, checkpoint: Path, out: Path, **options: str) -> None:
-    process = start(checkpoint, out, pieces, **options)
-    said, errors = process.communicate(timeout=120)
-    assert (process.returncode, said) == (-signal.SIGKILL, "ready\n"), errors
-    assert not out.exists()
+Kill = Callable[..., None]
+
+
+@pytest.fixture(scope="session")
+def kill_after(forks: Forks) -> Kill:
+    """``kill_after(pieces, checkpoint, out)``: an export that is killed once so many pieces are written."""
+
+    def killed(pieces: int, checkpoint: Path, out: Path, *, end: str = "kill", schemes: str = "q4") -> None:
+        done = forks.code(CHILD, checkpoint, out, str(pieces), schemes, end)
+        assert done.code == -signal.SIGKILL, done.err
+
+    return killed
 
 
 def lines_in(folder: Path) -> int:
@@ -125,7 +133,7 @@ DONE = 20  # of a program's pieces
 
 
 @pytest.fixture(scope="module")
-def killed_once(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def killed_once(checkpoint: Path, kill_after: Kill, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("killed")
     kill_after(DONE, checkpoint, folder / "out")
     return folder
@@ -176,7 +184,9 @@ def assert_same(out: Path, expected: dict[str, bytes]) -> None:
     assert os.listdir(out.parent) == [out.name], "nothing is left beside it"
 
 
-def test_an_export_of_two_programs_killed_again_and_again_reads_nothing_twice(checkpoint, tmp_path, written) -> None:
+def test_an_export_of_two_programs_killed_again_and_again_reads_nothing_twice(
+    checkpoint, tmp_path, written, kill_after
+) -> None:
     lfm2_export.export(checkpoint, scheme=SCHEMES, output=tmp_path / "whole")
     expected, pieces = snapshot(tmp_path / "whole"), len(written)
     written.clear()
@@ -197,7 +207,7 @@ def test_an_export_of_two_programs_killed_again_and_again_reads_nothing_twice(ch
     Artifact.open(out)
 
 
-def test_an_export_killed_after_its_last_piece_reads_nothing(checkpoint, whole, tmp_path, written) -> None:
+def test_an_export_killed_after_its_last_piece_reads_nothing(checkpoint, whole, tmp_path, written, kill_after) -> None:
     expected, pieces = whole
     out = tmp_path / "parent" / "out"
     kill_after(pieces, checkpoint, out, end="commit")
@@ -211,14 +221,14 @@ def test_an_export_killed_after_its_last_piece_reads_nothing(checkpoint, whole, 
     assert_same(out, expected)
 
 
-def test_an_export_killed_in_its_last_step_has_nothing_left_to_read(checkpoint, whole, tmp_path, written) -> None:
+def test_an_export_killed_in_its_last_step_has_nothing_left_to_read(
+    checkpoint, whole, tmp_path, written, kill_after
+) -> None:
     """Into a folder that is there already files go one by one; all but the manifest went."""
     expected, pieces = whole
     out = tmp_path / "parent" / "out"
     out.mkdir(parents=True)
-    process = start(checkpoint, out, pieces + 1, end="manifest")
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGKILL, errors
+    kill_after(pieces + 1, checkpoint, out, end="manifest")
     assert sorted(snapshot(out)) == sorted(expected.keys() - {MANIFEST})
     with pytest.raises(ArtifactError, match=r"has no lfm2_export\.json; an export into the folder was interrupted"):
         Artifact.open(out)
@@ -227,14 +237,12 @@ def test_an_export_killed_in_its_last_step_has_nothing_left_to_read(checkpoint, 
     assert_same(out, expected)
 
 
-def test_a_program_that_is_added_goes_on_too(checkpoint, tmp_path, written) -> None:
+def test_a_program_that_is_added_goes_on_too(checkpoint, tmp_path, written, kill_after) -> None:
     """The artifact is there already, and stays as it was while the new program waits."""
     out = tmp_path / "parent" / "out"
     lfm2_export.export(checkpoint, scheme="q8", output=out)
     before, in_one_program = snapshot(out), len(written)
-    process = start(checkpoint, out, DONE)
-    process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGKILL
+    kill_after(DONE, checkpoint, out)
     assert snapshot(out) == before
     Artifact.open(out)
     written.clear()
@@ -313,7 +321,7 @@ def test_other_versions_or_pieces_start_anew(checkpoint, out, whole, written, mo
     Artifact.open(tmp_path / "other" / "out")
 
 
-def test_a_checkpoint_that_changed_starts_anew(tmp_path, written) -> None:
+def test_a_checkpoint_that_changed_starts_anew(tmp_path, written, kill_after) -> None:
     """Even where its file has the size and the time that it had."""
     checkpoint = write_random_checkpoint(tmp_path / "checkpoint", RAW_CONFIG, seed=1, dtype="F32")
     out = tmp_path / "parent" / "out"
@@ -389,7 +397,7 @@ def test_bytes_that_no_line_vouches_for_are_written_again(checkpoint, out, whole
 
 def test_a_second_export_is_refused_and_disturbs_nothing(checkpoint, whole, tmp_path, written) -> None:
     out = tmp_path / "parent" / "out"
-    process = start(checkpoint, out, DONE, end="wait")
+    process = start(checkpoint, out, DONE)
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"

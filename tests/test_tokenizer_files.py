@@ -251,3 +251,37 @@ def test_many_tokens_mean_what_they_mean_to_transformers(folder, seed):
     assert ids == theirs(text)["input_ids"]
     for skip in (True, False):
         assert ours.decode(ids, skip_special_tokens=skip) == theirs.decode(ids, skip_special_tokens=skip)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_an_older_file_of_added_tokens_is_read_as_by_transformers(folder: Path, seed: int) -> None:
+    random = Random(seed)
+    path = folder / "tokenizer_config.json"
+    kept = {k: v for k, v in json.loads(path.read_text()).items() if k != "added_tokens_decoder"}
+    path.write_text(json.dumps(kept | {"extra_special_tokens": ["<extra>"]}))
+    known = {
+        entry["content"]: entry["id"] for entry in json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    }
+    texts = ["<mine>", "<other> ", "Caf\u00e9", "<extra>", *random.sample(sorted(known), 3)]
+    # New ids, the token's own, another's, and that of an ordinary token.
+    ids = {text: random.choice([9000 + i, known.get(text, 9000 + i), 3, 700 + i]) for i, text in enumerate(texts)}
+    (folder / "added_tokens.json").write_text(json.dumps(ids))
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(folder)
+    ours = Tokenizer.from_dir(folder)
+    text = " ".join(f"a {text} b{text}c CAF\u00c9 the{text}" for text in [*texts, *known])
+    found = ours.encode(text)
+    assert found == theirs(text)["input_ids"]
+    for skip in (True, False):
+        assert ours.decode(found, skip_special_tokens=skip) == theirs.decode(found, skip_special_tokens=skip)
+    # The control: without the file it is another text.
+    (folder / "added_tokens.json").unlink()
+    assert Tokenizer.from_dir(folder).encode(text) != found
+
+
+@pytest.mark.parametrize("content", ['{"<mine>": "7"}', '{"<mine>": -1}', '{"<mine>": 1.5}', '{"\\ud800": 7}', "[7]"])
+def test_an_older_file_of_added_tokens_that_is_none_is_refused(folder: Path, content: str) -> None:
+    path = folder / "tokenizer_config.json"
+    kept = {k: v for k, v in json.loads(path.read_text()).items() if k != "added_tokens_decoder"}
+    path.write_text(json.dumps(kept))
+    (folder / "added_tokens.json").write_text(content)
+    assert "added_tokens.json: " in refusal(folder)
