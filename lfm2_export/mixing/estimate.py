@@ -8,6 +8,7 @@ Without statistics no sum depends on a processor's vector width: every machine f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -16,6 +17,7 @@ import numpy as np
 from lfm2_export.backends.weights.plan import StoredWeight
 from lfm2_export.background import map_in_threads
 from lfm2_export.checkpoint import Checkpoint, check_finite, is_finite
+from lfm2_export.errors import QuantizationError
 from lfm2_export.families.tensors import Part
 from lfm2_export.mixing.prior import weight_of
 from lfm2_export.mixing.shares import feed_forward_shares
@@ -47,7 +49,6 @@ def estimate_damages(
 
     Raises:
         CheckpointError: a tensor holds NaN or infinity.
-        QuantizationError: a value does not fit a format.
     """
     shares = feed_forward_shares(checkpoint)
     found = map_in_threads(
@@ -86,8 +87,18 @@ def relative_errors(
         if statistics is not None and hessian is None:
             continue  # what no token meets does no harm
         for form in unit.formats:
-            errors[form] += squared_error(values, form, algorithm, workspace, fqn=name, hessian=hessian)
-    return {form: float(lost / energy) if energy else 0.0 for form, (lost, energy) in errors.items()}
+            try:
+                errors[form] += squared_error(values, form, algorithm, workspace, fqn=name, hessian=hessian)
+            except QuantizationError:  # does not fit; the export names it where no other format is chosen
+                errors[form] += np.inf
+    return {form: _ratio(lost, energy) for form, (lost, energy) in errors.items()}
+
+
+def _ratio(lost: float, energy: float) -> float:
+    """1, all is lost, where a format does not fit."""
+    if not math.isfinite(energy):
+        return 1.0
+    return float(lost / energy) if energy else 0.0
 
 
 def share_of(weight: StoredWeight, shares: Mapping[int, float]) -> float:

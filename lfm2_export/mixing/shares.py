@@ -9,11 +9,12 @@ outputs hang on how tokens relate, random inputs say nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
 
-from lfm2_export.checkpoint import Checkpoint
+from lfm2_export.checkpoint import Checkpoint, check_finite, is_finite
 from lfm2_export.families.tensors import EMBEDDING, block_prefix, feed_forward_prefix
 from lfm2_export.quant.formats import FloatArray
 
@@ -29,18 +30,24 @@ def feed_forward_shares(checkpoint: Checkpoint) -> dict[int, float]:
     """By layer.
 
     Raises:
-        CheckpointError: a tensor cannot be read.
+        CheckpointError: a tensor cannot be read, or holds NaN or infinity.
     """
+    with np.errstate(over="ignore", invalid="ignore"):  # weights of 1e19 have no share to speak of
+        return _shares(checkpoint)
+
+
+def _shares(checkpoint: Checkpoint) -> dict[int, float]:
     inputs = np.random.default_rng(0).standard_normal((_INPUTS, checkpoint.config.hidden_size), dtype=np.float32)
     inputs /= np.sqrt(np.square(inputs).mean(axis=1, keepdims=True))
     stream = _mean_square(_some_rows(checkpoint, EMBEDDING, _TABLE_ROWS))
     shares = {}
     for layer in range(checkpoint.config.num_hidden_layers):
-        normed = inputs * checkpoint.read(f"{block_prefix(layer)}ffn_norm.weight")
+        normed = inputs * _read(checkpoint, f"{block_prefix(layer)}ffn_norm.weight")
         outputs = [_mean_square(_swiglu(checkpoint, prefix, normed)) for prefix in _blocks(checkpoint, layer)]
         energy = sum(outputs) / len(outputs)
         stream += energy
-        shares[layer] = float(f"{energy / stream:.{_DIGITS - 1}e}") if stream else 0.0
+        share = energy / stream if stream else 0.0
+        shares[layer] = float(f"{share:.{_DIGITS - 1}e}") if math.isfinite(share) else 1.0
     return shares
 
 
@@ -57,8 +64,8 @@ def _blocks(checkpoint: Checkpoint, layer: int) -> Iterable[str]:
 
 def _swiglu(checkpoint: Checkpoint, prefix: str, inputs: FloatArray) -> FloatArray:
     """Some columns of a SwiGLU block's outputs."""
-    gate = inputs @ checkpoint.read(f"{prefix}w1.weight").T
-    hidden = gate / (1 + np.exp(-np.clip(gate, -80, None))) * (inputs @ checkpoint.read(f"{prefix}w3.weight").T)
+    gate = inputs @ _read(checkpoint, f"{prefix}w1.weight").T
+    hidden = gate / (1 + np.exp(-np.clip(gate, -80, None))) * (inputs @ _read(checkpoint, f"{prefix}w3.weight").T)
     outputs: FloatArray = hidden @ _some_rows(checkpoint, f"{prefix}w2.weight", _OUTPUT_ROWS).T
     return outputs
 
@@ -66,9 +73,16 @@ def _swiglu(checkpoint: Checkpoint, prefix: str, inputs: FloatArray) -> FloatArr
 def _some_rows(checkpoint: Checkpoint, name: str, count: int) -> FloatArray:
     rows, each = checkpoint.model_tensors[name].shape[0], count // _PLACES
     if rows <= count:
-        return checkpoint.read(name)
+        return _read(checkpoint, name)
     starts = [place * (rows - each) // (_PLACES - 1) for place in range(_PLACES)]
-    return np.concatenate([checkpoint.read(name, slice(start, start + each)) for start in starts])
+    return np.concatenate([_read(checkpoint, name, slice(start, start + each)) for start in starts])
+
+
+def _read(checkpoint: Checkpoint, name: str, rows: slice | None = None) -> FloatArray:
+    values = checkpoint.read(name, rows)
+    if not is_finite(values):
+        check_finite(name, checkpoint.read(name))
+    return values
 
 
 def _mean_square(values: FloatArray) -> float:

@@ -232,7 +232,7 @@ def test_a_scale_that_does_not_fit_is_named_by_the_row_of_its_expert(tmp_path, p
     checkpoint = write_random_checkpoint(tmp_path / "checkpoint", WIDE, seed=0, tokenizer_from="tiny-moe")
     put_bits(checkpoint, f"model.layers.1.feed_forward.experts.1.{part}.weight", 200, 13, 0x4A80)  # 4194304
     with pytest.raises(QuantizationError) as caught:
-        lfm2_export.export(checkpoint, scheme="q4", output=tmp_path / "artifact")
+        lfm2_export.export(checkpoint, scheme="q4", group_size=64, output=tmp_path / "artifact")
     assert str(caught.value).startswith(
         f"model.layers.1.feed_forward.experts.{stored}: row {row} needs a scale of 524288"
     )
