@@ -33,7 +33,7 @@ STEPS, STEPS_PER_SECOND = 64, 1.0e9
 # Of a sampled token: a layer's operators, seconds; and bytes of weights that are read in a second.
 OPERATORS, SWEEP = 4.0e-3, 8.0e9
 # torch and this package.
-_BASE = 450 << 20
+_BASE = 300 << 20
 _GROUP = 32
 _MATRICES = (TensorClass.LINEAR, TensorClass.EXPERTS)
 
