@@ -41,7 +41,7 @@ def write_checkpoint(folder: Path) -> Path:
     weights, tokenizer = load_file(path), Tokenizer.from_dir(folder)
     for token in range(RAW["vocab_size"]):
         if not tokenizer.decode([token]).isascii() or token < 10:
-            weights["model.embed_tokens.weight"][token] = 0.0  # never the likeliest
+            weights["model.embed_tokens.weight"][token] *= 0.01  # never the likeliest
     save_file(weights, path)
     return folder
 

@@ -85,14 +85,16 @@ class OnnxLayoutBuilder(nn.Module):
         last_T = (attended_BT * torch.arange(tokens)).amax(-1, keepdim=True)
         empty = attended_BT.amax(-1, keepdim=True) == 0
         kept = torch.where(empty, 0, last_T + 1)
-        hidden = (1 - attention_mask)[:, None, :]
+        bias_BS = (1 - attention_mask).to(self.dtype) * MASKED[self.dtype]
         return OnnxLayout(
             seqlens_k=seqlens_k.to(torch.int32),
             total_length=ops.axis_size(attention_mask, 1),
             ropes={kind: self._tables(kind) for kind in self.windows},
             position_ids=position_BS[:, total - tokens :],
             attention_bias={
-                kind: self._bias(hidden if window is None else self._behind(window, hidden, seen_BS, tokens), tokens)
+                kind: bias_BS[:, None, None, :].expand(-1, 1, tokens, total)
+                if window is None
+                else self._windowed(window, attention_mask, seen_BS, tokens)
                 for kind, window in self.windows.items()
             },
             attended=attended_BT[..., None].to(self.dtype),
@@ -100,21 +102,16 @@ class OnnxLayoutBuilder(nn.Module):
             last=last_T,
         )
 
-    def _bias(self, hidden_BtS: Tensor, tokens: int) -> Tensor:
-        """[B, 1, T, S] of ones and zeros [B, T or 1, S]."""
-        bias = hidden_BtS.to(self.dtype) * MASKED[self.dtype]
-        return bias[:, None].expand(-1, 1, tokens, bias.shape[-1])
-
-    @staticmethod
-    def _behind(window: int, hidden_B1S: Tensor, seen_BS: Tensor, tokens: int) -> Tensor:
-        """Hidden, too, what lies ``window`` attended positions or more before a token: int64 [B, T, S].
+    def _windowed(self, window: int, attention_mask: Tensor, seen_BS: Tensor, tokens: int) -> Tensor:
+        """The bias [B, 1, T, S] that hides, too, what lies ``window`` attended positions or more before a token.
 
         In tokens, not in slots as GroupQueryAttention's local_window_size counts: between a row's tokens there may be
         slots that are none, after a prompt that was padded on the right.
         """
         own_BT = seen_BS[:, seen_BS.shape[1] - tokens :]
         behind_BTS = (own_BT[:, :, None] - seen_BS[:, None, :] - (window - 1)).clamp(min=0, max=1)
-        return torch.maximum(behind_BTS, hidden_B1S)
+        hidden_BTS = torch.maximum(behind_BTS, (1 - attention_mask)[:, None, :])
+        return (hidden_BTS.to(self.dtype) * MASKED[self.dtype])[:, None]
 
     def _tables(self, kind: str) -> tuple[Tensor, Tensor]:
         cos, sin = (self.get_parameter(attribute) for attribute in ROPE_TABLES[kind])

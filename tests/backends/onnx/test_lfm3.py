@@ -43,10 +43,21 @@ class Exported:
 
 
 @pytest.fixture(scope="module")
-def exported(random_artifact: Callable[..., Exported]) -> Exported:
-    made = random_artifact(RAW, ("fp32", "q4"))
-    eager = EagerRunner(load_model(open_checkpoint(made.checkpoint)))
-    return Exported(artifact=made.artifact, checkpoint=made.checkpoint, eager=eager)
+def exported(once: Callable[..., Path]) -> Exported:
+    """A checkpoint whose layers add little, as a trained one's do (tests/test_parity.py), and its artifact."""
+
+    def make(folder: Path) -> None:
+        path = write_random_checkpoint(folder / "checkpoint", RAW, seed=1, dtype="F32") / "model.safetensors"
+        weights = load_file(path)
+        for name in [name for name in weights if ".post_" in name]:
+            weights[name] *= 0.1
+        weights["model.embed_tokens.weight"] *= 0.5
+        save_file(weights, path)
+        lfm2_export.export(folder / "checkpoint", scheme=("fp32", "q4"), output=folder / "artifact")
+
+    folder = once("lfm3-window", make)
+    eager = EagerRunner(load_model(open_checkpoint(folder / "checkpoint")))
+    return Exported(artifact=folder / "artifact", checkpoint=folder / "checkpoint", eager=eager)
 
 
 def tokens(count: int, seed: int = 0) -> list[int]:
@@ -129,28 +140,15 @@ def test_our_operators_see_what_onnxruntimes_see(exported):
         assert apart <= SAME
 
 
-@pytest.fixture(scope="module")
-def calm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A checkpoint whose layers add little, as a trained one's do (tests/test_parity.py), and its artifact."""
-    folder = tmp_path_factory.mktemp("calm")
-    path = write_random_checkpoint(folder / "checkpoint", RAW, seed=1, dtype="F32") / "model.safetensors"
-    weights = load_file(path)
-    for name in [name for name in weights if ".post_" in name]:
-        weights[name] *= 0.1
-    weights["model.embed_tokens.weight"] *= 0.5
-    save_file(weights, path)
-    lfm2_export.export(folder / "checkpoint", scheme=("fp32", "q4"), output=folder / "artifact")
-    return folder / "checkpoint", folder / "artifact"
-
-
-def test_parity_says_how_transformers_was_told_of_the_half_rotation_and_notices_the_other_reading(calm, monkeypatch):
-    checkpoint, artifact = calm
-    report = measure_parity(artifact, str(checkpoint), max_tokens=1200)
+def test_parity_says_how_transformers_was_told_of_the_half_rotation_and_notices_the_other_reading(
+    exported, monkeypatch
+):
+    report = measure_parity(exported.artifact, str(exported.checkpoint), max_tokens=1200)
     print([(figure.name, f"{figure.value:.1e}") for figure in report.model.figures])
     assert report.passed
     assert any('rope_type "proportional" for full_attention' in note for note in report.model.notes)
     monkeypatch.setattr(get_family("lfm3"), "reference_config", lambda raw: None)
-    opened = open_checkpoint(checkpoint)
+    opened = open_checkpoint(exported.checkpoint)
     wrong = measure_model(load_model(opened), opened, read_sample(opened, None, max_tokens=1200, context_length=1024))
     errors = [next(f.value for f in hop.figures if f.name == "prefill") for hop in (report.model, wrong)]
     print(f"prefill: {errors[0]:.1e} relabelled, {errors[1]:.1e} as the published label is read")
