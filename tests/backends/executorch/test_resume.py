@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,21 +18,19 @@ from lfm2_export.backends.weights.stream import WeightStream
 from lfm2_export.progress import Progress
 from tests.artifacts import snapshot
 from tests.checkpoints import tiny_config, write_random_checkpoint
+from tests.faults.forks import Forks
 
-ROOT = Path(__file__).parents[3]
 # One layer: four programs are put together here.
 RAW_CONFIG = tiny_config("lfm2_moe", num_hidden_layers=1, layer_types=["full_attention"], num_dense_layers=0)
 OPTIONS: dict[str, Any] = {"backend": "executorch", "scheme": "8da4w", "moe_op": "both", "max_context": 64}
 
 # argv: checkpoint, output, how many pieces are written before the process dies. The programs themselves, which would
-# be made again anyway, are left out.
+# be made again anyway, are left out (``tests/faults/ready.py``).
 CHILD = f"""
 import os, signal, sys, threading, time
 from pathlib import Path
-from types import SimpleNamespace
 import lfm2_export
 from lfm2_export import ledger
-from lfm2_export.backends.executorch import trace
 from lfm2_export.backends.weights.stream import WeightStream
 
 checkpoint, output, pieces = sys.argv[1:]
@@ -59,16 +55,13 @@ def write_piece(self, piece, files, real=WeightStream.write_piece):
 
 expected = lines() + left
 WeightStream.write_piece = write_piece
-manager = SimpleNamespace(write_to_file=lambda file: file.write(b"a program"))
-trace.make_pte = lambda *arguments: SimpleNamespace(manager=manager, delegates=0, operators={{}})
 lfm2_export.export(checkpoint, output=output, **{OPTIONS!r})
 """
 
 
-def kill_after(pieces: int, checkpoint: Path, out: Path) -> None:
-    command = [sys.executable, "-c", CHILD, str(checkpoint), str(out), str(pieces)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+def kill_after(pieces: int, checkpoint: Path, out: Path, forks: Forks) -> None:
+    done = forks.code(CHILD, checkpoint, out, str(pieces))
+    assert done.code == -signal.SIGKILL, done.err
     assert not out.exists()
 
 
@@ -85,7 +78,9 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def test_a_killed_export_goes_on_with_either_way_to_run_experts(tmp_path: Path, written: list[str]) -> None:
+def test_a_killed_export_goes_on_with_either_way_to_run_experts(
+    tmp_path: Path, written: list[str], forks: Forks
+) -> None:
     checkpoint = write_random_checkpoint(tmp_path / "checkpoint", RAW_CONFIG, seed=0, dtype="F32")
     lfm2_export.export(checkpoint, output=tmp_path / "whole", **OPTIONS)
     in_all = len(written)
@@ -93,7 +88,7 @@ def test_a_killed_export_goes_on_with_either_way_to_run_experts(tmp_path: Path, 
     # In the middle of the first program's weights, then in the middle of the second's.
     stops = (in_all // 4, in_all // 2)
     for pieces in stops:
-        kill_after(pieces, checkpoint, out)
+        kill_after(pieces, checkpoint, out, forks)
     written.clear()
     seen: list[tuple[int, int]] = []
     advanced: list[int] = []
@@ -111,12 +106,12 @@ def test_a_killed_export_goes_on_with_either_way_to_run_experts(tmp_path: Path, 
 
 
 def test_other_settings_start_anew_and_leave_nothing(
-    tmp_path: Path, written: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, written: list[str], forks: Forks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is done belongs to the command that did it."""
     checkpoint = write_random_checkpoint(tmp_path / "checkpoint", RAW_CONFIG, seed=0, dtype="F32")
     out = tmp_path / "parent" / "out"
-    kill_after(20, checkpoint, out)
+    kill_after(20, checkpoint, out, forks)
 
     def make_pte(*arguments: object) -> None:
         raise KeyboardInterrupt
