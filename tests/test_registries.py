@@ -103,6 +103,9 @@ class Copying:
     TESTED_WITH: dict[str, str] = {}  # noqa: RUF012
     KL_TOLERANCE = 0.0
 
+    def make_plan(self, config, scheme):
+        raise AssertionError("no scheme of this backend mixes widths")
+
     def estimate(self, request: ExportRequest) -> Estimate:
         return Estimate(disk_bytes=request.checkpoint.total_bytes, memory_bytes=1 << 20)
 

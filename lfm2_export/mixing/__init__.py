@@ -73,7 +73,8 @@ def mixed(
     """
     found = []
     for scheme in schemes:
-        wanted = budget if budget is not None and scheme.can_mix else Budget() if scheme.mixed and by_default else None
+        wanted = budget or (Budget() if scheme.mixed and by_default else None)
+        wanted = wanted if scheme.can_mix else None
         found.append(
             scheme if wanted is None else mix(checkpoint, scheme, wanted, make_plan, algorithm=algorithm, text=text)
         )

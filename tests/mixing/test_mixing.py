@@ -125,6 +125,8 @@ def test_q4_mixes_by_itself_unless_it_is_told_not_to(checkpoint: Checkpoint) -> 
     found = mixed(checkpoint, schemes, None, make_plan, algorithm="refit", by_default=True)
     assert [bool(scheme.choices) for scheme in found] == [True, False, False]
     assert mixed(checkpoint, schemes, None, make_plan, algorithm="refit", by_default=False) == schemes
+    of_one_width = replace(schemes[0], linear=schemes[2].linear)
+    assert mixed(checkpoint, [of_one_width], None, make_plan, algorithm="refit", by_default=True) == [of_one_width]
 
 
 def test_a_scheme_with_choices_is_another_one(checkpoint: Checkpoint) -> None:
