@@ -25,7 +25,7 @@ from lfm2_export.quant.hessian import input_statistics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CALIBRATION_TOKENS, HELD_OUT_TOKENS = 4096, 1536
+CALIBRATION_TOKENS, HELD_OUT_TOKENS = 8192, 1536
 FORMAT = IntFormat(bits=4, symmetric=False)
 
 
@@ -73,5 +73,5 @@ def test_gptq_loses_less_than_refit_and_shuffled_statistics_lose_more(name: str,
 
     refit, gptq, shuffled = kl("refit"), kl("gptq"), kl("gptq", shuffled=True)
     print(f"{name}: KL of refit {refit:.5f}, of gptq {gptq / refit:.3f} of that, shuffled {shuffled / refit:.3f}")
-    assert gptq < 0.8 * refit  # measured: 0.68 and 0.67
-    assert shuffled > 1.3 * refit  # the control; measured: 1.7 and 1.9
+    assert gptq < 0.8 * refit  # measured: 0.67 and 0.68
+    assert shuffled > 1.2 * refit  # the control; measured: 1.40 and 1.47
