@@ -131,7 +131,7 @@ def short_of_memory(what: str) -> Iterator[None]:
 
 def check_tokens(tokens: Sequence[int] | np.ndarray) -> np.ndarray:
     """What ``decode`` takes, as [B, 1]; ``check_rows`` looks at the ids."""
-    tokens_B = as_array(tokens, "decode")
+    tokens_B = as_array(tokens, "decode takes one token per row; its argument")
     if tokens_B.ndim != 1:
         raise RunnerError(f"decode takes one token per row, found shape {list(tokens_B.shape)}")
     return tokens_B[:, None]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lfm2_export import cli
+from lfm2_export.backends import get_backend
 from lfm2_export.errors import Lfm2ExportError, ResourceError
 from lfm2_export.parity import page
 from lfm2_export.parity.figures import Hop
@@ -118,6 +119,8 @@ def test_the_python_api_says_which_argument_is_of_another_kind(name: str, tmp_pa
 
     for value in NO_VALUES[name]:
         asked = {"checkpoint": "tiny-dense", "output": tmp_path / "made", name: value}
+        if name in get_backend("executorch").OPTIONS:
+            asked |= {"backend": "executorch", "scheme": "8da4w"}
         with pytest.raises(Lfm2ExportError, match=rf"^{name}=.* expected$") as caught:
             lfm2_export.export(**asked)  # type: ignore[arg-type]
         assert len(str(caught.value)) < 400

@@ -19,8 +19,11 @@ from lfm2_export.text import Tokenizer
 FAMILIES = ("tiny-moe", "tiny-dense")
 SCHEMES = ("fp32", "q8", "q4")
 STEPS = 48
-# The least gap between the two likeliest tokens, in logits, at which every runtime must choose as we do.
-TIE = {"fp32": 1e-3, "fp16": 0.05, "q8": 0.05, "q4": 0.05, "q4f16": 0.1}
+# The least gap between the two likeliest tokens, in logits, at which every runtime must choose as we do. Measured for
+# q8 and q4 as the change of that gap between onnxruntime's kernels and ours over 1,000 tokens of each bundled
+# checkpoint: 99 % below 0.044, on the dense one all below 0.057; a mixture's router may tie as well, which moves the
+# gap by up to 0.44, once in 1,000.
+TIE = {"fp32": 1e-3, "fp16": 0.05, "q8": 0.1, "q4": 0.1, "q4f16": 0.2}
 # The part of all tokens that must be the same whatever the ties.
 SHARE = 0.5
 
