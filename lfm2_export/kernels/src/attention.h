@@ -31,8 +31,8 @@ constexpr int64_t cache_row_bytes(int64_t head_dim, bool is_int8) {
 // Some queries of one key/value head, and what they have seen so far: out = sum / weight once all keys have passed.
 struct QueryTile {
   const float* queries;  // [count][head_dim], scaled by 1 / sqrt(head_dim)
-  const int64_t* begins; // [count]: the first position that each may see; null: 0
-  const int64_t* ends;   // [count]: one past the last
+  const int64_t* begins;  // [count]: the first position that each may see; null: 0
+  const int64_t* ends;    // [count]: one past the last
   const int64_t* mask;   // [positions]: 0 where a position is none
   int64_t count;         // at most kTileQueries
   float* greatest;       // [count]

@@ -12,6 +12,7 @@ pytest.importorskip("executorch")
 
 from lfm2_export.backends.eager import EagerRunner
 from lfm2_export.backends.executorch.lower import LONGEST_CALL
+from lfm2_export.cache import CacheSpec
 from lfm2_export.models.loading import load_model
 from tests.backends.executorch.programs import Made, checkpoint_of, divergence, make, max_error, prompt
 from tests.backends.executorch.test_parity import FP32_TOLERANCE, KL_TOLERANCE, greedy
@@ -60,6 +61,7 @@ def test_what_a_sliding_layer_keeps_does_not_grow(fp32: Made) -> None:
     print(f"{cache.bytes_per_token()} bytes a token, {cache.fixed_bytes()} more")
     assert cache.fixed_bytes() == kept + conv
     assert cache.bytes_per_token() == 2 * config.num_key_value_heads * config.head_dim * 4
+    assert CacheSpec.from_json(cache.to_json()) == cache
     runner = fp32.runner(context=CONTEXT)
     runner.prefill([prompt(fp32, 700)])
     tensors = runner.snapshot().tensors
