@@ -113,9 +113,10 @@ class IntFormat:
         return in_features // self.group_size
 
     def representable_scale(self, scale: FloatArray) -> FloatArray:
-        """The nearest scales that ``scale_dtype`` holds: never zero, never infinite, the sign kept."""
+        """The nearest scales that ``scale_dtype`` holds: never zero, never infinite, the sign kept, but for a zero's."""
         size = np.clip(np.abs(scale), _LEAST_SCALE[self.scale_dtype], self.greatest_scale, dtype=np.float32)
-        return np.copysign(_ROUND_SCALE[self.scale_dtype](size), scale)
+        # Groups of zeros have scales of either zero, and XNNPACK takes no negative ones.
+        return np.copysign(_ROUND_SCALE[self.scale_dtype](size), scale + np.float32(0))
 
     def holds(self, other: IntFormat) -> bool:
         """Whether codes and scales of another format are, as they are, of this one."""

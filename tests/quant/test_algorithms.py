@@ -101,6 +101,7 @@ def test_zero_constant_and_lopsided_groups(quantize, format):
     weight[5] = -np.linspace(1.0, 2.0, size)
     tensor = quantize(weight, format)
     assert np.all(np.isfinite(tensor.scale) & (tensor.scale != 0))
+    assert np.all(tensor.scale > 0) or format.signed_scale
     found = tensor.dequantize()
     assert np.array_equal(found[0], np.zeros(size))
     assert np.allclose(found[1:4], weight[1:4], rtol=2**-7, atol=0)

@@ -107,7 +107,7 @@ def test_scales_become_representable_and_are_never_zero_or_infinite(sizes, negat
         stored = format.representable_scale(scale)
         assert stored.dtype == np.float32
         assert np.all(np.isfinite(stored) & (stored != 0))
-        assert np.array_equal(np.signbit(stored), np.signbit(scale))
+        assert np.array_equal(np.signbit(stored), scale < 0)  # of either zero: XNNPACK takes no negative ones
         assert np.array_equal(format.representable_scale(stored), stored)
         if dtype == "float16":
             assert np.array_equal(stored.astype(np.float16).astype(np.float32), stored)
