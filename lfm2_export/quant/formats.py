@@ -113,7 +113,7 @@ class IntFormat:
         return in_features // self.group_size
 
     def representable_scale(self, scale: FloatArray) -> FloatArray:
-        """The nearest scales that ``scale_dtype`` holds: never zero, never infinite, the sign kept, but for a zero's."""
+        """The nearest scales that ``scale_dtype`` holds: never zero, never infinite, and of its sign."""
         size = np.clip(np.abs(scale), _LEAST_SCALE[self.scale_dtype], self.greatest_scale, dtype=np.float32)
         # Groups of zeros have scales of either zero, and XNNPACK takes no negative ones.
         return np.copysign(_ROUND_SCALE[self.scale_dtype](size), scale + np.float32(0))
