@@ -145,8 +145,11 @@ class Sequences(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def reorder(self, data: st.DataObject) -> None:
-        count = data.draw(st.integers(1, self.most_rows), label="rows")
-        indices = [data.draw(st.integers(0, len(self.rows) - 1), label="index") for _ in range(count)]
+        if data.draw(st.booleans(), label="all rows"):
+            indices = list(data.draw(st.permutations(range(len(self.rows))), label="indices"))
+        else:
+            count = data.draw(st.integers(1, self.most_rows), label="rows")
+            indices = [data.draw(st.integers(0, len(self.rows) - 1), label="index") for _ in range(count)]
         self.runner.reorder(indices)
         if indices != list(range(len(self.rows))):
             self.replaced([self.rows[index] for index in indices])
@@ -278,7 +281,19 @@ def longer(row: tuple[int, ...], other: tuple[int, ...]) -> bool:
 def assert_same(found: Snapshot, expected: Snapshot) -> None:
     np.testing.assert_array_equal(found.lengths, expected.lengths)
     for name, tensor in expected.tensors.items():
-        np.testing.assert_array_equal(found.tensors[name], tensor, err_msg=name)
+        pair = (held(name, one, expected.lengths) for one in (found.tensors[name], tensor))
+        np.testing.assert_array_equal(*pair, err_msg=name)
+
+
+def held(name: str, tensor: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Of keys and values in ONNX programs [rows, heads, positions, head_dim]: without what lies after a shorter row's
+    end, which no step looks at and a prefill that failed may have written to."""
+    if not name.startswith("past_key_values") or tensor.shape[0] != len(lengths) or len(lengths) == 1:
+        return tensor
+    kept = tensor.copy()
+    for row, length in enumerate(lengths):
+        kept[row, :, length:] = 0
+    return kept
 
 
 def play(subject: Subject, wrong: Callable[[], Runner] | None = None) -> Worst:
@@ -303,7 +318,7 @@ def play(subject: Subject, wrong: Callable[[], Runner] | None = None) -> Worst:
     run_state_machine_as_test(
         type("Sequences", (Sequences,), attributes),
         settings=settings(
-            max_examples=100 if wrong else EXAMPLES or 15,
+            max_examples=600 if wrong else EXAMPLES or 15,  # a wrong one is left as soon as it shows
             stateful_step_count=20,
             derandomize=not EXAMPLES,
             database=None,

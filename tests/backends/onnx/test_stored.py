@@ -28,7 +28,7 @@ FP32, Q4 = "model.onnx", "model_q4.onnx"
 
 @pytest.fixture
 def found(random_artifact: Callable[..., Exported]) -> Exported:
-    return random_artifact(CONFIG, ("fp32", "q4"))
+    return random_artifact(CONFIG, ("fp32", "q4"), group_size=32)  # uniform: linear layers have zero points
 
 
 def opened(found: Exported, scheme: str) -> tuple[Checkpoint, StoredWeights]:
