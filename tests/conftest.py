@@ -104,6 +104,23 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     made.close()
 
 
+@pytest.fixture(scope="session")
+def pte_artifact(once: Once) -> Callable[[str, str], Path]:
+    """``pte_artifact("tiny-moe", "8da4w")`` is the folder of a bundled checkpoint as a .pte, quantized experts through
+    either operator. Leave it unchanged."""
+
+    def exported(checkpoint: str, scheme: str) -> Path:
+        options: dict[str, Any] = {"backend": "executorch", "max_context": 256, "algorithm": "round"}
+        if (checkpoint, scheme) == ("tiny-moe", "8da4w"):
+            options["moe_op"] = "both"
+        return once(
+            f"{checkpoint}-{scheme}-executorch",
+            lambda folder: lfm2_export.export(checkpoint, scheme=scheme, output=folder, **options),
+        )
+
+    return exported
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Tiny products of torch only get slower when threads wait for each other, most of all on a busy machine."""

@@ -85,8 +85,8 @@ def _drop_late(target: str, found: Path) -> None:
 def _command(target: str, seconds: int, corpus: Path, found: Path, options: Sequence[str]) -> list[str]:
     kept = [str(folder / target) for folder in (FOLDER / "corpus", FOLDER / "crashes") if (folder / target).is_dir()]
     return [
-        # A process starts with the greatest memory that its parent ever had as its own, and libFuzzer looks at that. The
-        # shell's child starts with the shell's.
+        # A process starts with the greatest memory that its parent ever had as its own, and libFuzzer looks at that.
+        # The shell's child starts with the shell's.
         *("sh", "-c", '"$@"; exit "$?"', "sh"),
         *(sys.executable, "-m", "tests.fuzz.driver", target, "--found", str(found)),
         *(f"-max_total_time={seconds}", f"-timeout={SECONDS}", f"-rss_limit_mb={_MEGABYTES}"),

@@ -21,7 +21,7 @@ from tests.backends.executorch.programs import MAX_CONTEXT, checkpoint_of, store
 
 def lowered(model_type: str, scheme: str, partitioner: object, *, is_static: bool) -> list[str]:
     """The calls that are left in ``forward`` once the delegate has taken what it takes."""
-    checkpoint = checkpoint_of(model_type)
+    checkpoint = checkpoint_of(model_type, layer_types=("conv", "full_attention"))
     plan = make_plan(checkpoint.config, get_scheme(scheme))
     weights = stored(checkpoint, plan)
     with torch.no_grad(), quiet():

@@ -17,14 +17,13 @@ KL_TOLERANCE = 2e-3
 GREEDY = 64
 
 DENSE = [
-    {"conv_L_cache": 2, "conv_bias": True},
+    {"layer_types": ("full_attention", "conv"), "conv_L_cache": 2, "conv_bias": True},
     {"conv_L_cache": 7, "conv_bias": False, "tie_word_embeddings": False},
-    {"layer_types": ("full_attention", "conv"), "conv_L_cache": 4, "conv_bias": True},
-    {"layer_types": ("conv", "conv")},
+    {"layer_types": ("conv", "conv"), "conv_L_cache": 4},
 ]
 MOE = [
     {"conv_L_cache": 5, "use_expert_bias": False, "norm_topk_prob": False, "routed_scaling_factor": 1.7},
-    {"conv_bias": True, "num_experts_per_tok": 1, "num_dense_layers": 0},
+    {"layer_types": ("full_attention", "conv"), "conv_bias": True, "num_experts_per_tok": 1, "num_dense_layers": 0},
 ]
 
 
@@ -80,13 +79,15 @@ def test_fp32_moe(overrides: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("embedding_bits", [8, 4])
 def test_8da4w_dense(embedding_bits: int) -> None:
-    made = make(checkpoint_of("lfm2", conv_L_cache=4, conv_bias=True), "8da4w", embedding_bits=embedding_bits)
+    overrides = {"layer_types": ("conv", "full_attention"), "conv_L_cache": 4, "conv_bias": True}
+    made = make(checkpoint_of("lfm2", **overrides), "8da4w", embedding_bits=embedding_bits)
     assert {t.dtype for t in made.exported.tensors if t.name == "model.embed_tokens.weight"} == {f"int{embedding_bits}"}
     check_close(made)
 
 
 def test_8da4w_moe_both_ways() -> None:
-    overrides = {"use_expert_bias": False, "routed_scaling_factor": 1.2, "moe_intermediate_size": 96}
+    layers = {"layer_types": ("conv", "full_attention"), "num_dense_layers": 1}
+    overrides = {"use_expert_bias": False, "routed_scaling_factor": 1.2, "moe_intermediate_size": 96, **layers}
     made = make(checkpoint_of("lfm2_moe", **overrides), "8da4w", moe_op="both")
     assert made.exported.graphs == {
         "model": "executorch/model_8da4w.pte",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,6 @@ pytest.importorskip("executorch")
 
 import lfm2_export
 from lfm2_export.text import Tokenizer
-from tests.backends.executorch.programs import scratch
 
 NEW_TOKENS = 48
 PROMPT = "A dictionary is"
@@ -40,21 +39,6 @@ for _ in range(2):
     runner.reset()
 print("\\n" + json.dumps(texts))
 """
-
-
-@cache
-def artifact(checkpoint: str, scheme: str, moe_op: str | None = None) -> Path:
-    folder = scratch() / f"{checkpoint}-{scheme}"
-    lfm2_export.export(
-        checkpoint,
-        backend="executorch",
-        scheme=scheme,
-        moe_op=moe_op,
-        max_context=256,
-        algorithm="round",
-        output=folder,
-    )
-    return folder
 
 
 def texts_of(folder: Path, file: str, *libraries: Path) -> list[str]:
@@ -87,18 +71,18 @@ def check(folder: Path, file: str, *libraries: Path) -> None:
 @pytest.mark.parametrize(
     ("checkpoint", "scheme"), [("tiny-dense", "fp32"), ("tiny-dense", "8da4w"), ("tiny-moe", "fp32")]
 )
-def test_programs_of_stock_operators(checkpoint: str, scheme: str) -> None:
-    check(artifact(checkpoint, scheme), f"model_{scheme}.pte")
+def test_programs_of_stock_operators(pte_artifact: Callable[[str, str], Path], checkpoint: str, scheme: str) -> None:
+    check(pte_artifact(checkpoint, scheme), f"model_{scheme}.pte")
 
 
-def test_moe_through_the_stock_operator() -> None:
-    check(artifact("tiny-moe", "8da4w", "both"), "model_8da4w.pte")
+def test_moe_through_the_stock_operator(pte_artifact: Callable[[str, str], Path]) -> None:
+    check(pte_artifact("tiny-moe", "8da4w"), "model_8da4w.pte")
 
 
-def test_moe_through_our_operator() -> None:
+def test_moe_through_our_operator(pte_artifact: Callable[[str, str], Path]) -> None:
     from lfm2_export.kernels import build
 
     library = build.library_path()
     if library is None:
         pytest.skip("no compiler for our own operator")
-    check(artifact("tiny-moe", "8da4w", "both"), "model_8da4w_lfm2.pte", library)
+    check(pte_artifact("tiny-moe", "8da4w"), "model_8da4w_lfm2.pte", library)
