@@ -1,25 +1,22 @@
 """A checkpoint as a .gguf of float32, for llama-quantize to read, and what it made of it back under published names.
 
-In: a checkpoint. Out: a .gguf without a vocabulary; or the values that a .gguf's tensors stand for, by the ``gguf``
-package's own dequantization, and their bytes.
+In: a checkpoint. Out: a .gguf without a vocabulary; or the values that a .gguf's tensors stand for, by our own reader,
+and their bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from math import prod
 from pathlib import Path
 
 import gguf
 import numpy as np
 
 from benchmarks.random_gguf import ARCHITECTURES, add_settings, converted_name
-from lfm2_export.backends.weights.widths import Counted
-from lfm2_export.checkpoint import Checkpoint
+from lfm2_export.checkpoint import Checkpoint, open_checkpoint
 from lfm2_export.families.tensors import ModelTensor
+from lfm2_export.gguf.blocks import PLAIN
+from lfm2_export.quality.subjects import stored_size
 from lfm2_export.quant.formats import FloatArray
-
-_FLOATS = (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)
 
 
 def stacks(checkpoint: Checkpoint) -> dict[str, list[ModelTensor]]:
@@ -48,30 +45,13 @@ def write_gguf(path: Path, checkpoint: Checkpoint) -> Path:
     return path
 
 
-def dequantized(path: Path, checkpoint: Checkpoint) -> dict[str, FloatArray]:
+def dequantized(path: Path) -> dict[str, FloatArray]:
     """The values of every quantized tensor, by published name."""
-    return dict(_values(path, checkpoint))
+    opened = open_checkpoint(path)
+    return {name: opened.read(name) for name, info in opened.tensors.items() if info.dtype not in PLAIN}
 
 
-def _values(path: Path, checkpoint: Checkpoint) -> Iterator[tuple[str, FloatArray]]:
-    sources = stacks(checkpoint)
-    for stored in gguf.GGUFReader(path).tensors:
-        if stored.tensor_type in _FLOATS:
-            continue
-        tensors = sources[stored.name]
-        values = gguf.quants.dequantize(stored.data, stored.tensor_type).reshape(len(tensors), *tensors[0].shape)
-        yield from ((tensor.name, one.astype(np.float32)) for tensor, one in zip(tensors, values, strict=True))
-
-
-def stored_bytes(path: Path, checkpoint: Checkpoint) -> dict[Counted, tuple[int, int]]:
-    """Bytes of the file's tensors and the weights in them: all, and what a decode step reads."""
-    sources, config = stacks(checkpoint), checkpoint.config
-    found = {counted: [0, 0] for counted in Counted}
-    for stored in gguf.GGUFReader(path).tensors:
-        tensor = sources[stored.name][0]
-        sizes = int(stored.n_bytes), prod(map(int, stored.shape))
-        share = config.num_experts_per_tok / config.num_experts if tensor.expert is not None else 1
-        for index, size in enumerate(sizes):
-            found[Counted.FILE][index] += size
-            found[Counted.STEP][index] += int(size * share)
-    return {counted: (sizes[0], sizes[1]) for counted, sizes in found.items()}
+def stored_bits(path: Path) -> tuple[float, float]:
+    """Bits a weight of the file's tensors: all, and what a decode step reads."""
+    size = stored_size(open_checkpoint(path))
+    return size.file_bits, size.step_bits

@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from benchmarks.gguf_checkpoint import dequantized, stored_bytes, write_gguf
+from benchmarks.gguf_checkpoint import dequantized, stored_bits, write_gguf
 from benchmarks.llama_cpp import get_llama_quantize
 from benchmarks.sensitivity import TOKENS as SEEN
 from benchmarks.sensitivity import rows_of
@@ -103,8 +103,7 @@ def llama(meter: Meter, quantize: Path) -> Iterator[Quality]:
         source = write_gguf(Path(folder) / "source.gguf", meter.checkpoint)
         for name in LLAMA_TYPES:
             made = quantize_gguf(quantize, source, Path(folder) / f"{name}.gguf", name)
-            bits = tuple(8 * size / count for size, count in map(stored_bytes(made, meter.checkpoint).get, Counted))
-            yield measure(meter, f"llama.cpp {name}", dequantized(made, meter.checkpoint), (bits[0], bits[1]))
+            yield measure(meter, f"llama.cpp {name}", dequantized(made), stored_bits(made))
 
 
 def qualities(name: str, quantize: Path | None) -> Iterator[Quality]:

@@ -126,9 +126,9 @@ def export(
         check_nothing_chosen(opened, within, measure)
         schemes = [taken_over(opened, one, requantize_table=requantize_table) for one in schemes]
     else:
-        # A backend without schemes that mix need have no plan.
-        make_plan = lambda config, one: lowering.make_plan(config, one)  # noqa: E731
-        schemes = mixed(opened, schemes, within, make_plan, algorithm=algorithm, by_default=not uniform, text=measure)
+        schemes = mixed(
+            opened, schemes, within, lowering.make_plan, algorithm=algorithm, by_default=not uniform, text=measure
+        )
     progress = progress or Progress()
     calibration = Calibration.asked(opened, calibrate, statistics)
     asked = {} if calibration is None else {"calibration": calibration.key()}

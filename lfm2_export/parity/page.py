@@ -50,9 +50,14 @@ def write(report: ParityReport, path: str | Path) -> None:
         ResourceError: the disk is full.
         Lfm2ExportError: the file cannot be written.
     """
+    write_document(render(report), path)
+
+
+def write_document(page: str, path: str | Path) -> None:
+    """Writes a page; raises as ``write``."""
     try:
         # Names may hold bytes that are no text; they are shown as escapes.
-        Path(path).write_bytes(render(report).encode("utf-8", "backslashreplace"))
+        Path(path).write_bytes(page.encode("utf-8", "backslashreplace"))
     except OSError as error:
         kind = ResourceError if is_disk_full(error) else Lfm2ExportError
         raise kind(f"{path}: the report cannot be written ({error.strerror}); give another file") from error

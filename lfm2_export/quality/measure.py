@@ -101,7 +101,11 @@ def _check_memory(checkpoint: Checkpoint, max_tokens: int, subjects: Sequence[Su
     fp32 = 4 * checkpoint.parameter_count
     largest = max(subject.size.file_bytes for subject in subjects)
     logits = 4 * max_tokens * checkpoint.config.vocab_size
-    check_memory(_MEMORY_BASE + max(fp32, largest) + logits, purpose="comparing models", remedy="pass a shorter text")
+    check_memory(
+        _MEMORY_BASE + max(fp32, largest) + logits,
+        purpose="comparing models",
+        remedy="pass a smaller --max-tokens, or use a larger machine",
+    )
 
 
 def _computed(checkpoint: Checkpoint, sample: Sample) -> _Reference:

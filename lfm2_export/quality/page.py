@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from lfm2_export.errors import Lfm2ExportError, ResourceError
-from lfm2_export.parity.page import document, html_table
+from lfm2_export.parity.page import document, html_table, write_document
 from lfm2_export.quality.report import Quality, QualityReport
-from lfm2_export.resources import human_bytes, is_disk_full
+from lfm2_export.resources import human_bytes
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _BOTTOM, _TOP = 720, 380, 64, 150, 40, 12
 _LAYER = re.compile(r"layers\.(\d+)\.")
@@ -40,11 +39,7 @@ def write(report: QualityReport, path: str | Path) -> None:
         ResourceError: the disk is full.
         Lfm2ExportError: the file cannot be written.
     """
-    try:
-        Path(path).write_bytes(render(report).encode("utf-8", "backslashreplace"))
-    except OSError as error:
-        kind = ResourceError if is_disk_full(error) else Lfm2ExportError
-        raise kind(f"{path}: the report cannot be written ({error.strerror}); give another file") from error
+    write_document(render(report), path)
 
 
 def render(report: QualityReport) -> str:

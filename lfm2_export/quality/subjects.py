@@ -71,7 +71,7 @@ def _of_program(artifact: Artifact, program: Program, checkpoint: Checkpoint, th
 
 def _program_size(program: Program, checkpoint: Checkpoint) -> Size:
     """By the manifest's bits a weight; of artifacts that were made before it had them, by the files."""
-    counts = _counts(checkpoint)
+    counts = stored_size(checkpoint)
     bits = program.options.get("bits_per_weight", {})
     whole = sum(entry.bytes for name, entry in program.files.items() if not name.endswith(".onnx"))
     file_bytes = int(bits["file"] * counts.file_weights / 8) if "file" in bits else whole
@@ -94,13 +94,13 @@ def _of_gguf(path: Path, checkpoint: Checkpoint, **source: Any) -> Subject:
     return Subject(
         name=path.stem,
         kind="gguf, weights alone",
-        size=_counts(opened),
+        size=stored_size(opened),
         context_length=opened.config.max_position_embeddings,
         open=lambda: EagerRunner(load_model(opened)),
     )
 
 
-def _counts(checkpoint: Checkpoint) -> Size:
+def stored_size(checkpoint: Checkpoint) -> Size:
     """Of a checkpoint as it is stored. A step reads the experts that a token is sent to, and a token table as a whole
     where it is the head as well, else one row of it."""
     config = checkpoint.config

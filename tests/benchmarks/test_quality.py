@@ -6,12 +6,13 @@ import gguf
 import numpy as np
 import pytest
 
-from benchmarks.gguf_checkpoint import dequantized, stacks, stored_bytes, write_gguf
+from benchmarks.gguf_checkpoint import dequantized, stacks, stored_bits, write_gguf
 from benchmarks.quality import Quality, table
 from benchmarks.sensitivity import prior
-from lfm2_export.backends.weights.widths import Counted
 from lfm2_export.checkpoint import Checkpoint, open_checkpoint
+from lfm2_export.families.tensors import TensorClass
 from tests.checkpoints import tiny_config, write_random_checkpoint
+from tests.gguf.written import write as write_quantized
 
 CLASSES, CHECKPOINTS = {"a": 8.0, "b": 0.5, "c": 0.25}, {"x": 1.0, "y": 100.0}
 
@@ -58,13 +59,24 @@ def test_a_gguf_holds_every_tensor_of_the_checkpoint(checkpoint: Checkpoint, tmp
         assert np.array_equal(found[name].data.ravel(), expected), name
 
 
-def test_unquantized_tensors_are_not_dequantized_and_all_bytes_count(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_unquantized_tensors_are_not_dequantized(checkpoint: Checkpoint, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "made.gguf", checkpoint)
-    assert dequantized(path, checkpoint) == {}
-    bytes_of = stored_bytes(path, checkpoint)
-    assert bytes_of[Counted.FILE] == (4 * checkpoint.parameter_count, checkpoint.parameter_count)
-    has_experts = checkpoint.config.num_experts > 0
-    assert (bytes_of[Counted.STEP] < bytes_of[Counted.FILE]) == has_experts
+    assert dequantized(path) == {}
+    assert stored_bits(path) == (32, 32)
+
+
+def test_quantized_ones_are_and_their_bits_count(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    path = write_quantized(tmp_path / "made.gguf", checkpoint)
+    found = dequantized(path)
+    kinds = {checkpoint.model_tensors[name].kind for name in found}
+    assert TensorClass.LINEAR in kinds
+    assert not kinds & {TensorClass.ROUTER, TensorClass.SMALL}
+    errors = [np.abs(found[name] - checkpoint.read(name)).max() / np.abs(checkpoint.read(name)).max() for name in found]
+    print(max(errors))
+    assert 0 < max(errors) < 0.2  # Q4_0 rounds to a sixteenth of the range
+    file_bits, step_bits = stored_bits(path)
+    assert 4.5 < file_bits < 12
+    assert (step_bits != file_bits) == (checkpoint.config.num_experts > 0)
 
 
 def test_the_table_has_a_row_for_each() -> None:
