@@ -160,12 +160,18 @@ def test_an_input_that_is_always_zero_leaves_a_grid(hessian) -> None:
     assert np.abs(found - weight).max() < 0.1
 
 
-@pytest.mark.parametrize("damage", ["nan", "negative", "indefinite"])
-@pytest.mark.parametrize("form", ["matrix", "diagonal"])
+@pytest.mark.parametrize(
+    ("damage", "form"),
+    [
+        ("nan", "matrix"),
+        ("negative", "matrix"),
+        ("indefinite", "matrix"),
+        ("nan", "diagonal"),
+        ("negative", "diagonal"),
+    ],
+)
 def test_damaged_statistics_are_refused_by_name(hessian, damage, form) -> None:
     broken = hessian.copy() if form == "matrix" else np.diagonal(hessian).copy()
-    if damage == "indefinite" and form == "diagonal":
-        pytest.skip("a diagonal that is not negative is definite")
     place = (3, 3) if form == "matrix" and damage != "indefinite" else (3,) if form == "diagonal" else (3, 5)
     broken[place] = {"nan": np.nan, "negative": -1.0, "indefinite": 1e9}[damage]
     if damage == "indefinite":
