@@ -83,8 +83,9 @@ def resolve(name: str, *, revision: str | None = None, offline: bool = False) ->
     if found := _HUB_FILE.fullmatch(name):
         return _file_from_hub(name, found["repository"], found["file"], revision, offline)
     if not _HUB_ID.fullmatch(name):
+        kind = "file" if name.lower().endswith(SUFFIX) else "directory"
         raise CheckpointError(
-            f"{name}: no such directory, and neither a bundled checkpoint ({', '.join(BUNDLED)}) "
+            f"{name}: no such {kind}, and neither a bundled checkpoint ({', '.join(BUNDLED)}) "
             f"nor a Hub id (organization/name, or organization/name/file{SUFFIX}); check the spelling"
         )
     return _from_hub(name, revision, offline)
