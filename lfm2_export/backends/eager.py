@@ -10,34 +10,20 @@ Shape suffixes: B rows, T new tokens, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lfm2_export.backends.arguments import (
-    check_batch_size,
-    check_chunk_size,
-    check_context_length,
-    check_equal_rows,
-    check_fits,
-    check_indices,
-    check_logits_fit,
-    check_rows,
-    check_state_fits,
-    check_tokens,
-    short_of_memory,
-)
-from lfm2_export.backends.base import Mark, Snapshot, TokenRows, check_snapshot
-from lfm2_export.backends.guard import guarded
+from lfm2_export.backends.arguments import check_context_length, check_state_fits
+from lfm2_export.backends.base import Mark
+from lfm2_export.backends.runner_base import RunnerBase
 from lfm2_export.cache import CacheSpec, StateTensor
-from lfm2_export.errors import RunnerError
 from lfm2_export.models.decoder import Cache, DecoderForCausalLM, empty_cache
 
-DEFAULT_CHUNK_SIZE = 512
 _NUMPY_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "float32"}
 
 
@@ -49,8 +35,7 @@ class _Row:
     cache: Cache
 
 
-@guarded
-class EagerRunner:
+class EagerRunner(RunnerBase):
     """The Runner protocol (backends/base.py) for an eager model.
 
     Args:
@@ -60,127 +45,63 @@ class EagerRunner:
     """
 
     def __init__(self, model: DecoderForCausalLM, *, context_length: int | None = None, program_id: str | None = None):
+        config = model.config
         self._model = model.eval()
         self._dtype = model.lm_head.weight.dtype
-        self._cache = CacheSpec.from_config(model.config, _NUMPY_DTYPES[self._dtype])
-        self._context_length = check_context_length(
-            model.config.max_position_embeddings if context_length is None else context_length
+        super().__init__(
+            vocab_size=config.vocab_size,
+            cache=CacheSpec.from_config(config, _NUMPY_DTYPES[self._dtype]),
+            context_length=check_context_length(
+                config.max_position_embeddings if context_length is None else context_length
+            ),
+            program_id=program_id or _fingerprint(model),
         )
-        self._program_id = program_id or _fingerprint(model)
         self._rows = [self._empty_row()]
-        self._marks: weakref.WeakKeyDictionary[Mark, list[_Row]] = weakref.WeakKeyDictionary()
-
-    @property
-    def vocab_size(self) -> int:
-        return self._model.config.vocab_size
-
-    @property
-    def context_length(self) -> int:
-        return self._context_length
-
-    @property
-    def max_batch_size(self) -> None:
-        return None
-
-    @property
-    def batch_size(self) -> int:
-        return len(self._rows)
 
     @property
     def lengths(self) -> np.ndarray:
         return np.array([row.length for row in self._rows], dtype=np.int64)
 
-    @property
-    def can_score(self) -> bool:
-        return True
+    def _reset(self, batch_size: int) -> None:
+        check_state_fits(self._cache, batch_size, 0)
+        self._rows = [self._empty_row() for _ in range(batch_size)]
 
-    @property
-    def cache(self) -> CacheSpec:
-        return self._cache
+    def _prefill(self, rows: list[np.ndarray], chunk_size: int) -> np.ndarray:
+        return np.concatenate(self._append(rows, chunk_size, logits_to_keep=1))
 
-    @property
-    def program_id(self) -> str:
-        return self._program_id
+    def _prefill_scored(self, rows: list[np.ndarray], chunk_size: int) -> list[np.ndarray]:
+        return self._append(rows, chunk_size, logits_to_keep=0)
 
-    @short_of_memory("reset")
-    def reset(self, batch_size: int = 1) -> None:
-        rows = check_batch_size(batch_size, self.max_batch_size)
-        check_state_fits(self._cache, rows, 0)
-        self._replace([self._empty_row() for _ in range(rows)])
+    def _score(self, rows: list[np.ndarray], chunk_size: int) -> np.ndarray:
+        return np.stack([self._run(self._empty_row(), row, chunk_size, logits_to_keep=0)[1] for row in rows])
 
-    def prefill(self, input_ids: TokenRows, *, chunk_size: int | None = None) -> np.ndarray:
-        return np.concatenate(self._append(input_ids, chunk_size, logits_to_keep=1))
+    def _copy_state(self) -> dict[str, np.ndarray]:
+        return {tensor.past_name: self._gather(tensor) for tensor in self._cache.tensors}
 
-    def prefill_scored(self, input_ids: TokenRows, *, chunk_size: int | None = None) -> list[np.ndarray]:
-        return self._append(input_ids, chunk_size, logits_to_keep=0)
+    def _copy_fixed(self) -> dict[str, np.ndarray]:
+        """The conv states alone: what else is of fixed size comes back with the rows."""
+        return {tensor.past_name: self._gather(tensor) for tensor in self._cache.conv}
 
-    def decode(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-        return np.concatenate(self._append(check_tokens(tokens), None, logits_to_keep=1))
+    def _place(self) -> list[_Row]:
+        return self._rows
 
-    @short_of_memory("score")
-    def score(self, input_ids: TokenRows, *, chunk_size: int | None = None) -> np.ndarray:
-        rows = check_equal_rows(input_ids, self.vocab_size, self._context_length)
-        size = check_chunk_size(chunk_size, DEFAULT_CHUNK_SIZE)
-        check_logits_fit(rows, self.vocab_size)
-        return np.stack([self._run(self._empty_row(), row, size, logits_to_keep=0)[1] for row in rows])
+    def _restore(self, tensors: Mapping[str, np.ndarray], lengths: np.ndarray) -> None:
+        self._rows = [self._row_of(tensors, index, length) for index, length in enumerate(lengths.tolist())]
 
-    @short_of_memory("snapshot")
-    def snapshot(self) -> Snapshot:
-        tensors = {tensor.past_name: self._gather(tensor) for tensor in self._cache.tensors}
-        return Snapshot(program_id=self._program_id, lengths=self.lengths, tensors=tensors)
+    def _rewind(self, mark: Mark, place: Any) -> None:
+        self._rows = place
 
-    @short_of_memory("restore")
-    def restore(self, snapshot: Snapshot) -> None:
-        lengths = check_snapshot(
-            snapshot,
-            program_id=self._program_id,
-            cache=self._cache,
-            context_length=self._context_length,
-            max_batch_size=self.max_batch_size,
-        )
-        self._replace([self._row_of(snapshot, index, length) for index, length in enumerate(lengths.tolist())])
-
-    def mark(self) -> Mark:
-        conv = {tensor.past_name: self._gather(tensor) for tensor in self._cache.conv}
-        mark = Mark(lengths=self.lengths, conv=conv)
-        self._marks[mark] = self._rows
-        return mark
-
-    def is_valid(self, mark: Mark) -> bool:
-        return isinstance(mark, Mark) and mark in self._marks
-
-    def rewind(self, mark: Mark) -> None:
-        if not self.is_valid(mark):
-            raise RunnerError("this mark is of a state that is no more; restore a snapshot or prefill again")
-        self._rows = self._marks[mark]
-        for other in [m for m in self._marks if (m.lengths > mark.lengths).any()]:
-            del self._marks[other]
-
-    def reorder(self, indices: Sequence[int] | np.ndarray) -> None:
-        rows = check_indices(indices, self.batch_size)
-        if not np.array_equal(rows, np.arange(self.batch_size)):
-            self._replace([self._rows[index] for index in rows])
-
-    def _replace(self, rows: list[_Row]) -> None:
-        self._rows = rows
-        self._marks.clear()
+    def _reorder(self, rows: np.ndarray) -> None:
+        self._rows = [self._rows[index] for index in rows]
 
     def _empty_row(self) -> _Row:
         device = self._model.lm_head.weight.device
         return _Row(length=0, cache=empty_cache(self._model.config, 1, self._dtype, device))
 
-    @short_of_memory("prefill")
-    def _append(
-        self, input_ids: TokenRows | np.ndarray, chunk_size: int | None, *, logits_to_keep: int
-    ) -> list[np.ndarray]:
+    def _append(self, tokens: list[np.ndarray], chunk_size: int, *, logits_to_keep: int) -> list[np.ndarray]:
         """Appends to every row; the new state is taken over when all rows are done. Returns [1 or T, V] per row."""
-        tokens = check_rows(input_ids, self.batch_size, self.vocab_size)
-        check_fits(self.lengths, [len(new) for new in tokens], self._context_length)
-        size = check_chunk_size(chunk_size, DEFAULT_CHUNK_SIZE)
-        if not logits_to_keep:
-            check_logits_fit(tokens, self.vocab_size)
         pairs = zip(self._rows, tokens, strict=True)
-        done = [self._run(row, new, size, logits_to_keep=logits_to_keep) for row, new in pairs]
+        done = [self._run(row, new, chunk_size, logits_to_keep=logits_to_keep) for row, new in pairs]
         self._rows = [row for row, _ in done]
         return [logits for _, logits in done]
 
@@ -214,8 +135,8 @@ class EagerRunner:
             array[(index, slice(None), slice(row.length)) if tensor.grows else index] = held.cpu().numpy()
         return array
 
-    def _row_of(self, snapshot: Snapshot, index: int, length: int) -> _Row:
-        cache = {t.past_name: self._tensor(t, snapshot.tensors, index, length) for t in self._cache.tensors}
+    def _row_of(self, tensors: Mapping[str, np.ndarray], index: int, length: int) -> _Row:
+        cache = {t.past_name: self._tensor(t, tensors, index, length) for t in self._cache.tensors}
         return _Row(length=length, cache=cache)
 
     def _tensor(self, tensor: StateTensor, tensors: Mapping[str, np.ndarray], index: int, length: int) -> Tensor:

@@ -456,10 +456,10 @@ class KeepsConv(OnnxRunner):
 class KeepsHalf(OnnxRunner):
     """A prefill that fails leaves the chunks before."""
 
-    def prefill(self, input_ids: Any, *, chunk_size: int | None = None) -> np.ndarray:
-        chunk, rows = self._chunk(chunk_size), self._check_new(input_ids)
+    def _prefill(self, rows: list[np.ndarray], chunk_size: int) -> np.ndarray:
+        self._make_room(rows)
         logits = np.empty((self.batch_size, self.vocab_size), dtype=np.float32)
-        self._prefill(rows, chunk, logits)
+        self._append(rows, chunk_size, logits)
         return logits
 
 
@@ -476,7 +476,7 @@ class KeepsMarks(OnnxRunner):
         marks = list(self._marks)
         super().restore(snapshot)
         for mark in marks:
-            self._marks.add(mark)
+            self._marks[mark] = None
 
 
 class ChecksLate(OnnxRunner):

@@ -19,9 +19,10 @@ from flatbuffers.table import Table  # type: ignore[import-untyped]
 
 from lfm2_export.backends.base import RunnerOptions
 from lfm2_export.backends.executorch.pte import PteFile
-from lfm2_export.backends.executorch.runner import DEFAULT_CHUNK_SIZE, choose
+from lfm2_export.backends.executorch.runner import choose
 from lfm2_export.backends.executorch.session import FORWARD, Session, version
 from lfm2_export.backends.profile import NOTHING, Profile, Spent, Trace, summarize, take_steps
+from lfm2_export.backends.runner_base import DEFAULT_CHUNK_SIZE
 from lfm2_export.errors import RunnerError
 from lfm2_export.messages import named
 

@@ -8,29 +8,16 @@ Shape suffixes: T new tokens, V vocabulary, S positions that the buffers hold, K
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import platform
-import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lfm2_export.backends.arguments import (
-    check_batch_size,
-    check_chunk_size,
-    check_context_length,
-    check_equal_rows,
-    check_fits,
-    check_indices,
-    check_logits_fit,
-    check_rows,
-    check_tokens,
-    short_of_memory,
-)
-from lfm2_export.backends.base import Kernels, KvCache, Mark, RunnerOptions, Snapshot, TokenRows, check_snapshot
+from lfm2_export.backends.arguments import check_context_length
+from lfm2_export.backends.base import Kernels, KvCache, Mark, RunnerOptions
 from lfm2_export.backends.executorch.plan import MoeOp
 from lfm2_export.backends.executorch.session import (
     FORWARD,
@@ -40,7 +27,7 @@ from lfm2_export.backends.executorch.session import (
     load_kernels,
     version,
 )
-from lfm2_export.backends.guard import guarded
+from lfm2_export.backends.runner_base import RunnerBase, program_id_of
 from lfm2_export.cache import CacheSpec, StateTensor
 from lfm2_export.errors import RunnerError
 from lfm2_export.kernels.build import KernelBuildError
@@ -51,15 +38,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_CHUNK_SIZE = 512
 # Where ExecuTorch's operator for experts is its plain reference.
 _X86 = ("x86_64", "AMD64")
 # benchmarks/moe_operator.py at the 8B's shape on two cores: 209 at one token, 131 at 64.
 _X86_SLOWDOWN = 100
 
 
-@guarded
-class ExecutorchRunner:
+class ExecutorchRunner(RunnerBase):
     """The Runner protocol (backends/base.py) for ``executorch/*.pte``: one row.
 
     Args:
@@ -80,43 +65,32 @@ class ExecutorchRunner:
         threads: int | None = None,
         program_id: str | None = None,
     ):
-        path = Path(path)
-        self._cache, self._context_length = cache, check_context_length(context_length)
+        path, context_length = Path(path), check_context_length(context_length)
         self._session = Session(path, threads=threads)
-        self._vocab_size = self._session.logits_shape()[-1]
         self._longest_call = self._session.input_shapes(FORWARD)[0][-1]
-        self._program_id = program_id or f"{path.name}@{path.stat().st_size}"
         self._length = 0
-        self._marks: weakref.WeakSet[Mark] = weakref.WeakSet()
+        super().__init__(
+            vocab_size=self._session.logits_shape()[-1],
+            cache=cache,
+            context_length=context_length,
+            program_id=program_id or f"{path.name}@{path.stat().st_size}",
+        )
 
     @classmethod
     def from_program(cls, folder: Path, program: Program, options: RunnerOptions | None = None) -> ExecutorchRunner:
         """The runner of a program in an artifact's ``folder``, on the file whose experts run fastest here."""
         _check_version(folder, program)
         options = options or RunnerOptions()
-        digest = hashlib.sha256("".join(entry.sha256 for _, entry in sorted(program.files.items())).encode())
         return cls(
             folder / choose(program, options),
             cache=program.cache,
             context_length=program.context_length,
             threads=options.threads,
-            program_id=f"{program.backend}/{program.scheme}@{digest.hexdigest()[:16]}",
+            program_id=program_id_of(program),
         )
 
     @property
-    def vocab_size(self) -> int:
-        return self._vocab_size
-
-    @property
-    def context_length(self) -> int:
-        return self._context_length
-
-    @property
     def max_batch_size(self) -> int:
-        return 1
-
-    @property
-    def batch_size(self) -> int:
         return 1
 
     @property
@@ -124,48 +98,20 @@ class ExecutorchRunner:
         return np.array([self._length], dtype=np.int64)
 
     @property
-    def can_score(self) -> bool:
-        """Token by token: the program returns the last token's logits only."""
-        return True
-
-    @property
-    def cache(self) -> CacheSpec:
-        return self._cache
-
-    @property
-    def program_id(self) -> str:
-        return self._program_id
-
-    @property
     def threads(self) -> int:
         return self._session.threads
 
-    def reset(self, batch_size: int = 1) -> None:
-        check_batch_size(batch_size, self.max_batch_size)
+    def _reset(self, batch_size: int) -> None:
         self._length = 0
-        self._marks.clear()
 
-    @short_of_memory("prefill")
-    def prefill(self, input_ids: TokenRows, *, chunk_size: int | None = None) -> np.ndarray:
-        tokens = self._check_new(input_ids)
-        chunk = min(check_chunk_size(chunk_size, DEFAULT_CHUNK_SIZE), self._longest_call)
-        return self._append(tokens, chunk)[-1][None]
+    def _prefill(self, rows: list[np.ndarray], chunk_size: int) -> np.ndarray:
+        return self._append(rows[0], min(chunk_size, self._longest_call))[-1][None]
 
-    @short_of_memory("prefill")
-    def prefill_scored(self, input_ids: TokenRows, *, chunk_size: int | None = None) -> list[np.ndarray]:
-        tokens = self._check_new(input_ids)
-        check_chunk_size(chunk_size, DEFAULT_CHUNK_SIZE)
-        check_logits_fit([tokens], self.vocab_size)
-        return [np.stack(self._append(tokens, 1))]
+    def _prefill_scored(self, rows: list[np.ndarray], chunk_size: int) -> list[np.ndarray]:
+        """Token by token: the program returns the last token's logits only."""
+        return [np.stack(self._append(rows[0], 1))]
 
-    def decode(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-        return self._append(self._check_new(check_tokens(tokens)), 1)[-1][None]
-
-    @short_of_memory("score")
-    def score(self, input_ids: TokenRows, *, chunk_size: int | None = None) -> np.ndarray:
-        rows = check_equal_rows(input_ids, self.vocab_size, self._context_length)
-        check_chunk_size(chunk_size, DEFAULT_CHUNK_SIZE)
-        check_logits_fit(rows, self.vocab_size)
+    def _score(self, rows: list[np.ndarray], chunk_size: int) -> np.ndarray:
         kept = self._read() if self._length else None
         length, self._length = self._length, 0
         try:
@@ -179,51 +125,28 @@ class ExecutorchRunner:
         self._length = 0
         return np.stack(self._append(tokens, 1))
 
-    @short_of_memory("snapshot")
-    def snapshot(self) -> Snapshot:
-        state = self._read() if self._length else self._zeros()
-        return Snapshot(program_id=self._program_id, lengths=self.lengths, tensors=self._by_name(state))
+    def _copy_state(self) -> dict[str, np.ndarray]:
+        return self._by_name(self._read() if self._length else self._zeros())
 
-    @short_of_memory("restore")
-    def restore(self, snapshot: Snapshot) -> None:
-        (length,) = check_snapshot(
-            snapshot,
-            program_id=self._program_id,
-            cache=self._cache,
-            context_length=self._context_length,
-            max_batch_size=self.max_batch_size,
-        ).tolist()
-        self._session.call(WRITE_STATE, self._buffers(snapshot.tensors, length))
+    def _copy_fixed(self) -> dict[str, np.ndarray]:
+        state = self._copy_state()
+        return {tensor.past_name: state[tensor.past_name] for tensor in self._cache.fixed}
+
+    def _restore(self, tensors: Mapping[str, np.ndarray], lengths: np.ndarray) -> None:
+        length = int(lengths[0])
+        self._session.call(WRITE_STATE, self._buffers(tensors, length))
         self._length = length
-        self._marks.clear()
 
-    def mark(self) -> Mark:
-        state = self._by_name(self._read() if self._length else self._zeros())
-        mark = Mark(lengths=self.lengths, conv={t.past_name: state[t.past_name] for t in self._cache.fixed})
-        self._marks.add(mark)
-        return mark
-
-    def is_valid(self, mark: Mark) -> bool:
-        return isinstance(mark, Mark) and mark in self._marks
-
-    def rewind(self, mark: Mark) -> None:
-        if not self.is_valid(mark):
-            raise RunnerError("this mark is of a state that is no more; restore a snapshot or prefill again")
-        if mark.lengths[0] and self._cache.fixed:
+    def _rewind(self, mark: Mark, place: Any) -> None:
+        length = int(mark.lengths[0])
+        if length and self._cache.fixed:
             state = self._read()
             self._put_fixed(state, mark.conv)
             self._session.call(WRITE_STATE, state)
-        self._length = int(mark.lengths[0])
-        for other in [m for m in self._marks if (m.lengths > mark.lengths).any()]:
-            self._marks.discard(other)
+        self._length = length
 
-    def reorder(self, indices: Sequence[int] | np.ndarray) -> None:
-        check_batch_size(len(check_indices(indices, self.batch_size)), self.max_batch_size)
-
-    def _check_new(self, input_ids: TokenRows) -> np.ndarray:
-        (tokens,) = check_rows(input_ids, self.batch_size, self.vocab_size)
-        check_fits(self.lengths, [len(tokens)], self._context_length)
-        return tokens
+    def _reorder(self, rows: np.ndarray) -> None:
+        """Never called: one row has one order."""
 
     def _append(self, tokens: np.ndarray, chunk_size: int) -> list[np.ndarray]:
         """The logits [V] after each chunk. If one fails, the state counts as it was: what was written is past its end,

@@ -19,10 +19,11 @@ import onnxruntime as ort
 
 from lfm2_export.backends.base import RunnerOptions
 from lfm2_export.backends.onnx.buffers import StateBuffers
-from lfm2_export.backends.onnx.runner import DEFAULT_CHUNK_SIZE, run
+from lfm2_export.backends.onnx.runner import run
 from lfm2_export.backends.onnx.session import check_program, new_session, session_options
 from lfm2_export.backends.onnx.variants import Variant, choose
 from lfm2_export.backends.profile import NOTHING, Profile, Spent, Step, Trace, summarize, take_steps
+from lfm2_export.backends.runner_base import DEFAULT_CHUNK_SIZE
 from lfm2_export.errors import RunnerError
 
 if TYPE_CHECKING:

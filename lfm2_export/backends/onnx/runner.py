@@ -10,10 +10,9 @@ Shape suffixes: B rows, T new tokens, S positions of the mask, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime as ort
@@ -21,37 +20,24 @@ import onnxruntime as ort
 from lfm2_export import memory
 from lfm2_export.backends.arguments import (
     LESS,
-    check_batch_size,
     check_chunk_size,
     check_context_length,
-    check_equal_rows,
-    check_fits,
-    check_indices,
-    check_logits_fit,
-    check_rows,
     check_state_fits,
     check_threads,
-    check_tokens,
-    short_of_memory,
 )
-from lfm2_export.backends.base import Mark, RunnerOptions, Snapshot, TokenRows, check_snapshot
-from lfm2_export.backends.guard import guarded
+from lfm2_export.backends.base import Mark, RunnerOptions
 from lfm2_export.backends.onnx.buffers import StateBuffers, as_ortvalue
 from lfm2_export.backends.onnx.session import check_program, open_session
 from lfm2_export.backends.onnx.variants import choose
+from lfm2_export.backends.runner_base import DEFAULT_CHUNK_SIZE, RunnerBase, program_id_of
 from lfm2_export.cache import CacheSpec
 from lfm2_export.errors import ResourceError, RunnerError
 
 if TYPE_CHECKING:
     from lfm2_export.manifest import Program
 
-# Long enough to use matrix kernels fully, short enough that activations stay small: a prompt of 2048 tokens at a width
-# of 1024 took as long in chunks of 512 as in one piece, and 190 MB less.
-DEFAULT_CHUNK_SIZE = 512
 
-
-@guarded
-class OnnxRunner:
+class OnnxRunner(RunnerBase):
     """The Runner protocol (backends/base.py) for ``onnx/*.onnx``.
 
     Args:
@@ -76,19 +62,22 @@ class OnnxRunner:
         program_id: str | None = None,
         chunk_size: int = DEFAULT_CHUNK_SIZE,
     ):
+        context_length = check_context_length(context_length)
+        chunk_size = check_chunk_size(chunk_size, DEFAULT_CHUNK_SIZE)
         self._path = Path(path)
-        self._cache = cache
-        self._context_length = check_context_length(context_length)
         self._threads = check_threads(threads)
-        self._chunk_size = check_chunk_size(chunk_size, DEFAULT_CHUNK_SIZE)
         self._library = library
         self._session = open_session(self._path, threads=threads, library=library)
-        self._vocab_size = check_program(self._session, self._path, cache)
         self._scoring_path = None if scoring_path is None else Path(scoring_path)
         self._scoring: ort.InferenceSession | None = None
-        self._program_id = program_id or _default_program_id(self._path)
+        super().__init__(
+            vocab_size=check_program(self._session, self._path, cache),
+            cache=cache,
+            context_length=context_length,
+            program_id=program_id or _default_program_id(self._path),
+            chunk_size=chunk_size,
+        )
         self._state = StateBuffers(cache, 1, 0)
-        self._marks: weakref.WeakSet[Mark] = weakref.WeakSet()
 
     @classmethod
     def from_program(cls, folder: Path, program: Program, options: RunnerOptions | None = None) -> OnnxRunner:
@@ -97,7 +86,6 @@ class OnnxRunner:
         options = options or RunnerOptions()
         variant = choose(folder, program, options)
         kept = "" if variant.cache == program.cache else f"+{options.kv_cache}"
-        digest = hashlib.sha256("".join(entry.sha256 for _, entry in sorted(program.files.items())).encode())
         return cls(
             variant.path,
             cache=variant.cache,
@@ -105,24 +93,8 @@ class OnnxRunner:
             threads=options.threads,
             scoring_path=variant.scoring_path,
             library=variant.library,
-            program_id=f"{program.backend}/{program.scheme}@{digest.hexdigest()[:16]}{kept}",
+            program_id=f"{program_id_of(program)}{kept}",
         )
-
-    @property
-    def vocab_size(self) -> int:
-        return self._vocab_size
-
-    @property
-    def context_length(self) -> int:
-        return self._context_length
-
-    @property
-    def max_batch_size(self) -> None:
-        return None
-
-    @property
-    def batch_size(self) -> int:
-        return self._state.batch_size
 
     @property
     def lengths(self) -> np.ndarray:
@@ -133,14 +105,6 @@ class OnnxRunner:
         return self._scoring_path is not None
 
     @property
-    def cache(self) -> CacheSpec:
-        return self._cache
-
-    @property
-    def program_id(self) -> str:
-        return self._program_id
-
-    @property
     def threads(self) -> int:
         return self._session.get_session_options().intra_op_num_threads
 
@@ -149,46 +113,39 @@ class OnnxRunner:
         """Bytes allocated for the state."""
         return self._state.nbytes
 
-    @short_of_memory("reset")
-    def reset(self, batch_size: int = 1) -> None:
-        rows = check_batch_size(batch_size, self.max_batch_size)
-        if rows == self.batch_size:
+    def _reset(self, batch_size: int) -> None:
+        if batch_size == self.batch_size:
             self._state.clear()
         else:
-            self._state = self._empty(rows)
-        self._marks.clear()
+            self._state = self._empty(batch_size)
 
     def _empty(self, rows: int) -> StateBuffers:
         check_state_fits(self._cache, rows, 0)
         return StateBuffers(self._cache, rows, 0)
 
-    @short_of_memory("prefill")
-    def prefill(self, input_ids: TokenRows, *, chunk_size: int | None = None) -> np.ndarray:
-        chunk, rows = self._chunk(chunk_size), self._check_new(input_ids)
+    def _prefill(self, rows: list[np.ndarray], chunk_size: int) -> np.ndarray:
+        state = self._make_room(rows)
         logits_BV = np.empty((self.batch_size, self.vocab_size), dtype=np.float32)
-        with _Transaction(self._state):
-            self._prefill(rows, chunk, logits_BV)
+        with _Transaction(state):
+            self._append(rows, chunk_size, logits_BV)
         return logits_BV
 
-    def _prefill(self, rows: list[np.ndarray], chunk: int, logits_BV: np.ndarray) -> None:
+    def _append(self, rows: list[np.ndarray], chunk_size: int, logits_BV: np.ndarray) -> None:
         state, counts = self._state, _counts(rows)
         # GroupQueryAttention takes several rows at once in a first prompt or a single step, but not in a later chunk.
-        if counts.max() == 1 or (not state.lengths.any() and counts.max() <= chunk):
+        if counts.max() == 1 or (not state.lengths.any() and counts.max() <= chunk_size):
             run(self._session, state, _pad(rows), counts, logits_BV[:, None])
             return
         for index, tokens in enumerate(rows):
             view = state.row(index)
-            for part in _chunks(tokens, chunk):
+            for part in _chunks(tokens, chunk_size):
                 run(self._session, view, part[None], _counts([part]), logits_BV[index][None, None])
             state.take_row(index, view)
 
-    @short_of_memory("prefill")
-    def prefill_scored(self, input_ids: TokenRows, *, chunk_size: int | None = None) -> list[np.ndarray]:
-        chunk, rows = self._chunk(chunk_size), self._check_new(input_ids)
-        check_logits_fit(rows, self.vocab_size)
-        session = self._scoring_session()
-        with _Transaction(self._state):
-            return [self._score_row(session, i, row, chunk) for i, row in enumerate(rows)]
+    def _prefill_scored(self, rows: list[np.ndarray], chunk_size: int) -> list[np.ndarray]:
+        session, state = self._scoring_session(), self._make_room(rows)
+        with _Transaction(state):
+            return [self._score_row(session, i, row, chunk_size) for i, row in enumerate(rows)]
 
     def _score_row(self, session: ort.InferenceSession, index: int, tokens: np.ndarray, chunk: int) -> np.ndarray:
         view = self._state.row(index)
@@ -199,58 +156,33 @@ class OnnxRunner:
         self._state.take_row(index, view)
         return logits_TV
 
-    @short_of_memory("decode")
-    def decode(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-        rows = self._check_new(check_tokens(tokens))
+    def _decode(self, rows: list[np.ndarray]) -> np.ndarray:
+        """One run, which is done or is not: nothing to put back."""
+        state = self._make_room(rows)
         logits_BV = np.empty((self.batch_size, self.vocab_size), dtype=np.float32)
-        run(self._session, self._state, _pad(rows), _counts(rows), logits_BV[:, None])
+        run(self._session, state, _pad(rows), _counts(rows), logits_BV[:, None])
         return logits_BV
 
-    @short_of_memory("score")
-    def score(self, input_ids: TokenRows, *, chunk_size: int | None = None) -> np.ndarray:
-        rows = check_equal_rows(input_ids, self.vocab_size, self._context_length)
+    def _score(self, rows: list[np.ndarray], chunk_size: int) -> np.ndarray:
         kept, self._state = self._state, self._empty(len(rows))
         try:
-            return np.stack(self.prefill_scored(rows, chunk_size=chunk_size))
+            return np.stack(self._prefill_scored(rows, chunk_size))
         finally:
             self._state = kept
 
-    @short_of_memory("snapshot")
-    def snapshot(self) -> Snapshot:
-        return Snapshot(program_id=self._program_id, lengths=self.lengths, tensors=self._state.copy_used())
+    def _copy_state(self) -> dict[str, np.ndarray]:
+        return self._state.copy_used()
 
-    @short_of_memory("restore")
-    def restore(self, snapshot: Snapshot) -> None:
-        lengths = check_snapshot(
-            snapshot,
-            program_id=self._program_id,
-            cache=self._cache,
-            context_length=self._context_length,
-            max_batch_size=self.max_batch_size,
-        )
-        self._replace(snapshot.tensors, lengths, np.arange(len(lengths)))
+    def _copy_fixed(self) -> dict[str, np.ndarray]:
+        return self._state.copy_conv()
 
-    def mark(self) -> Mark:
-        mark = Mark(lengths=self.lengths, conv=self._state.copy_conv())
-        self._marks.add(mark)
-        return mark
+    def _restore(self, tensors: Mapping[str, np.ndarray], lengths: np.ndarray) -> None:
+        self._replace(tensors, lengths, np.arange(len(lengths)))
 
-    def is_valid(self, mark: Mark) -> bool:
-        return isinstance(mark, Mark) and mark in self._marks
-
-    def rewind(self, mark: Mark) -> None:
-        if not self.is_valid(mark):
-            raise RunnerError("this mark is of a state that is no more; restore a snapshot or prefill again")
+    def _rewind(self, mark: Mark, place: Any) -> None:
         self._state.set_place(mark.lengths, mark.conv)
-        # What was marked further on will be overwritten.
-        for other in [m for m in self._marks if (m.lengths > mark.lengths).any()]:
-            self._marks.discard(other)
 
-    @short_of_memory("reorder")
-    def reorder(self, indices: Sequence[int] | np.ndarray) -> None:
-        rows = check_indices(indices, self.batch_size)
-        if np.array_equal(rows, np.arange(self.batch_size)):
-            return
+    def _reorder(self, rows: np.ndarray) -> None:
         state = self._state
         self._replace({**state.conv, **state.kv}, state.lengths, rows)
 
@@ -258,17 +190,10 @@ class OnnxRunner:
         capacity = max(self._state.capacity, int(lengths.max(initial=0)))
         check_state_fits(self._cache, len(rows), capacity)
         self._state = StateBuffers.from_tensors(self._cache, tensors, lengths, rows, capacity)
-        self._marks.clear()
 
-    def _check_new(self, input_ids: TokenRows) -> list[np.ndarray]:
-        rows = check_rows(input_ids, self.batch_size, self.vocab_size)
-        counts = _counts(rows)
-        check_fits(self._state.lengths, counts.tolist(), self._context_length)
-        self._state.ensure(int((self._state.lengths + counts).max()), self._context_length)
-        return rows
-
-    def _chunk(self, chunk_size: int | None) -> int:
-        return check_chunk_size(chunk_size, self._chunk_size)
+    def _make_room(self, rows: list[np.ndarray]) -> StateBuffers:
+        self._state.ensure(int((self._state.lengths + _counts(rows)).max()), self._context_length)
+        return self._state
 
     def _scoring_session(self) -> ort.InferenceSession:
         if self._scoring_path is None:
