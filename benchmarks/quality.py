@@ -30,7 +30,7 @@ from lfm2_export.backends.onnx.plan import make_plan
 from lfm2_export.backends.weights.plan import WeightPlan
 from lfm2_export.backends.weights.widths import Counted, counted_bytes
 from lfm2_export.checkpoint import Checkpoint, open_checkpoint
-from lfm2_export.mixing import Budget, mix
+from lfm2_export.mixing import MixRequest, mix
 from lfm2_export.mixing.measured import Meter
 from lfm2_export.quant.algorithms import DEFAULT_ALGORITHM, get_algorithm
 from lfm2_export.quant.formats import FloatArray, IntFormat
@@ -90,7 +90,7 @@ def plan_weights(checkpoint: Checkpoint, plan: WeightPlan, algorithm: str) -> di
 
 def our_schemes(checkpoint: Checkpoint) -> Iterator[tuple[str, Scheme]]:
     q4 = get_scheme("q4")
-    yield "q4, default mix", mix(checkpoint, q4, Budget(), make_plan, algorithm=DEFAULT_ALGORITHM)
+    yield "q4, default mix", mix(checkpoint, q4, make_plan, MixRequest())
     for size in (32, 64):
         yield f"q4, groups of {size}", q4.with_group_size(size)
 

@@ -18,12 +18,39 @@ import numpy as np
 
 from lfm2_export.artifact import Artifact
 from lfm2_export.backends import get_backend
-from lfm2_export.backends.base import Runner, RunnerOptions, parse_kernels, parse_kv_cache
+from lfm2_export.backends.base import Runner, RunnerOptions
 from lfm2_export.backends.profile import Profile
 from lfm2_export.errors import GenerationError
-from lfm2_export.runners import load_runner
+from lfm2_export.runners import open_runner
 
 _SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What is timed: ``rounds`` times a prompt of so many tokens, and so many more one by one. ``profile``: after all
+    that, the program is loaded once more, and a prefill and a decode step are taken apart, by operator."""
+
+    prompt_tokens: int = 512
+    new_tokens: int = 128
+    rounds: int = 3
+    profile: bool = False
+
+    def check(self, context_length: int) -> None:
+        """Raises GenerationError where a count is not positive or the context is too short."""
+        for name in ("prompt_tokens", "new_tokens", "rounds"):
+            if (value := getattr(self, name)) < 1:
+                raise GenerationError(f"{name}={value}: at least 1 is needed")
+        if self.tokens > context_length:
+            raise GenerationError(
+                f"{self.prompt_tokens} prompt tokens and {self.new_tokens} new ones do not fit the context of "
+                f"{context_length}; ask for fewer"
+            )
+
+    @property
+    def tokens(self) -> int:
+        """That a row holds at the end of a round."""
+        return self.prompt_tokens + self.new_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,21 +82,13 @@ class BenchResult:
 
 def measure(
     path: str | Path,
+    workload: Workload,
+    options: RunnerOptions,
     *,
     backend: str | None = None,
     scheme: str | None = None,
-    prompt_tokens: int = 512,
-    new_tokens: int = 128,
-    threads: int | None = None,
-    rounds: int = 3,
-    profile: bool = False,
-    kernels: str | None = None,
-    kv_cache: str | None = None,
 ) -> BenchResult:
     """Loads a program and times it.
-
-    Args:
-        profile: after all that, load it once more and take a prefill and a decode step apart, by operator.
 
     Raises:
         ArtifactError, RunnerError: the program cannot be loaded.
@@ -77,51 +96,32 @@ def measure(
     """
     artifact = Artifact.open(path, verify=False)
     program = artifact.program(backend, scheme)
-    _check_counts(prompt_tokens, new_tokens, rounds, program.context_length)
+    workload.check(program.context_length)
     started = time.perf_counter()
-    runner = load_runner(
-        artifact,
-        backend=program.backend,
-        scheme=program.scheme,
-        threads=threads,
-        kernels=kernels,
-        kv_cache=kv_cache,
-    )
+    runner = open_runner(artifact, program, options)
     load_s = time.perf_counter() - started
-    prompt = np.random.default_rng(_SEED).integers(0, runner.vocab_size, prompt_tokens).tolist()
-    times = [_round(runner, prompt, new_tokens) for _ in range(rounds)]
+    prompt = np.random.default_rng(_SEED).integers(0, runner.vocab_size, workload.prompt_tokens).tolist()
+    times = [_round(runner, prompt, workload.new_tokens) for _ in range(workload.rounds)]
     prefill_s, decode_s = (statistics.median(column) for column in zip(*times, strict=True))
     result = BenchResult(
         program=str(program),
-        threads=threads,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        rounds=rounds,
+        threads=options.threads,
+        prompt_tokens=workload.prompt_tokens,
+        new_tokens=workload.new_tokens,
+        rounds=workload.rounds,
         load_s=load_s,
         first_token_s=load_s + times[0][0],
-        prefill_tps=prompt_tokens / prefill_s,
-        decode_tps=new_tokens / decode_s,
+        prefill_tps=workload.prompt_tokens / prefill_s,
+        decode_tps=workload.new_tokens / decode_s,
         peak_memory_bytes=peak_memory(),
-        state_bytes=runner.cache.fixed_bytes() + runner.cache.bytes_per_token() * (prompt_tokens + new_tokens),
+        state_bytes=runner.cache.fixed_bytes() + runner.cache.bytes_per_token() * workload.tokens,
         artifact_bytes=sum(entry.bytes for entry in program.files.values()),
     )
-    if not profile:
+    if not workload.profile:
         return result
     del runner  # Its memory is needed for the next.
-    options = RunnerOptions(threads=threads, kernels=parse_kernels(kernels), kv_cache=parse_kv_cache(kv_cache))
     taken = get_backend(program.backend).profile_program(artifact.path, program, prompt, options)
     return replace(result, profile=taken)
-
-
-def _check_counts(prompt_tokens: int, new_tokens: int, rounds: int, context_length: int) -> None:
-    for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("rounds", rounds)):
-        if value < 1:
-            raise GenerationError(f"{name}={value}: at least 1 is needed")
-    if prompt_tokens + new_tokens > context_length:
-        raise GenerationError(
-            f"{prompt_tokens} prompt tokens and {new_tokens} new ones do not fit the context of {context_length}; "
-            "ask for fewer"
-        )
 
 
 def _round(runner: Runner, prompt: list[int], new_tokens: int) -> tuple[float, float]:

@@ -12,7 +12,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,21 @@ def open_checkpoint(
             f"--config-from {paths.shown(companions.path)}: give a folder or a Hub id, not a GGUF file"
         )
     return Checkpoint(str(name), source, companions.path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointRequest:
+    """Which checkpoint is meant: the arguments of ``open_checkpoint``, on their way through the functions of this
+    package that open one."""
+
+    name: str | Path
+    revision: str | None = None
+    offline: bool = False
+    config_from: str | Path | None = None
+
+    def open(self) -> Checkpoint:
+        """As ``open_checkpoint``."""
+        return open_checkpoint(self.name, revision=self.revision, offline=self.offline, config_from=self.config_from)
 
 
 class Checkpoint:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from lfm2_export.artifact import Artifact
 from lfm2_export.backends import get_backend
-from lfm2_export.backends.base import Runner, RunnerOptions, parse_kernels, parse_kv_cache
+from lfm2_export.backends.base import Runner, RunnerOptions
 from lfm2_export.errors import ArtifactError
+from lfm2_export.manifest import Program
 from lfm2_export.messages import shown
 
 
@@ -34,10 +35,18 @@ def load_runner(
         ArtifactError: no artifact there, no such program in it, or a file is missing or was changed.
         RunnerError: the runtime cannot load the program, or ``kernels`` or ``kv_cache`` cannot be had.
     """
-    options = RunnerOptions(threads=threads, kernels=parse_kernels(kernels), kv_cache=parse_kv_cache(kv_cache))
+    options = RunnerOptions.parse(threads=threads, kernels=kernels, kv_cache=kv_cache)
     if not isinstance(path, str | os.PathLike | Artifact):
         raise ArtifactError(f"{shown(path)}: is not the name of a folder; give the one that `lfm2-export export` wrote")
     artifact = path if isinstance(path, Artifact) else Artifact.open(path, verify=False)
-    program = artifact.program(backend, scheme)
+    return open_runner(artifact, artifact.program(backend, scheme), options)
+
+
+def open_runner(artifact: Artifact, program: Program, options: RunnerOptions) -> Runner:
+    """``load_runner`` for a program that was found already.
+
+    Raises:
+        ArtifactError, RunnerError: as there.
+    """
     artifact.verify(program)
     return get_backend(program.backend).load_runner(artifact.path, artifact.present(program), options)

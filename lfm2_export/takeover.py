@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from pathlib import Path
 
 from lfm2_export.checkpoint import Checkpoint
 from lfm2_export.errors import QuantizationError
 from lfm2_export.families.tensors import ModelTensor, TensorClass
-from lfm2_export.mixing import Budget
+from lfm2_export.mixing import MixRequest
 from lfm2_export.quant.formats import IntFormat, ScaleDtype
 from lfm2_export.quant.schemes import FormatChoice, Scheme
 
 logger = logging.getLogger(__name__)
 
 
-def check_nothing_chosen(checkpoint: Checkpoint, budget: Budget | None, text: str | Path | None) -> None:
+def check_nothing_chosen(checkpoint: Checkpoint, widths: MixRequest) -> None:
     """Refuses what would choose other widths than the file's.
 
     Raises:
         QuantizationError: a budget was given, or a text to measure widths on.
     """
-    if budget is not None or text is not None:
+    if widths.budget is not None or widths.text is not None:
         raise QuantizationError(
             f"{checkpoint.source.path.name}: is quantized already, and its widths are taken over; leave --target-bits, "
             "--target-size and --measure out, or export from the unquantized checkpoint"

@@ -23,11 +23,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lfm2_export.artifact import Artifact
-from lfm2_export.backends.base import Runner
+from lfm2_export.backends.base import Runner, RunnerOptions
 from lfm2_export.errors import GenerationError
 from lfm2_export.manifest import Program
 from lfm2_export.messages import shown
-from lfm2_export.runners import load_runner
+from lfm2_export.runners import open_runner
 from lfm2_export.transformers_cache import ExportedCache, StateDesk
 from lfm2_export.transformers_config import changed_config, fields_of, generation_settings, own_config
 from lfm2_export.transformers_inputs import all_logits, attended, check_positions, kept, loss_of, only_last
@@ -134,14 +134,8 @@ class ExportedModelForCausalLM(ProgramModule, GenerationMixin):
         settings = generation_settings(artifact.path, generation_config)
         described = changed_config(own, config, changes)
         described.dtype = activations
-        runner = load_runner(
-            artifact,
-            scheme=program.scheme,
-            backend=program.backend,
-            threads=threads,
-            kernels=kernels,
-            kv_cache=kv_cache,
-        )
+        run_with = RunnerOptions.parse(threads=threads, kernels=kernels, kv_cache=kv_cache)
+        runner = open_runner(artifact, program, run_with)
         model = cls(runner, described, settings, dtype=activations, program=program)
         if isinstance(attention := options.get("attn_implementation"), str):
             model.set_attn_implementation(attention)

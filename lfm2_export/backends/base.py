@@ -48,23 +48,20 @@ class RunnerOptions:
     kernels: Kernels = Kernels.AUTO
     kv_cache: KvCache = KvCache.FLOAT
 
+    @classmethod
+    def parse(
+        cls, *, threads: int | None = None, kernels: str | None = None, kv_cache: str | None = None
+    ) -> RunnerOptions:
+        """The choices by their names; None leaves one to its default.
 
-def parse_kernels(name: str | None) -> Kernels:
-    """The choice of that name; None is "auto".
-
-    Raises:
-        RunnerError: there is no such choice.
-    """
-    return Kernels.AUTO if name is None else _one_of(Kernels, name, "kernels")
-
-
-def parse_kv_cache(name: str | None) -> KvCache:
-    """The choice of that name; None is "float".
-
-    Raises:
-        RunnerError: there is no such choice.
-    """
-    return KvCache.FLOAT if name is None else _one_of(KvCache, name, "kv_cache")
+        Raises:
+            RunnerError: there is no such choice.
+        """
+        return cls(
+            threads=threads,
+            kernels=Kernels.AUTO if kernels is None else _one_of(Kernels, kernels, "kernels"),
+            kv_cache=KvCache.FLOAT if kv_cache is None else _one_of(KvCache, kv_cache, "kv_cache"),
+        )
 
 
 _Choice = TypeVar("_Choice", bound=StrEnum)

@@ -7,7 +7,7 @@ import platform
 from typing import Any, Protocol
 
 from lfm2_export import __version__
-from lfm2_export.backends.base import Kernels, KvCache
+from lfm2_export.backends.base import Kernels, KvCache, RunnerOptions
 from lfm2_export.packages import listed_versions
 
 
@@ -58,6 +58,11 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
         choices=[str(kept) for kept in KvCache],
         help="int8: keys and values in a quarter of the memory, for onnx's q4 and q8 on our operators (default: float)",
     )
+
+
+def runner_options(options: argparse.Namespace) -> RunnerOptions:
+    """What ``add_machine`` asked for."""
+    return RunnerOptions.parse(threads=options.threads, kernels=options.kernels, kv_cache=options.kv_cache)
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,15 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from lfm2_export import console
-from lfm2_export.commands.base import add_artifact, add_json, add_machine, add_source, given, source_options
+from lfm2_export.commands.base import (
+    add_artifact,
+    add_json,
+    add_machine,
+    add_source,
+    given,
+    runner_options,
+    source_options,
+)
 from lfm2_export.errors import Lfm2ExportError
 from lfm2_export.resources import human_bytes
 
@@ -126,20 +134,21 @@ class BenchCommand:
         add_json(parser)
 
     def run(self, options: argparse.Namespace) -> int:
-        from lfm2_export.bench import measure
+        from lfm2_export.bench import Workload, measure
 
+        workload = Workload(
+            prompt_tokens=options.prompt_tokens,
+            new_tokens=options.new_tokens,
+            rounds=options.rounds,
+            profile=options.profile,
+        )
         with console.busy("measuring"):
             result = measure(
                 options.artifact,
+                workload,
+                runner_options(options),
                 backend=options.backend,
                 scheme=options.scheme,
-                prompt_tokens=options.prompt_tokens,
-                new_tokens=options.new_tokens,
-                threads=options.threads,
-                rounds=options.rounds,
-                profile=options.profile,
-                kernels=options.kernels,
-                kv_cache=options.kv_cache,
             )
         if options.json:
             console.print_json(result.to_json())

@@ -15,12 +15,12 @@ from lfm2_export import chat_template, console, interrupts
 from lfm2_export.artifact import Artifact
 from lfm2_export.backends.base import Runner
 from lfm2_export.chat import Chat
-from lfm2_export.commands.base import add_artifact, add_json, add_machine
+from lfm2_export.commands.base import add_artifact, add_json, add_machine, runner_options
 from lfm2_export.errors import GenerationError, Lfm2ExportError
 from lfm2_export.generation import TokenEvent, generate
 from lfm2_export.generation_config import GenerationConfig
 from lfm2_export.manifest import Program
-from lfm2_export.runners import load_runner
+from lfm2_export.runners import open_runner
 from lfm2_export.streams import OutputError
 from lfm2_export.text import StreamDecoder, Tokenizer, check_text
 
@@ -71,14 +71,7 @@ def open_for_text(options: argparse.Namespace) -> Opened:
         seed=options.seed,
     )
     with console.busy(f"loading {program}"):
-        runner = load_runner(
-            artifact,
-            backend=program.backend,
-            scheme=program.scheme,
-            threads=options.threads,
-            kernels=options.kernels,
-            kv_cache=options.kv_cache,
-        )
+        runner = open_runner(artifact, program, runner_options(options))
         tokenizer = Tokenizer.from_dir(artifact.path)
     return Opened(program=program, runner=runner, tokenizer=tokenizer, config=config)
 

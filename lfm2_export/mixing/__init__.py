@@ -6,7 +6,7 @@ In: a checkpoint, a scheme with 4-bit linear layers, a budget. Out: the scheme w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lfm2_export.backends.weights.plan import WeightPlan
@@ -15,33 +15,47 @@ from lfm2_export.config import ModelConfig
 from lfm2_export.errors import QuantizationError
 from lfm2_export.messages import shown
 from lfm2_export.mixing.budget import Budget, bytes_for, make_budget
-from lfm2_export.mixing.estimate import Damages, Statistics, estimate_damages
+from lfm2_export.mixing.estimate import Damages, estimate_damages
 from lfm2_export.mixing.units import Space, make_space
 from lfm2_export.quant.algorithms import DEFAULT_ALGORITHM, get_algorithm
 from lfm2_export.quant.mixture import Option, Unit, choose
 from lfm2_export.quant.schemes import FormatChoice, Scheme
 
-__all__ = ["Budget", "Statistics", "check_mixable", "make_budget", "mix", "mixed", "with_choices"]
+__all__ = ["Budget", "MixRequest", "check_mixable", "make_budget", "mix", "mixed", "with_choices"]
 
 MakePlan = Callable[[ModelConfig, Scheme], WeightPlan]
 
 
-def check_mixable(
-    schemes: Sequence[Scheme],
-    budget: Budget | None,
-    group_size: int | None,
-    *,
-    by_default: bool = True,
-    text: str | Path | None = None,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class MixRequest:
+    """How widths are found.
+
+    ``budget`` None: each scheme's own, in those that mix by themselves, unless ``by_default`` is False. ``algorithm``
+    is the one whose errors count. ``text``: a file of text on which damages are measured; None estimates them without
+    data.
+    """
+
+    budget: Budget | None = None
+    by_default: bool = True
+    algorithm: str = DEFAULT_ALGORITHM
+    text: str | Path | None = None
+
+    def budget_of(self, scheme: Scheme) -> Budget | None:
+        """What a scheme is mixed within; None where it stays as it is."""
+        wanted = self.budget or (Budget() if scheme.mixed and self.by_default else None)
+        return wanted if scheme.can_mix else None
+
+
+def check_mixable(schemes: Sequence[Scheme], request: MixRequest, group_size: int | None = None) -> None:
     """Refuses a budget that nothing can be done with, before a checkpoint is opened.
 
     Raises:
         QuantizationError: no scheme has widths to mix, or the group size was given as well.
     """
-    mixes = budget is not None or (by_default and any(scheme.mixed for scheme in schemes))
-    if text is not None and not mixes:
-        raise QuantizationError(f"--measure {shown(str(text))}: pass --target-bits or --target-size with it")
+    budget = request.budget
+    mixes = budget is not None or (request.by_default and any(scheme.mixed for scheme in schemes))
+    if request.text is not None and not mixes:
+        raise QuantizationError(f"--measure {shown(str(request.text))}: pass --target-bits or --target-size with it")
     if budget is None:
         return
     if not any(scheme.can_mix for scheme in schemes):
@@ -51,63 +65,40 @@ def check_mixable(
         raise QuantizationError(f"{budget}: chooses the group sizes, too; leave --group-size {group_size} out")
 
 
-def mixed(
-    checkpoint: Checkpoint,
-    schemes: Sequence[Scheme],
-    budget: Budget | None,
-    make_plan: MakePlan,
-    *,
-    algorithm: str,
-    by_default: bool,
-    text: str | Path | None = None,
-) -> list[Scheme]:
-    """The schemes, with choices in those that mix: all that can where a budget was asked for; else, ``by_default``,
-    those that do so by themselves.
-
-    Args:
-        text: a file of text on which damages are measured; None estimates them without data.
+def mixed(checkpoint: Checkpoint, schemes: Sequence[Scheme], make_plan: MakePlan, request: MixRequest) -> list[Scheme]:
+    """The schemes, with choices in those that mix: all that can where a budget was asked for; else those that do so by
+    themselves.
 
     Raises:
         QuantizationError: the budget is below the floor or above 8 bits, or a width does not fit the groups.
         CheckpointError: a tensor holds NaN or infinity.
     """
-    found = []
-    for scheme in schemes:
-        wanted = budget or (Budget() if scheme.mixed and by_default else None)
-        wanted = wanted if scheme.can_mix else None
-        found.append(
-            scheme if wanted is None else mix(checkpoint, scheme, wanted, make_plan, algorithm=algorithm, text=text)
-        )
-    return found
+    return [
+        scheme if request.budget_of(scheme) is None else mix(checkpoint, scheme, make_plan, request)
+        for scheme in schemes
+    ]
 
 
-def mix(
-    checkpoint: Checkpoint,
-    scheme: Scheme,
-    budget: Budget,
-    make_plan: MakePlan,
-    *,
-    algorithm: str,
-    statistics: Statistics | None = None,
-    text: str | Path | None = None,
-) -> Scheme:
-    """The scheme with the best choice that the budget allows, by what the weights alone say, the weights and
-    ``statistics``, or by what is measured on a ``text``.
+def mix(checkpoint: Checkpoint, scheme: Scheme, make_plan: MakePlan, request: MixRequest) -> Scheme:
+    """The scheme with the best choice that the budget allows, by what the weights alone say, or by what is measured on
+    a text.
 
     Raises:
         QuantizationError: the budget is below the floor or above 8 bits, or a width does not fit the groups.
         CheckpointError: a tensor holds NaN or infinity.
     """
+    budget = request.budget or Budget()
     space = make_space(checkpoint.config, scheme, make_plan, budget.counted)
     limit = bytes_for(budget, space)
     # One that needs statistics loses less than this one, and in the same order.
-    estimating = get_algorithm(DEFAULT_ALGORITHM if get_algorithm(algorithm).needs_statistics else algorithm)
-    if text is None:
-        damages, because = estimate_damages(checkpoint, space, estimating, statistics), str(budget)
+    needy = get_algorithm(request.algorithm).needs_statistics
+    estimating = get_algorithm(DEFAULT_ALGORITHM if needy else request.algorithm)
+    if request.text is None:
+        damages, because = estimate_damages(checkpoint, space, estimating), str(budget)
     else:
         from lfm2_export.mixing.measured import measure  # imports torch
 
-        damages, because = measure(checkpoint, space, estimating, text), f"{budget}, as measured"
+        damages, because = measure(checkpoint, space, estimating, request.text), f"{budget}, as measured"
     return with_choices(scheme, space, damages, limit, because)
 
 

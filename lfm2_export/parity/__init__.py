@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lfm2_export import interrupts
+from lfm2_export.checkpoint import CheckpointRequest
 from lfm2_export.leftovers import swept
 from lfm2_export.parity import hops
 from lfm2_export.parity.report import ParityReport, ProgramParity
@@ -59,16 +60,15 @@ def measure_parity(
     with interrupts.lasting(), swept():
         return hops.measure(
             Path(artifact),
-            str(checkpoint),
-            backend=backend,
-            schemes=(scheme,) if isinstance(scheme, str) else None if scheme is None else tuple(scheme),
-            text=text,
-            max_tokens=max_tokens,
-            revision=revision,
-            offline=offline,
-            config_from=config_from,
-            threads=threads,
-            progress=progress or (lambda step: None),
+            CheckpointRequest(name=checkpoint, revision=revision, offline=offline, config_from=config_from),
+            hops.ParityRequest(
+                backend=backend,
+                schemes=(scheme,) if isinstance(scheme, str) else None if scheme is None else tuple(scheme),
+                text=text,
+                max_tokens=max_tokens,
+                threads=threads,
+                progress=progress or (lambda step: None),
+            ),
         )
 
 
@@ -87,4 +87,5 @@ def record_parity(
         ArtifactError: the folder cannot be written, an export is writing to it, or a program is gone.
         ResourceError: the disk is full.
     """
-    hops.record(Path(artifact), str(checkpoint), report, revision=revision, offline=offline, config_from=config_from)
+    source = CheckpointRequest(name=checkpoint, revision=revision, offline=offline, config_from=config_from)
+    hops.record(Path(artifact), source, report)

@@ -16,7 +16,7 @@ from lfm2_export.artifact import Artifact
 from lfm2_export.backends import get_backend
 from lfm2_export.backends.base import RunnerOptions
 from lfm2_export.backends.eager import EagerRunner
-from lfm2_export.checkpoint import Checkpoint, open_checkpoint
+from lfm2_export.checkpoint import Checkpoint, CheckpointRequest
 from lfm2_export.errors import ArtifactError
 from lfm2_export.manifest import CheckpointRecord, Program
 from lfm2_export.models.loading import load_model
@@ -35,36 +35,35 @@ from lfm2_export.resources import check_memory
 _MEMORY_BASE = 512 << 20
 
 
-def measure(
-    path: Path,
-    checkpoint: str,
-    *,
-    backend: str | None,
-    schemes: tuple[str, ...] | None,
-    text: str | Path | None,
-    max_tokens: int,
-    revision: str | None,
-    offline: bool,
-    config_from: str | Path | None,
-    threads: int | None,
-    progress: Callable[[str], None],
-) -> ParityReport:
+@dataclass(frozen=True, kw_only=True)
+class ParityRequest:
+    """What ``measure_parity`` was asked for, beside the artifact and its checkpoint. ``schemes`` None: all."""
+
+    backend: str | None
+    schemes: tuple[str, ...] | None
+    text: str | Path | None
+    max_tokens: int
+    threads: int | None
+    progress: Callable[[str], None]
+
+
+def measure(path: Path, source: CheckpointRequest, request: ParityRequest) -> ParityReport:
     """As ``measure_parity`` says."""
-    opened = open_checkpoint(checkpoint, revision=revision, offline=offline, config_from=config_from)
+    opened = source.open()
     artifact = Artifact.open(path, verify=False)
     check_origin(artifact, opened)
-    programs = _choose(artifact, backend, schemes)
+    programs = _choose(artifact, request.backend, request.schemes)
     artifact.verify(*programs)
     programs = tuple(artifact.present(program) for program in programs)
     context_length = min(program.context_length for program in programs)
-    sample = read_sample(opened, text, max_tokens=max_tokens, context_length=context_length)
+    sample = read_sample(opened, request.text, max_tokens=request.max_tokens, context_length=context_length)
     check_memory(_memory_needed(opened, programs, sample), purpose="parity")
-    progress("model: transformers and ours")
+    request.progress("model: transformers and ours")
     model, reference = _measure_model(opened, sample)
     measured = []
     for program in programs:
-        progress(f"{program}: lowering and quantization")
-        measured.append(_measure_program(artifact, program, opened, sample, reference, threads))
+        request.progress(f"{program}: lowering and quantization")
+        measured.append(_measure_program(artifact, program, opened, sample, reference, request.threads))
     return ParityReport(
         artifact=path.name,
         checkpoint=str(artifact.manifest.checkpoint),
@@ -75,17 +74,9 @@ def measure(
     )
 
 
-def record(
-    path: Path,
-    checkpoint: str,
-    report: ParityReport,
-    *,
-    revision: str | None,
-    offline: bool,
-    config_from: str | Path | None,
-) -> None:
+def record(path: Path, source: CheckpointRequest, report: ParityReport) -> None:
     """As ``record_parity`` says."""
-    opened = open_checkpoint(checkpoint, revision=revision, offline=offline, config_from=config_from)
+    opened = source.open()
     artifact = Artifact.open(path, verify=False)
     check_origin(artifact, opened)
     _record(artifact, report, opened)

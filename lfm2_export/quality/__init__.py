@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lfm2_export import interrupts
+from lfm2_export.checkpoint import CheckpointRequest
 from lfm2_export.errors import Lfm2ExportError
 from lfm2_export.leftovers import swept
 from lfm2_export.quality.report import Quality, QualityReport
@@ -64,12 +65,13 @@ def measure_quality(
     with interrupts.lasting(), swept():
         return measure.measure(
             [Path(model) for model in models],
-            str(checkpoint),
-            text=text,
-            base=None if base is None else Path(base),
-            write_base=None if write_base is None else Path(write_base),
-            max_tokens=max_tokens,
-            source={"revision": revision, "offline": offline, "config_from": config_from},
-            threads=threads,
-            progress=progress or (lambda step: None),
+            CheckpointRequest(name=checkpoint, revision=revision, offline=offline, config_from=config_from),
+            measure.QualityRequest(
+                text=text,
+                base=None if base is None else Path(base),
+                write_base=None if write_base is None else Path(write_base),
+                max_tokens=max_tokens,
+                threads=threads,
+                progress=progress or (lambda step: None),
+            ),
         )

@@ -6,17 +6,16 @@ opened one after the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lfm2_export.backends.base import Runner
 from lfm2_export.backends.eager import EagerRunner
-from lfm2_export.checkpoint import Checkpoint, open_checkpoint
+from lfm2_export.checkpoint import Checkpoint, CheckpointRequest
 from lfm2_export.errors import Lfm2ExportError
 from lfm2_export.models.loading import load_model
 from lfm2_export.packages import recorded_versions
@@ -25,7 +24,7 @@ from lfm2_export.parity.lowering import score
 from lfm2_export.parity.sample import Sample, Window, read_sample
 from lfm2_export.quality.kld_file import Base, read_base, write_base
 from lfm2_export.quality.report import Quality, QualityReport
-from lfm2_export.quality.subjects import Subject, all_subjects
+from lfm2_export.quality.subjects import Subject, find_subjects
 from lfm2_export.resources import check_memory
 
 _MEMORY_BASE = 1 << 30
@@ -49,34 +48,33 @@ class _Reference:
         ]
 
 
-def measure(
-    models: list[Path],
-    checkpoint: str,
-    *,
-    text: str | Path | None,
-    base: Path | None,
-    write_base: Path | None,
-    max_tokens: int,
-    source: Mapping[str, Any],
-    threads: int | None,
-    progress: Callable[[str], None],
-) -> QualityReport:
+@dataclass(frozen=True, kw_only=True)
+class QualityRequest:
+    """What ``measure_quality`` was asked for, beside the models and their checkpoint."""
+
+    text: str | Path | None
+    base: Path | None
+    write_base: Path | None
+    max_tokens: int
+    threads: int | None
+    progress: Callable[[str], None]
+
+
+def measure(models: list[Path], source: CheckpointRequest, request: QualityRequest) -> QualityReport:
     """As ``measure_quality`` says."""
-    opened = open_checkpoint(checkpoint, **source)
-    gguf_source = {"config_from": source.get("config_from")}
-    subjects = list(all_subjects(models, opened, threads, gguf_source))
-    context = min(subject.context_length for subject in subjects)
-    _check_memory(opened, max_tokens, subjects)
-    if base is not None:
-        reference = _from_base(read_base(base, opened.config.vocab_size), opened, max_tokens, context)
-    else:
-        progress(f"{opened.name} in fp32")
-        reference = _computed(opened, read_sample(opened, text, max_tokens=max_tokens, context_length=context))
-    if write_base is not None:
-        _write(write_base, reference)
+    opened = source.open()
+    subjects = [
+        subject
+        for model in models
+        for subject in find_subjects(model, opened, request.threads, config_from=source.config_from)
+    ]
+    _check_memory(opened, request.max_tokens, subjects)
+    reference = _reference_of(opened, request, min(subject.context_length for subject in subjects))
+    if request.write_base is not None:
+        _write(request.write_base, reference)
     found = []
     for subject in subjects:
-        progress(subject.name)
+        request.progress(subject.name)
         found.append(
             Quality.of(subject.name, subject.kind, reference.compare(subject.open()), subject.size, subject.errors)
         )
@@ -106,6 +104,15 @@ def _check_memory(checkpoint: Checkpoint, max_tokens: int, subjects: Sequence[Su
         purpose="comparing models",
         remedy="pass a smaller --max-tokens, or use a larger machine",
     )
+
+
+def _reference_of(checkpoint: Checkpoint, request: QualityRequest, context_length: int) -> _Reference:
+    if request.base is not None:
+        base = read_base(request.base, checkpoint.config.vocab_size)
+        return _from_base(base, checkpoint, request.max_tokens, context_length)
+    request.progress(f"{checkpoint.name} in fp32")
+    sample = read_sample(checkpoint, request.text, max_tokens=request.max_tokens, context_length=context_length)
+    return _computed(checkpoint, sample)
 
 
 def _computed(checkpoint: Checkpoint, sample: Sample) -> _Reference:

@@ -5,10 +5,9 @@ In: folders and files. Out: ``Subject``s, opened one at a time: a name, a runner
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lfm2_export import paths
 from lfm2_export.artifact import Artifact
@@ -37,15 +36,17 @@ class Subject:
     errors: Mapping[str, float] = field(default_factory=dict)
 
 
-def find_subjects(model: Path, checkpoint: Checkpoint, threads: int | None, **source: Any) -> list[Subject]:
-    """Every program of an artifact, or the one model of a GGUF file.
+def find_subjects(
+    model: Path, checkpoint: Checkpoint, threads: int | None, *, config_from: str | Path | None = None
+) -> list[Subject]:
+    """Every program of an artifact, or the one model of a GGUF file, with the config of ``config_from``.
 
     Raises:
         ArtifactError: it is neither, or a program was made of another checkpoint.
         CheckpointError: a GGUF file is damaged or of another shape than the checkpoint.
     """
     if model.suffix.lower() == SUFFIX:
-        return [_of_gguf(model, checkpoint, **source)]
+        return [_of_gguf(model, checkpoint, config_from)]
     artifact = Artifact.open(model, verify=False)
     check_origin(artifact, checkpoint)
     programs = [artifact.present(program) for program in artifact.programs if artifact.is_here(program)]
@@ -84,8 +85,8 @@ def _program_size(program: Program, checkpoint: Checkpoint) -> Size:
     )
 
 
-def _of_gguf(path: Path, checkpoint: Checkpoint, **source: Any) -> Subject:
-    opened = open_checkpoint(path, **source)
+def _of_gguf(path: Path, checkpoint: Checkpoint, config_from: str | Path | None) -> Subject:
+    opened = open_checkpoint(path, config_from=config_from)
     shapes = {name: tensor.shape for name, tensor in opened.model_tensors.items()}
     if shapes != {name: tensor.shape for name, tensor in checkpoint.model_tensors.items()}:
         raise CheckpointError(
@@ -116,10 +117,3 @@ def stored_size(checkpoint: Checkpoint) -> Size:
             sizes[index] += count
             sizes[2 + index] += int(count * share)
     return Size(file_bytes=sizes[0], file_weights=sizes[1], step_bytes=sizes[2], step_weights=sizes[3])
-
-
-def all_subjects(
-    models: list[Path], checkpoint: Checkpoint, threads: int | None, source: Mapping[str, Any]
-) -> Iterator[Subject]:
-    for model in models:
-        yield from find_subjects(model, checkpoint, threads, **source)

@@ -10,7 +10,7 @@ from lfm2_export.backends.weights.widths import Counted
 from lfm2_export.checkpoint import Checkpoint, open_checkpoint
 from lfm2_export.errors import QuantizationError
 from lfm2_export.families.tensors import EMBEDDING
-from lfm2_export.mixing import check_mixable, with_choices
+from lfm2_export.mixing import MixRequest, check_mixable, with_choices
 from lfm2_export.mixing.measured import Meter, measured_damages, quantized
 from lfm2_export.mixing.units import make_space
 from lfm2_export.quant.algorithms import get_algorithm
@@ -98,6 +98,6 @@ def _bits(unit: str) -> Callable[..., int]:
 def test_a_text_is_for_what_is_mixed() -> None:
     for name, by_default in (("q4", False), ("q8", True)):
         with pytest.raises(QuantizationError) as error:
-            check_mixable([get_scheme(name)], None, None, by_default=by_default, text="a.txt")
+            check_mixable([get_scheme(name)], MixRequest(by_default=by_default, text="a.txt"))
         assert str(error.value) == "--measure 'a.txt': pass --target-bits or --target-size with it"
-    check_mixable([get_scheme("q4")], None, None, text="a.txt")
+    check_mixable([get_scheme("q4")], MixRequest(text="a.txt"))

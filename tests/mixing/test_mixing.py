@@ -12,7 +12,7 @@ from lfm2_export.backends.weights.widths import Counted, counted_bytes
 from lfm2_export.checkpoint import Checkpoint, open_checkpoint
 from lfm2_export.errors import QuantizationError
 from lfm2_export.families.tensors import Part
-from lfm2_export.mixing import Budget, check_mixable, mix, mixed
+from lfm2_export.mixing import Budget, MixRequest, check_mixable, mix, mixed
 from lfm2_export.mixing.estimate import estimate_damages
 from lfm2_export.mixing.units import make_space
 from lfm2_export.quant.algorithms import get_algorithm
@@ -30,7 +30,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 def mixed_plan(checkpoint: Checkpoint, budget: Budget) -> WeightPlan:
-    scheme = mix(checkpoint, get_scheme("q4"), budget, make_plan, algorithm="refit")
+    scheme = mix(checkpoint, get_scheme("q4"), make_plan, MixRequest(budget=budget))
     return make_plan(checkpoint.config, scheme)
 
 
@@ -71,7 +71,7 @@ def test_every_tensor_says_why_it_has_its_width(checkpoint: Checkpoint) -> None:
 
 def test_excluded_tensors_stay_as_they_are(checkpoint: Checkpoint) -> None:
     scheme = get_scheme("q4").with_exclude(["*.0.conv.*"])
-    plan = make_plan(checkpoint.config, mix(checkpoint, scheme, Budget(bits=8.0), make_plan, algorithm="refit"))
+    plan = make_plan(checkpoint.config, mix(checkpoint, scheme, make_plan, MixRequest(budget=Budget(bits=8.0))))
     dtypes = [plan[f"model.layers.{layer}.conv.in_proj"].format.dtype for layer in (0, 2)]
     assert (dtypes[0], dtypes[1][:3]) == ("float32", "int")
 
@@ -80,7 +80,7 @@ def test_the_number_of_cores_changes_nothing(checkpoint: Checkpoint, monkeypatch
     found = []
     for cores in (1, 3):
         monkeypatch.setattr("lfm2_export.mixing.estimate.usable_cores", lambda cores=cores: cores)
-        found.append(mix(checkpoint, get_scheme("q4"), Budget(bits=5.5), make_plan, algorithm="refit").choices)
+        found.append(mix(checkpoint, get_scheme("q4"), make_plan, MixRequest(budget=Budget(bits=5.5))).choices)
     assert found[0] == found[1]
 
 
@@ -111,27 +111,27 @@ def test_a_matrix_that_quantizes_badly_counts_for_more(tmp_path: Path, spiky: in
 def test_only_what_has_two_widths_can_be_mixed() -> None:
     for name in ("q8", "fp32", "8da4w"):
         with pytest.raises(QuantizationError) as error:
-            check_mixable([get_scheme(name)], Budget(bits=5.0), None)
+            check_mixable([get_scheme(name)], MixRequest(budget=Budget(bits=5.0)))
         assert str(error.value) == (
             f"--target-bits 5: scheme {name} has one width for its linear layers; pass --scheme q4"
         )
-    check_mixable([get_scheme("q8"), get_scheme("q4")], Budget(bits=5.0), None)
+    check_mixable([get_scheme("q8"), get_scheme("q4")], MixRequest(budget=Budget(bits=5.0)))
     with pytest.raises(QuantizationError, match=r"leave --group-size 64 out$"):
-        check_mixable([get_scheme("q4")], Budget(bits=5.0), 64)
+        check_mixable([get_scheme("q4")], MixRequest(budget=Budget(bits=5.0)), 64)
 
 
 def test_q4_mixes_by_itself_unless_it_is_told_not_to(checkpoint: Checkpoint) -> None:
     schemes = [get_scheme(name) for name in ("q4", "q4f16", "q8")]
-    found = mixed(checkpoint, schemes, None, make_plan, algorithm="refit", by_default=True)
+    found = mixed(checkpoint, schemes, make_plan, MixRequest())
     assert [bool(scheme.choices) for scheme in found] == [True, False, False]
-    assert mixed(checkpoint, schemes, None, make_plan, algorithm="refit", by_default=False) == schemes
+    assert mixed(checkpoint, schemes, make_plan, MixRequest(by_default=False)) == schemes
     of_one_width = replace(schemes[0], linear=schemes[2].linear)
-    assert mixed(checkpoint, [of_one_width], None, make_plan, algorithm="refit", by_default=True) == [of_one_width]
+    assert mixed(checkpoint, [of_one_width], make_plan, MixRequest()) == [of_one_width]
 
 
 def test_a_scheme_with_choices_is_another_one(checkpoint: Checkpoint) -> None:
     """An export that was killed goes on only where it would make the same."""
     scheme = get_scheme("q4")
-    changed = mix(checkpoint, scheme, Budget(bits=5.5), make_plan, algorithm="refit")
+    changed = mix(checkpoint, scheme, make_plan, MixRequest(budget=Budget(bits=5.5)))
     assert replace(changed, choices={}, sensitive_patterns=scheme.sensitive_patterns) == scheme
     assert repr(changed) != repr(scheme)
