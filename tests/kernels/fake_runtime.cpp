@@ -35,6 +35,14 @@ OrtStatus* create_status(int code, const char* message) {
   return new OrtStatus{code, message};
 }
 
+int error_code(const OrtStatus* status) {
+  return status->code;
+}
+
+const char* build_info() {
+  return "ORT Build Info: a fake";
+}
+
 void release_status(OrtStatus* status) {
   delete status;
 }
@@ -176,6 +184,7 @@ const Table& the_table() {
   static const Table table = [] {
     Table made = {};
     put<ort::CreateStatus>(made, create_status);
+    put<ort::GetErrorCode>(made, error_code);
     put<ort::CreateCustomOpDomain>(made, create_domain);
     put<ort::CustomOpDomainAdd>(made, add_op);
     put<ort::AddCustomOpDomain>(made, add_domain);
@@ -189,9 +198,10 @@ const Table& the_table() {
     put<ort::KernelContextGetInputCount>(made, input_count);
     put<ort::KernelContextGetInput>(made, input);
     put<ort::KernelContextGetOutput>(made, output);
-    put<ort::KernelInfoGetConstantInput>(made, constant_input);
+    put<ort::KernelInfoGetConstantInputTensor>(made, constant_input);
     put<ort::ReleaseStatus>(made, release_status);
     put<ort::ReleaseTensorTypeAndShapeInfo>(made, release_info);
+    put<ort::GetBuildInfoString>(made, build_info);
     put<ort::KernelContextParallelFor>(made, parallel_for);
     return made;
   }();
@@ -204,7 +214,7 @@ const OrtApi* api() {
 
 const OrtCustomOp* registered(const std::string& op) {
   static const std::string fault = [] {
-    const OrtApiBase base = {[](uint32_t) { return api(); }, [] { return "a fake"; }};
+    const OrtApiBase base = {[](uint32_t) { return api(); }, [] { return "1.31.0"; }};
     return taken(RegisterCustomOps(nullptr, &base));
   }();
   if (!fault.empty() || the_domain->ops.count(op) == 0) {

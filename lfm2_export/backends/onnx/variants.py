@@ -102,13 +102,29 @@ def _library(program: Program, kernels: Kernels) -> Path | None:
 
 @functools.cache
 def own_library() -> Path | None:
-    """The library with our operators, built at first use; None where it cannot be built or has no fast kernels."""
+    """The library with our operators, built at first use; None where it cannot be built, has no fast kernels, or is not
+    for this onnxruntime."""
     try:
         path = build.onnx_library_path()
     except build.KernelBuildError as error:
         logger.warning("%s", error)
         return None
-    return path if path is not None and _fastest(path) != "scalar" else None
+    if path is None or _fastest(path) == "scalar":
+        return None
+    if misfit := _misfit(path):
+        logger.warning("%s; its own kernels run instead", misfit)
+        return None
+    return path
+
+
+def _misfit(library: Path) -> str:
+    """Why onnxruntime cannot take the library's operators, found out by registering them; empty where it can."""
+    from lfm2_export.backends.onnx.session import session_options  # imports onnxruntime, which an export does without
+
+    session_options(1, library)
+    reason = ctypes.CDLL(str(library)).lfm2_onnx_misfit
+    reason.restype = ctypes.c_char_p
+    return reason().decode()
 
 
 def _fastest(library: Path) -> str:

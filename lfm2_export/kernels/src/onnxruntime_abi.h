@@ -1,6 +1,7 @@
 // The part of ONNX Runtime's C interface that an operator library needs, written down by hand: the wheels carry no
 // headers. The interface is a table of functions that only ever grows at its end (onnxruntime_c_api.h says so), so an
 // index is as stable as a name; RegisterCustomOps asks for the version in which the last of ours appeared.
+// tests/kernels/test_interface.py compares all of this with the header itself.
 
 #pragma once
 
@@ -14,6 +15,7 @@ struct OrtKernelContext;
 struct OrtSessionOptions;
 struct OrtCustomOpDomain;
 struct OrtTensorTypeAndShapeInfo;
+struct OrtShapeInferContext;
 
 struct OrtApi {
   const void* functions[1];  // and more
@@ -45,7 +47,7 @@ struct OrtCustomOp {
   int (*GetVariadicOutputHomogeneity)(const OrtCustomOp*);
   OrtStatus* (*CreateKernelV2)(const OrtCustomOp*, const OrtApi*, const OrtKernelInfo*, void** kernel);
   OrtStatus* (*KernelComputeV2)(void* kernel, OrtKernelContext*);
-  OrtStatus* (*InferOutputShapeFn)(const OrtCustomOp*, void* context);
+  OrtStatus* (*InferOutputShapeFn)(const OrtCustomOp*, OrtShapeInferContext*);
   int (*GetStartVersion)(const OrtCustomOp*);
   int (*GetEndVersion)(const OrtCustomOp*);
 };
@@ -53,6 +55,9 @@ struct OrtCustomOp {
 namespace lfm2::ort {
 
 constexpr uint32_t kApiVersion = 17;
+// The runtimes 1.17 to 1.31: those whose table this is known to be. The newest is the one that pyproject.toml asks for.
+constexpr int kOldestRuntime = 17;
+constexpr int kNewestRuntime = 31;
 
 enum ElementType { kAnyType = 0, kFloat = 1, kUint8 = 2, kInt32 = 6, kInt64 = 7, kHalf = 10 };
 enum Characteristic { kRequired = 0, kOptional = 1 };
@@ -69,6 +74,7 @@ struct Entry {
 };
 
 using CreateStatus = Entry<0, OrtStatus*(int code, const char* message)>;
+using GetErrorCode = Entry<1, int(const OrtStatus*)>;
 using CreateCustomOpDomain = Entry<26, OrtStatus*(const char* domain, OrtCustomOpDomain**)>;
 using CustomOpDomainAdd = Entry<27, OrtStatus*(OrtCustomOpDomain*, const OrtCustomOp*)>;
 using AddCustomOpDomain = Entry<28, OrtStatus*(OrtSessionOptions*, OrtCustomOpDomain*)>;
@@ -83,10 +89,11 @@ using KernelContextGetInputCount = Entry<88, OrtStatus*(const OrtKernelContext*,
 using KernelContextGetInput = Entry<90, OrtStatus*(const OrtKernelContext*, size_t, const OrtValue**)>;
 using KernelContextGetOutput =
     Entry<91, OrtStatus*(OrtKernelContext*, size_t, const int64_t* shape, size_t rank, OrtValue**)>;
-using KernelInfoGetConstantInput =
-    Entry<249, OrtStatus*(const OrtKernelInfo*, size_t index, int* is_constant, const OrtValue**)>;
 using ReleaseStatus = Entry<93, void(OrtStatus*)>;
 using ReleaseTensorTypeAndShapeInfo = Entry<99, void(OrtTensorTypeAndShapeInfo*)>;
+using KernelInfoGetConstantInputTensor =
+    Entry<249, OrtStatus*(const OrtKernelInfo*, size_t index, int* is_constant, const OrtValue**)>;
+using GetBuildInfoString = Entry<254, const char*()>;
 using KernelContextParallelFor =
     Entry<274, OrtStatus*(const OrtKernelContext*, void (*)(void*, size_t), size_t total, size_t batches, void*)>;
 

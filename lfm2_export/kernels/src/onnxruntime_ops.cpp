@@ -21,14 +21,68 @@
 // (see row_matrix.h). What a graph could get wrong is in faults.h: attributes are looked at when a session
 // is made, tensors in every call, so that the kernels need not look.
 
+#include <cstdio>
+#include <cstring>
+
 #include "onnxruntime_kernel.h"
 
 #define LFM2_EXPORT extern "C" __attribute__((visibility("default")))
 
+namespace {
+
+namespace ort = lfm2::ort;
+
+thread_local std::string the_misfit;
+
+// 31 of "1.31.1"; -1 of what is no version 1.
+int minor_of(const char* version) {
+  int major = 0, minor = 0;
+  return version != nullptr && std::sscanf(version, "%d.%d", &major, &minor) == 2 && major == 1 ? minor : -1;
+}
+
+// Through a wrong index another function is called, which ends the process or worse. So the version is looked at first,
+// then calls are made that harm nothing and whose answers are known.
+bool answers(const OrtApi* api) {
+  const char* built = ort::GetBuildInfoString::of(api)();
+  if (built == nullptr || std::strncmp(built, "ORT Build Info", 14) != 0) {
+    return false;
+  }
+  OrtStatus* status = ort::CreateStatus::of(api)(ort::kInvalidArgument, "lfm2");
+  const int code = ort::GetErrorCode::of(api)(status);
+  ort::ReleaseStatus::of(api)(status);
+  return code == ort::kInvalidArgument;
+}
+
+// Null, and the reason in the_misfit, where the table in onnxruntime_abi.h is not known to be this runtime's.
+const OrtApi* fitting(const OrtApiBase* base) {
+  const char* version = base->GetVersionString();
+  const int minor = minor_of(version);
+  const std::string found = std::string("ONNX Runtime ") + (version == nullptr ? "without a version" : version);
+  the_misfit.clear();
+  if (minor < ort::kOldestRuntime || minor > ort::kNewestRuntime) {
+    the_misfit = found + ": these kernels are for 1." + std::to_string(ort::kOldestRuntime) + " to 1." +
+                 std::to_string(ort::kNewestRuntime);
+    return nullptr;
+  }
+  const OrtApi* api = base->GetApi(ort::kApiVersion);
+  if (api == nullptr || !answers(api)) {
+    the_misfit = found + ": its interface is not that of its version";
+    return nullptr;
+  }
+  return api;
+}
+
+}  // namespace
+
+// Why the last RegisterCustomOps in this thread registered nothing; empty where it did.
+LFM2_EXPORT const char* lfm2_onnx_misfit() {
+  return the_misfit.c_str();
+}
+
 // What SessionOptions.register_custom_ops_library looks for.
 LFM2_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   using namespace lfm2;
-  const OrtApi* api = base->GetApi(ort::kApiVersion);
+  const OrtApi* api = fitting(base);
   if (api == nullptr) {  // there is no table to make a status with
     return nullptr;      // the session then says that it does not know the operators
   }

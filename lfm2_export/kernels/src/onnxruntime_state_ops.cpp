@@ -18,7 +18,7 @@ class ConstantTaps {
   ConstantTaps(const OrtApi* api, const OrtKernelInfo* info, size_t index) {
     int is_constant = 0;
     const OrtValue* value = nullptr;
-    check(ort::KernelInfoGetConstantInput::of(api)(info, index, &is_constant, &value));
+    check(ort::KernelInfoGetConstantInputTensor::of(api)(info, index, &is_constant, &value));
     if (is_constant == 0 || value == nullptr) {
       return;
     }

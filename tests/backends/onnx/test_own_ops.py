@@ -176,6 +176,21 @@ def test_a_build_that_fails_is_said_and_the_runtimes_own_kernels_are_chosen(arti
     ]
 
 
+@needs_library
+def test_a_runtime_that_they_do_not_fit_is_said_and_its_own_kernels_are_chosen(artifact, monkeypatch, caplog):
+    """What the library says of which runtime: tests/kernels/test_interface.py."""
+    library = variants.own_library()
+    assert variants._misfit(library) == ""
+    variants.own_library.cache_clear()
+    monkeypatch.setattr(variants, "_misfit", lambda path: "" if path != library else "ONNX Runtime 1.32.0: no")
+    for _ in range(2):
+        assert choose(artifact("tiny-moe"), program_of(artifact("tiny-moe"), "q4")).library is None
+    assert [record.getMessage() for record in caplog.records] == [
+        "ONNX Runtime 1.32.0: no; its own kernels run instead"
+    ]
+    variants.own_library.cache_clear()
+
+
 def test_a_processor_without_fast_kernels_has_no_library(no_compiler, monkeypatch, tmp_path):
     monkeypatch.setattr(build, "onnx_library_path", lambda: tmp_path / "liblfm2_onnx.so")
     monkeypatch.setattr(variants, "_fastest", lambda library: "scalar")
