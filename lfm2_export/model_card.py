@@ -1,11 +1,11 @@
 """The artifact's README: what it is, how to run it in each runtime, and its figures; only what the manifest knows.
 
-In: the checkpoint's record and the programs. Out: Markdown with the front matter that the Hub reads.
+In: the checkpoint's record and the programs. Out: Markdown, by ``templates/model_card.md``, with the front matter that
+the Hub reads.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,8 +15,8 @@ from lfm2_export.checkpoint import Checkpoint
 from lfm2_export.manifest import CheckpointRecord, Program
 from lfm2_export.messages import one_line
 from lfm2_export.resources import human_bytes
+from lfm2_export.templating import fill_in
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _MARKUP = re.compile(r"[\\`*\[\]<>|#&~]")
 _NAME_LIMIT = 200
 
@@ -26,10 +26,24 @@ def render(record: CheckpointRecord, programs: Sequence[Program], checkpoint: Ch
     by_backend: dict[str, list[Program]] = {}
     for program in programs:
         by_backend.setdefault(program.backend, []).append(program)
-    sections = [_front_matter(record, checkpoint), _title(record, checkpoint), _programs(programs)]
-    sections += [BACKENDS[name].how_to_run(own) for name, own in by_backend.items() if name in BACKENDS]
-    found = filter(None, (_widths(programs), _figures(programs)))
-    return "\n".join([*sections, *found, _licence(checkpoint)])
+    total, active = checkpoint.parameter_count, checkpoint.active_parameter_count
+    licences = [path.name for path in checkpoint.files() if path.name.startswith("LICENSE")]
+    values = {
+        "front_matter": _front_matter(record, licences),
+        "record": record,
+        "total": _millions(total),
+        "active": None if active == total else _millions(active),
+        "programs": [_row(program) for program in programs],
+        "how_to_run": [BACKENDS[name].how_to_run(own) for name, own in by_backend.items() if name in BACKENDS],
+        "widths": [row for program in programs if (row := _widths(program))],
+        "figures": [row for program in programs if (row := _figures(program))],
+        "licence": licences[0] if licences else None,
+    }
+    return fill_in("model_card.md", values, filters={"plain": _plain, "code": _code})
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.1f} M"
 
 
 def _plain(name: object) -> str:
@@ -42,88 +56,63 @@ def _code(name: object) -> str:
     return f"`{one_line(str(name), _NAME_LIMIT).replace('`', chr(39)).replace('|', '/')}`"
 
 
-def _front_matter(record: CheckpointRecord, checkpoint: Checkpoint) -> str:
-    # A string of JSON is one of YAML's.
-    name = record.name if _HUB_ID.fullmatch(record.name) else json.dumps(record.name)
-    base = f"base_model: {name}\n" if record.revision else ""
-    licence = "license: other\n" if any(p.name.startswith("LICENSE") for p in checkpoint.files()) else ""
-    return (
-        f"---\n{licence}{base}library_name: transformers.js\npipeline_tag: text-generation\ntags: [lfm2, onnx]\n---\n"
+def _front_matter(record: CheckpointRecord, licences: Sequence[str]) -> str:
+    """What the Hub reads, as YAML."""
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(
+        license="other" if licences else None,
+        base_model=record.name if record.revision else None,
+        library_name="transformers.js",
+        pipeline_tag="text-generation",
+        tags=["lfm2", "onnx"],
     )
+    return data.to_yaml()
 
 
-def _title(record: CheckpointRecord, checkpoint: Checkpoint) -> str:
-    total, active = checkpoint.parameter_count, checkpoint.active_parameter_count
-    used = f", {active / 1e6:,.1f} M of them for one token" if active != total else ""
-    return (
-        f"# {_plain(record)} for on-device runtimes\n\n"
-        f"Exported by lfm2-export from a {_code(record.model_type)} checkpoint with {total / 1e6:,.1f} M "
-        f"parameters{used}. "
-        "`lfm2_export.json` lists every file with its hash and every tensor with its quantization error.\n"
-    )
+def _row(program: Program) -> dict[str, Any]:
+    """One of the table of programs."""
+    return {
+        "name": str(program),
+        "backend": program.backend,
+        "scheme": program.scheme,
+        "file": program.graphs["model"],
+        "size": human_bytes(sum(entry.bytes for entry in program.files.values())),
+        "context": f"{program.context_length:,}",
+        "calibration": program.calibration,
+    }
 
 
-def _programs(programs: Sequence[Program]) -> str:
-    rows = [
-        f"| {_plain(program.backend)} | {_plain(program.scheme)} | {_code(program.graphs['model'])} | "
-        f"{human_bytes(sum(entry.bytes for entry in program.files.values()))} | {program.context_length:,} |"
-        for program in programs
-    ]
-    head = "| Backend | Scheme | File | Size with weights | Context |\n|---|---|---|---|---|"
-    notes = [f"{_plain(program)}: {_plain(made)}.\n" for program in programs if (made := program.calibration)]
-    return "\n".join(["## Programs\n", head, *rows, "", *notes])
+def _widths(program: Program) -> dict[str, Any] | None:
+    """Bits a weight, and what has which width, of a quantized program."""
+    bits = program.options.get("bits_per_weight", {})
+    stored = [row for row in program.options.get("widths", ()) if "groups" in row["format"]]
+    if not stored or not bits:
+        return None
+    return {
+        "name": str(program),
+        "file": _figure(bits, "file", ".2f"),
+        "step": _figure(bits, "step", ".2f"),
+        "stored": [{**row, "tensors": f"{row['tensors']:,}"} for row in stored],
+    }
 
 
-def _widths(programs: Sequence[Program]) -> str:
-    """Bits a weight, and what has which width, of quantized programs."""
-    rows = []
-    for program in programs:
-        bits = program.options.get("bits_per_weight", {})
-        widths = [row for row in program.options.get("widths", ()) if "groups" in row["format"]]
-        if widths and bits:
-            cells = (_figure(bits, "file", ".2f"), _figure(bits, "step", ".2f"), "; ".join(map(_width, widths)))
-            rows.append(f"| {_plain(program)} | {' | '.join(cells)} |")
-    if not rows:
-        return ""
-    head = "| Program | Bits a weight, file | Read by a decode step | Stored as |\n|---|---|---|---|"
-    return "\n".join(["## Widths\n", head, *rows, ""])
-
-
-def _width(row: Mapping[str, Any]) -> str:
-    return f"{_plain(row['part'])}: {row['tensors']:,} {_plain(row['format'])}"
-
-
-def _figures(programs: Sequence[Program]) -> str:
+def _figures(program: Program) -> dict[str, Any] | None:
     """Parity figures, where ``lfm2-export parity`` has recorded them."""
-    rows = []
-    for program in programs:
-        hops = program.parity or {}
-        lowering, cost = hops.get("lowering", {}), hops.get("quantization", {})
-        if lowering or cost:
-            cells = (
-                _figure(lowering, "max_abs_error", ".1e"),
-                _figure(lowering, "kl", ".1e"),
-                _figure(cost, "kl", ".4f"),
-                _figure(cost, "top1_agreement", ".1%"),
-                _figure(cost, "perplexity", ".2f"),
-            )
-            rows.append(f"| {_plain(program)} | {' | '.join(cells)} |")
-    if not rows:
-        return ""
-    head = (
-        "| Program | Lowering: max error | Lowering: KL | Quantization: KL | Same top token | Perplexity |\n"
-        "|---|---|---|---|---|---|"
+    hops = program.parity or {}
+    lowering, cost = hops.get("lowering", {}), hops.get("quantization", {})
+    if not lowering and not cost:
+        return None
+    cells = (
+        _figure(lowering, "max_abs_error", ".1e"),
+        _figure(lowering, "kl", ".1e"),
+        _figure(cost, "kl", ".4f"),
+        _figure(cost, "top1_agreement", ".1%"),
+        _figure(cost, "perplexity", ".2f"),
     )
-    return "\n".join(["## Parity with the eager model\n", head, *rows, ""])
+    return {"name": str(program), "cells": cells}
 
 
 def _figure(figures: Mapping[str, Any], name: str, form: str) -> str:
     value = figures.get(name) if isinstance(figures, Mapping) else None
     return format(value, form) if isinstance(value, int | float) else "-"
-
-
-def _licence(checkpoint: Checkpoint) -> str:
-    names = [path.name for path in checkpoint.files() if path.name.startswith("LICENSE")]
-    if not names:
-        return "## Licence\n\nThe checkpoint came without a licence file; its licence applies to this artifact.\n"
-    return f"## Licence\n\nThat of the base model: see {_code(names[0])}.\n"

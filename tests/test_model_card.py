@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import replace
+
+from huggingface_hub import ModelCard
 
 from lfm2_export import model_card
 from lfm2_export.checkpoint import open_checkpoint
@@ -34,11 +35,9 @@ def test_a_name_changes_nothing_but_what_it_says() -> None:
     plain = rendered(replace(record, name="a/b"))
     card = rendered(record, graphs=graphs, parity=figures)
     assert card.isascii() or not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]", card)
-    front, _, body = card.removeprefix("---\n").partition("\n---\n")
-    assert json.loads(re.search(r"^base_model: (.*)$", front, re.MULTILINE)[1]) == NAME  # type: ignore[index]
-    assert [line.partition(":")[0] for line in front.splitlines()] == [
-        line.partition(":")[0] for line in plain.removeprefix("---\n").partition("\n---\n")[0].splitlines()
-    ]
+    read = ModelCard(card).data.to_dict()
+    assert read == {**ModelCard(plain).data.to_dict(), "base_model": NAME}
+    _, _, body = card.removeprefix("---\n").partition("\n---\n")
     (title,) = [line for line in body.splitlines() if line.startswith("# ")]
     assert title.startswith(r"# a/\[here\](http://x) \# \<script\>\|\`b\`\*c\*\\x1b\[2J\\udcff")
     assert "| onnx | q4 | `onnx/'a'/b.onnx` |" in body

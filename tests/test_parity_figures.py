@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from lfm2_export.parity import ParityReport, divergence, page
+from lfm2_export.parity import ParityReport, ProgramParity, divergence, page
 from lfm2_export.parity.figures import KL, MAX_ABS, Control, Figure, Hop, scaled
-from lfm2_export.parity.page import curve_svg
 from lfm2_export.parity.sample import HELD_OUT
 from lfm2_export.parity.storage import relative_errors
 from lfm2_export.source import ASSETS
+from tests.artifacts import program
 
 
 def test_divergence_of_known_distributions() -> None:
@@ -101,8 +102,14 @@ def test_relative_errors_of_rows() -> None:
 
 
 def test_a_curve_without_values_is_a_line_of_text() -> None:
-    assert "no positions" in curve_svg([])
-    assert curve_svg([0.0]).count("<polyline") == 1
+    hop = Hop(
+        name="model", title="", figures=(), controls=(), summary={"kl": 0.0, "top1_agreement": 1.0, "perplexity": 1.0}
+    )
+    for curve, lines in (((), 0), ((0.0,), 1), ((0.1, 0.2), 1)):
+        measured = ProgramParity(program=program(), lowering=hop, quantization=replace(hop, curve=curve))
+        report = ParityReport(artifact="a", checkpoint="c", text="t", model=hop, programs=(measured,), versions={})
+        text = page.render(report)
+        assert ("no positions were measured" in text, text.count("<polyline")) == (not curve, lines)
 
 
 def test_the_held_out_text_is_there() -> None:
