@@ -3,6 +3,9 @@
 In: a folder and a name. Out: whether the lock is held. The file is made here and by no link: one that a dead process
 left is replaced, anything else of that name is refused. So its owner is whoever this process is for that file system
 (a network share may know root under another id).
+
+Not filelock's: that opens a path rather than a name below a folder's handle, and takes a pipe, or a file that others
+made, for its lock.
 """
 
 from __future__ import annotations

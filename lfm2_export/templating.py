@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import jinja2
 
 _TEMPLATES = Path(__file__).parent / "templates"
-# Of a cell by its text, and of one with a number in it.
+# Of a cell that holds a verdict (parity/figures.py), and of one with a number in it.
 _KINDS = {"ok": "verdict good", "FELL SHORT": "verdict bad"}
 _NUMBER = "number"
 

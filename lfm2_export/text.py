@@ -2,6 +2,9 @@
 
 In: tokenizer.json, tokenizer_config.json, chat templates as published. Out: the ids that transformers'
 ``AutoTokenizer`` gives, and text that streams token by token without ever showing half a character.
+
+``StreamDecoder`` is not tokenizers' ``DecodeStream``: that has no end, at which it would give what it holds back, and
+decodes a run of invalid bytes anew at every step (4,000 of them: 3.5 s against 0.1 s).
 """
 
 from __future__ import annotations
