@@ -7,6 +7,7 @@ Only data files are fetched (JSON, safetensors, templates, licence): code and pi
 from __future__ import annotations
 
 import errno
+import importlib.util
 import logging
 import os
 import re
@@ -19,7 +20,8 @@ from lfm2_export.errors import CheckpointError, ResourceError
 logger = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parent / "assets"
-BUNDLED = ("tiny-moe", "tiny-dense")
+BUNDLED = ("tiny-moe", "tiny-dense", "tiny-lfm3")
+COMPANION = "lfm2_export_demo"  # the distribution that brings them where lfm2-export is installed from a wheel
 SUFFIX = ".gguf"
 
 WEIGHT_PATTERNS = ("config.json", "*.safetensors", "*.safetensors.index.json")
@@ -95,11 +97,18 @@ def _bundled(name: str, revision: str | None) -> Source:
     _refuse_revision(name, revision, "a bundled checkpoint")
     if os.path.isdir(name):
         logger.warning("%s: the bundled checkpoint is taken; for the folder of this name say ./%s", name, name)
-    path = ASSETS / name
-    if not path.is_dir():
-        raise CheckpointError(f"{name}: the bundled checkpoint is missing from {ASSETS}; install lfm2-export again")
+    path = next((folder / name for folder in _bundles() if (folder / name).is_dir()), None)
+    if path is None:
+        raise CheckpointError(f"{name}: the small checkpoints are not installed; pip install 'lfm2-export[demo]'")
     # Some installers make every file a link to their store: there the package's own folder is.
     return Source(path=Path(os.path.realpath(path / "config.json")).parent)
+
+
+def _bundles() -> list[Path]:
+    """Where the bundled checkpoints may lie: a checkout's own folder, or the distribution that carries them."""
+    spec = importlib.util.find_spec(COMPANION)
+    found = None if spec is None else spec.submodule_search_locations
+    return [ASSETS, *map(Path, found or ())]
 
 
 def _refuse_revision(name: str, revision: str | None, kind: str) -> None:

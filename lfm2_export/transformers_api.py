@@ -32,6 +32,7 @@ from lfm2_export.transformers_cache import ExportedCache, StateDesk
 from lfm2_export.transformers_config import changed_config, fields_of, generation_settings, own_config
 from lfm2_export.transformers_inputs import all_logits, attended, check_positions, kept, loss_of, only_last
 from lfm2_export.transformers_module import ProgramModule
+from lfm2_export.transformers_names import cache_name
 from lfm2_export.transformers_options import (
     CPU,
     FORWARD_OPTIONS,
@@ -181,6 +182,7 @@ class ExportedModelForCausalLM(ProgramModule, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         return_dict: bool | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
+        cache: ExportedCache | None = None,
         **options: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """One forward pass over [B, T] new columns.
@@ -195,6 +197,7 @@ class ExportedModelForCausalLM(ProgramModule, GenerationMixin):
             logits_to_keep: 1 gives each row's last *token*, whatever padding follows; 0 all columns, zero at padding.
             return_dict: False gives a tuple (default: as the config says).
             num_items_in_batch: what the loss is divided by, where it is not the number of labels.
+            cache: the name of ``past_key_values`` from transformers 5.24 on; the output has the installed one's name.
             options: transformers' other ones, taken where they change nothing.
 
         Raises:
@@ -207,7 +210,9 @@ class ExportedModelForCausalLM(ProgramModule, GenerationMixin):
             raise GenerationError(
                 "forward: input_ids with shape [batch, tokens] expected; pass what the tokenizer returns"
             )
-        cache = self._check_cache(past_key_values)
+        if cache is not None and past_key_values is not None:
+            raise GenerationError("forward: cache and past_key_values are one thing; pass one of them")
+        cache = self._check_cache(past_key_values if cache is None else cache)
         short = labels is None and (input_ids.shape[1] == 1 or only_last(logits_to_keep))
         with self._desk.lock:
             logits = self._advance(cache, input_ids, attention_mask, position_ids, short)
@@ -216,20 +221,20 @@ class ExportedModelForCausalLM(ProgramModule, GenerationMixin):
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits if short else kept(logits, logits_to_keep),
-            past_key_values=cache if keep else None,
+            **{cache_name(): cache if keep else None},
         )
         as_said = self.config.return_dict if return_dict is None else return_dict
         return output if as_said else output.to_tuple()
 
-    def _check_cache(self, past_key_values: object) -> ExportedCache:
-        if past_key_values is None:
+    def _check_cache(self, given: object) -> ExportedCache:
+        if given is None:
             return self._desk.borrow()
-        if not isinstance(past_key_values, ExportedCache) or past_key_values.desk is not self._desk:
+        if not isinstance(given, ExportedCache) or given.desk is not self._desk:
             raise GenerationError(
-                f"past_key_values: a {type(past_key_values).__name__} is not a state of this model; "
+                f"{cache_name()}: a {type(given).__name__} is not a state of this model; "
                 "pass what an earlier call returned, or nothing"
             )
-        return past_key_values
+        return given
 
     def _advance(
         self,
@@ -269,11 +274,11 @@ class ExportedModelForCausalLM(ProgramModule, GenerationMixin):
             raise GenerationError(
                 f"cache_implementation={implementation!r}: an exported program has one cache; leave it out"
             )
-        if (given := model_kwargs.get("past_key_values")) is not None:
+        if (given := model_kwargs.get(cache_name())) is not None:
             cache = self._check_cache(given)
             cache._is_user_defined = True
         elif generation_config.use_cache is not False:
-            cache = model_kwargs["past_key_values"] = ExportedCache(self._desk)
+            cache = model_kwargs[cache_name()] = ExportedCache(self._desk)
         else:
             return
         # The runner cuts each row itself: of columns cut by transformers, some hold nothing but a row's left padding.

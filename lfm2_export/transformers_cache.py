@@ -59,6 +59,7 @@ class ExportedCache(Cache):
     is_compileable = False
     is_croppable = False
     is_initialized = True
+    is_linear = (False,)  # of its layers: what keeps columns is given the new ones only
 
     def __init__(self, desk: StateDesk):
         super().__init__(layers=[])

@@ -138,7 +138,18 @@ def test_a_bundled_name_wins_over_a_folder_of_that_name(
     assert resolve("tiny-moe").path == tmp_path / "assets" / "tiny-moe"
     assert "for the folder of this name say ./tiny-moe" in caplog.text
     assert resolve("./tiny-moe").path == Path("tiny-moe")
-    assert "tiny-dense: the bundled checkpoint is missing from" in refusal("tiny-dense")
+
+
+def test_bundled_checkpoints_are_found_in_the_distribution_that_carries_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "ASSETS", tmp_path / "nothing")
+    remedy = "tiny-dense: the small checkpoints are not installed; pip install 'lfm2-export[demo]'"
+    assert refusal("tiny-dense") == remedy
+    (tmp_path / source.COMPANION / "tiny-dense").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert resolve("tiny-dense").path == tmp_path / source.COMPANION / "tiny-dense"
+    assert "tiny-moe: the small checkpoints are not installed" in refusal("tiny-moe")
 
 
 def test_a_bundled_checkpoint_of_which_an_installer_made_links_opens(
@@ -154,7 +165,9 @@ def test_a_bundled_checkpoint_of_which_an_installer_made_links_opens(
 @pytest.mark.parametrize("name", ["/no/such/folder", "./models/x", "../x/y", "nothing", "a/b/c", "", "org/na me"])
 def test_names_that_can_be_no_hub_id_are_refused_without_network(name: str) -> None:
     message = refusal(name)
-    assert message.startswith(f"{name}: no such directory, and neither a bundled checkpoint (tiny-moe, tiny-dense)")
+    assert message.startswith(
+        f"{name}: no such directory, and neither a bundled checkpoint (tiny-moe, tiny-dense, tiny-lfm3)"
+    )
     assert "nor a Hub id (organization/name, or organization/name/file.gguf)" in message
 
 

@@ -36,6 +36,7 @@ from lfm2_export.parity.divergence import largest
 from lfm2_export.parity.figures import LARGEST_LOGIT, MAX_ABS, Figure, Hop, scaled
 from lfm2_export.parity.sample import Sample
 from lfm2_export.source import BUNDLED
+from lfm2_export.transformers_names import cache_name
 
 BUNDLED_TOLERANCE = 1e-5
 # Other checkpoints have more and wider layers, or random weights, whose sums differ more with their order.
@@ -141,8 +142,8 @@ def _chunks(ids: Tensor) -> tuple[int, ...]:
 def _their_parts(model: Any, ids: Tensor, sizes: tuple[int, ...]) -> Tensor:
     cache, logits = None, []
     for part in _split(ids, sizes):
-        out = model(part, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(part, use_cache=True, **{cache_name(): cache})
+        cache = out[cache_name()]
         logits.append(out.logits)
     return torch.cat(logits, dim=1)
 
