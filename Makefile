@@ -5,11 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format golden sanitize sanitized fuzz fuzz-operators faults bench bench-8b clean
+.PHONY: help demo test test-oldest wheels lint format golden sanitize sanitized fuzz fuzz-operators faults bench bench-8b clean
 
 help:
 	@echo "make demo      export the bundled checkpoint as fp32 and q4, prove it, generate text from both"
 	@echo "make test      run the tests"
+	@echo "make test-oldest  run them with the oldest versions that pyproject.toml takes (oldest.txt), in .venv-oldest"
+	@echo "make wheels    build the wheels into dist/: lfm2-export and the bundled checkpoints' own"
 	@echo "make lint      ruff format and check, mypy"
 	@echo "make sanitize  run the C++ kernels' and operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make fuzz      fuzz the readers of files for MINUTES=5 (of one: TARGET=checkpoint); Linux on x86-64"
@@ -34,6 +36,20 @@ demo: $(STAMP)
 # Two processes: the tests are many small exports, which a second core halves.
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+# .venv has the newest versions that are taken; this is the other end of the ranges.
+OLDEST := .venv-oldest
+$(OLDEST)/.installed: pyproject.toml oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint oldest.txt --editable '.[dev]'
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -n 2 --dist worksteal -q
+
+wheels: $(STAMP)
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist . integrations/lfm2-export-demo
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -58,8 +58,8 @@ def export(
     """Exports a checkpoint under one or more schemes into a folder.
 
     Args:
-        checkpoint: a directory, a Hub id, a bundled name ("tiny-moe", "tiny-dense"), or a GGUF file, which is taken
-            over bit for bit where its types are grids of ours (Q4_0, Q8_0, Q6_K).
+        checkpoint: a directory, a Hub id, a bundled name ("tiny-moe", "tiny-dense", "tiny-lfm3"), or a GGUF file, which
+            is taken over bit for bit where its types are grids of ours (Q4_0, Q8_0, Q6_K).
         scheme: one name or several.
         output: a folder that does not exist, is empty, or is an artifact of the same checkpoint, which is added to.
         group_size: weights that share a scale, in the schemes that have groups; default: the scheme's.

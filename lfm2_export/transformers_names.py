@@ -8,7 +8,7 @@ import functools
 
 @functools.cache
 def cache_name() -> str:
-    """The state between calls, as an argument of ``forward`` and in its output: "past_key_values", from 5.24 "cache"."""
+    """The state between calls, as ``forward`` takes and gives it: "past_key_values", from 5.24 on "cache"."""
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     names = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -9,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from lfm2_export.source import BUNDLED
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "executorch", "numpy")
@@ -62,17 +66,52 @@ assert code == 2, code
     assert "pip install 'lfm2-export[export]'" in done.stderr
 
 
-def test_the_wheel_is_pure_and_holds_what_is_no_python(tmp_path: Path) -> None:
-    """Checkpoints, and the kernels' sources, which are built where the wheel is installed."""
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT)]
+COMPANION = ROOT / "integrations" / "lfm2-export-demo"
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The wheels of this project by their distribution's name, built as ``make wheels`` builds them."""
+    folder = tmp_path_factory.mktemp("wheels")
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(ROOT), str(COMPANION)]
     done = subprocess.run(command, capture_output=True, text=True)
     if "No matching distribution found for setuptools" in done.stderr:
-        pytest.skip("setuptools, which builds the wheel, cannot be had here")
+        pytest.skip("setuptools, which builds the wheels, cannot be had here")
     assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
+    return {wheel.name.partition("-")[0]: wheel for wheel in folder.glob("*.whl")}
+
+
+def test_the_wheel_is_pure_and_small_and_holds_what_is_no_python(wheels: dict[str, Path]) -> None:
+    """The texts, and the kernels' sources, which are built where the wheel is installed."""
+    wheel = wheels["lfm2_export"]
+    print(f"{wheel.name}: {wheel.stat().st_size:,} bytes")
     assert wheel.name.endswith("-py3-none-any.whl")
+    assert wheel.stat().st_size < 1_000_000
     held = set(zipfile.ZipFile(wheel).namelist())
     package = ROOT / "lfm2_export"
-    wanted = {p for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts and p.name[0] != "."}
-    assert {str(path.relative_to(ROOT)) for path in wanted} <= held
+    files = {p for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts and p.name[0] != "."}
+    carried = {path for name in BUNDLED for path in (package / "assets" / name).iterdir()}
+    assert {str(path.relative_to(ROOT)) for path in files - carried} <= held
+    assert not {str(path.relative_to(ROOT)) for path in carried} & held
     assert not [name for name in held if name.startswith(("tests/", "benchmarks/", "examples/"))]
+
+
+def test_the_bundled_checkpoints_come_with_a_distribution_of_their_own(wheels: dict[str, Path], tmp_path: Path) -> None:
+    """Where the two are installed without a checkout; without the second, the remedy is told."""
+    zipfile.ZipFile(wheels["lfm2_export"]).extractall(tmp_path)
+    assert "the small checkpoints are not installed; pip install 'lfm2-export[demo]'" in inspected(tmp_path, 2).stderr
+    zipfile.ZipFile(wheels["lfm2_export_demo"]).extractall(tmp_path)
+    for name in BUNDLED:
+        assert (tmp_path / "lfm2_export_demo" / name / "LICENSE").is_file()
+    assert json.loads(inspected(tmp_path, 0).stdout)["parameters"] == 2_875_904
+
+
+def inspected(folder: Path, code: int) -> subprocess.CompletedProcess[str]:
+    """What ``inspect`` says of a bundled checkpoint, run from the packages in a folder alone."""
+    command = [sys.executable, "-c", "from lfm2_export.cli import main; raise SystemExit(main())", "inspect"]
+    environment = os.environ | {"PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*command, "tiny-lfm3", "--json"], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stderr
+    return done

@@ -122,9 +122,10 @@ def test_a_published_config_is_exported_and_is_the_model(name: str, tmp_path: Pa
     print(f"{name}: {error:.1e} of logits to {np.abs(expected).max():.1f}")
     assert error <= TOLERANCE
     quantized = logits(lfm2_export.load_runner(tmp_path / "out", scheme="q4", threads=1), ids)
-    alike = [np.corrcoef(*rows)[0, 1] for rows in zip(quantized, expected, strict=True)]
-    print(f"{name}, q4: logits correlate by {min(alike):.4f} at least")
-    assert min(alike) > 0.8  # random weights in 30 layers: 0.91
+    alike, other = correlation(quantized, expected), correlation(np.roll(quantized, 1, axis=0), expected)
+    print(f"{name}, q4: logits correlate by {alike:.2f}, with those of the next position by {other:.2f}")
+    # Random weights in up to 40 layers make much of the rounding: 0.76 and more. A wrong operator leaves nothing.
+    assert alike > 0.6 > 0.3 > other
     wrong = reference(checkpoint, other_theta(raw), ids)
     assert np.abs(wrong - expected).max() > 10 * TOLERANCE
 
@@ -143,6 +144,11 @@ def logits(runner: Runner, ids: list[int]) -> np.ndarray:
     """Of all positions, [T, V]."""
     first = runner.prefill_scored([ids[: TOKENS - 4]], chunk_size=7)[0]
     return np.concatenate([first, *(runner.decode([token]) for token in ids[TOKENS - 4 :])])
+
+
+def correlation(found: np.ndarray, expected: np.ndarray) -> float:
+    """The least over the positions."""
+    return min(float(np.corrcoef(*rows)[0, 1]) for rows in zip(found, expected, strict=True))
 
 
 def other_theta(raw: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,9 @@ class DemoCommand:
     help = "export a bundled checkpoint, prove it, and generate text from it"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--checkpoint", default="tiny-moe", type=given, help="tiny-moe (default) or tiny-dense")
+        parser.add_argument(
+            "--checkpoint", default="tiny-moe", type=given, help="tiny-moe (default), tiny-dense or tiny-lfm3"
+        )
         parser.add_argument("--output", default="demo_output", metavar="DIR", type=given, help="default: demo_output")
         parser.add_argument("--prompt", default=PROMPT, metavar="TEXT", help=f"default: {PROMPT}")
 

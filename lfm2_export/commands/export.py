@@ -20,7 +20,7 @@ class ExportCommand:
             "checkpoint",
             metavar="CHECKPOINT",
             type=given,
-            help="a directory, a GGUF file, a Hub id, or a bundled name (tiny-moe, tiny-dense)",
+            help="a directory, a GGUF file, a Hub id, or a bundled name (tiny-moe, tiny-dense, tiny-lfm3)",
         )
         parser.add_argument(
             "--output", "-o", metavar="DIR", type=given, required=True, help="a new folder, or an artifact to add to"
