@@ -61,12 +61,6 @@ class GenerationError(Lfm2ExportError):
     """A generation setting, prompt or chat template is not usable."""
 
 
-class ParityError(Lfm2ExportError):
-    """A measured difference is above its tolerance."""
-
-    exit_code = 1
-
-
 class ResourceError(Lfm2ExportError):
     """The machine lacks the memory or disk that the work needs."""
 

@@ -1,1 +1,3 @@
-"""Our C++ operators for ExecuTorch: sources, building, packing of weights, and their declarations for PyTorch."""
+"""Our C++ operators for ONNX Runtime and ExecuTorch: sources and building; for ExecuTorch also packing of weights, and
+their declarations for PyTorch.
+"""

@@ -27,7 +27,6 @@ TILE_BYTES = TILE_ROWS * 2 + TILE_ROWS * GROUP_SIZE // 2
 EXPERT_FORMAT = IntFormat(bits=4, group_size=GROUP_SIZE, symmetric=True, signed_scale=True, scale_dtype="float16")
 
 Codes = npt.NDArray[np.uint8]
-Scales = npt.NDArray[np.float16]
 
 
 def _empty(shape: tuple[int, ...]) -> ByteArray:

@@ -1,16 +1,14 @@
 """What each format of each unit will cost the model, estimated matrix by matrix.
 
-In: a checkpoint, the units of its plan, and perhaps statistics of what goes into its matrices. Out: damages by unit and
-format: the relative squared error of a matrix, or of its outputs where statistics are there, times what such an error
-does in a matrix of this class (``prior``, ``shares``). Rows are sampled, so that the largest models take seconds.
-Without statistics no sum depends on a processor's vector width: every machine finds the same figures.
+In: a checkpoint, the units of its plan. Out: damages by unit and format: the relative squared error of a matrix, times
+what such an error does in a matrix of this class (``prior``, ``shares``). Rows are sampled, so that the largest models
+take seconds. No sum depends on a processor's vector width: every machine finds the same figures.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -23,72 +21,49 @@ from lfm2_export.mixing.prior import weight_of
 from lfm2_export.mixing.shares import feed_forward_shares
 from lfm2_export.mixing.units import Space, UnitShape
 from lfm2_export.quant.algorithms import Algorithm
-from lfm2_export.quant.formats import FloatArray, IntFormat
+from lfm2_export.quant.formats import IntFormat
 from lfm2_export.quant.groups import Workspace
 from lfm2_export.resources import usable_cores
 
 Damages = dict[str, dict[IntFormat, float]]
 
 
-class Statistics(Protocol):
-    """What is known of the inputs x of a checkpoint's matrices."""
-
-    def hessian(self, name: str) -> FloatArray | None:
-        """Sum or mean of x xT over tokens, float32 [in_features, in_features], for a published tensor; None where no
-        token was seen."""
-
-
 # Weights of a matrix that are looked at, in so many places of it; and experts of a layer.
 _SAMPLED, _PLACES, _EXPERTS = 1 << 15, 4, 4
 
 
-def estimate_damages(
-    checkpoint: Checkpoint, space: Space, algorithm: Algorithm, statistics: Statistics | None = None
-) -> Damages:
+def estimate_damages(checkpoint: Checkpoint, space: Space, algorithm: Algorithm) -> Damages:
     """The damage of every format of every unit, by the unit's name; only ratios mean something.
 
     Raises:
         CheckpointError: a tensor holds NaN or infinity.
     """
     shares = feed_forward_shares(checkpoint)
-    found = map_in_threads(
-        lambda unit: _unit(checkpoint, unit, algorithm, statistics, shares), space.units, threads=usable_cores()
-    )
+    found = map_in_threads(lambda unit: _unit(checkpoint, unit, algorithm, shares), space.units, threads=usable_cores())
     return {unit.name: damages for unit, damages in found}
 
 
 def _unit(
-    checkpoint: Checkpoint,
-    unit: UnitShape,
-    algorithm: Algorithm,
-    statistics: Statistics | None,
-    shares: Mapping[int, float],
+    checkpoint: Checkpoint, unit: UnitShape, algorithm: Algorithm, shares: Mapping[int, float]
 ) -> dict[IntFormat, float]:
     damages = dict.fromkeys(unit.formats, 0.0)
     for weight in unit.weights:
-        prior = weight_of(weight.part, weight.matrix, of_outputs=statistics is not None) * share_of(weight, shares)
-        for form, error in relative_errors(checkpoint, unit, weight, algorithm, statistics).items():
+        prior = weight_of(weight.part, weight.matrix) * share_of(weight, shares)
+        for form, error in relative_errors(checkpoint, unit, weight, algorithm).items():
             damages[form] += prior * error
     return damages
 
 
 def relative_errors(
-    checkpoint: Checkpoint,
-    unit: UnitShape,
-    weight: StoredWeight,
-    algorithm: Algorithm,
-    statistics: Statistics | None = None,
+    checkpoint: Checkpoint, unit: UnitShape, weight: StoredWeight, algorithm: Algorithm
 ) -> dict[IntFormat, float]:
     """Of a weight of the unit, quantized: squared error over squared size, of what was sampled."""
     workspace = Workspace()
     errors = {form: np.zeros(2) for form in unit.formats}
     for name, values in _samples(checkpoint, weight):
-        hessian = None if statistics is None else statistics.hessian(name)
-        if statistics is not None and hessian is None:
-            continue  # what no token meets does no harm
         for form in unit.formats:
             try:
-                errors[form] += squared_error(values, form, algorithm, workspace, fqn=name, hessian=hessian)
+                errors[form] += squared_error(values, form, algorithm, workspace, fqn=name)
             except QuantizationError:  # does not fit; the export names it where no other format is chosen
                 errors[form] += np.inf
     return {form: _ratio(lost, energy) for form, (lost, energy) in errors.items()}
@@ -139,28 +114,12 @@ def _spread(items: Sequence[int], count: int) -> list[int]:
 
 
 def squared_error(
-    values: np.ndarray,
-    form: IntFormat,
-    algorithm: Algorithm,
-    workspace: Workspace,
-    *,
-    fqn: str,
-    hessian: FloatArray | None = None,
+    values: np.ndarray, form: IntFormat, algorithm: Algorithm, workspace: Workspace, *, fqn: str
 ) -> np.ndarray:
-    """Float64 [2]: the squared error of quantizing ``values`` (rows as they are stored), and their squared size; of the
-    outputs where ``hessian`` is given."""
+    """Float64 [2]: the squared error of quantizing ``values`` (rows as they are stored), and their squared size."""
     chunk = algorithm.rows(values, form, workspace, fqn=fqn, rows=range(len(values)))
     difference_GC = (chunk.codes_GC - chunk.zero_point_C) * chunk.scale_C - chunk.values_GC
-    if hessian is None:
-        return np.array([_sum_of_squares(difference_GC), _sum_of_squares(chunk.values_GC)])
-    return np.array(
-        [_energy(rows_GC.T.reshape(len(values), -1), hessian) for rows_GC in (difference_GC, chunk.values_GC)]
-    )
-
-
-def _energy(rows: FloatArray, hessian: FloatArray) -> float:
-    """trace(rows H rowsT)."""
-    return float(np.multiply(rows @ hessian, rows).sum(dtype=np.float64))
+    return np.array([_sum_of_squares(difference_GC), _sum_of_squares(chunk.values_GC)])
 
 
 def _sum_of_squares(values_GC: np.ndarray) -> float:

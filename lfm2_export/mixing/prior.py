@@ -24,27 +24,12 @@ PRIOR: dict[str, float] = {
     "experts gate_up": 2.35,
 }
 
-# The same for a relative error of a matrix's outputs.
-OUTPUT_PRIOR: dict[str, float] = {
-    "attention k_proj": 0.306,
-    "attention out_proj": 0.42,
-    "attention q_proj": 0.175,
-    "attention v_proj": 0.176,
-    "convolutions in_proj": 3.1,
-    "convolutions out_proj": 0.916,
-    "dense MLPs w1": 2.51,
-    "dense MLPs w2": 5.04,
-    "dense MLPs w3": 1.41,
-    "experts down": 1.85,
-    "experts gate_up": 2.7,
-}
-
 
 def class_of(part: str, matrix: str | None) -> str:
     """What matrices are alike."""
     return f"{part} {matrix}" if matrix else part
 
 
-def weight_of(part: str, matrix: str | None, *, of_outputs: bool = False) -> float:
+def weight_of(part: str, matrix: str | None) -> float:
     """Of the token table and the head, which stay at 8 bits, only the group size hangs on it."""
-    return (OUTPUT_PRIOR if of_outputs else PRIOR).get(class_of(part, matrix), 1.0)
+    return PRIOR.get(class_of(part, matrix), 1.0)

@@ -137,20 +137,6 @@ class IntFormat:
 WeightFormat = FloatFormat | IntFormat
 
 
-def format_from_json(raw: dict[str, Any]) -> WeightFormat:
-    """The format that ``to_json`` described."""
-    dtype = raw.get("dtype")
-    if dtype in ("float32", "float16"):
-        return FloatFormat(dtype=dtype)
-    if dtype not in ("int4", "int8"):
-        raise QuantizationError(f"dtype={dtype!r} is not a weight format; known: float32, float16, int4, int8")
-    rest = {key: value for key, value in raw.items() if key != "dtype"}
-    try:
-        return IntFormat(bits=4 if dtype == "int4" else 8, **rest)
-    except TypeError as error:
-        raise QuantizationError(f"{dtype} format {rest} is not complete or has unknown keys: {error}") from None
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class QuantizedTensor:
     """A quantized matrix: ``qdata`` uint8 [rows, in_features], one code per byte; ``scale`` [rows, groups], float16

@@ -96,16 +96,3 @@ def _unit_upper_factor(hessian: np.ndarray, order_N: np.ndarray, floor: float, n
     del turned
     np.divide(lower, np.diagonal(lower).copy(), out=lower)
     return np.ascontiguousarray(lower[::-1, ::-1], np.float32)
-
-
-def hessian_error(weight: FloatArray, dequantized: FloatArray, hessian: npt.NDArray[np.floating[Any]]) -> float:
-    """trace(dW H dWᵀ) for dW = ``weight`` - ``dequantized``, both [R, N]: with H = XᵀX / tokens, the mean over tokens
-    of the squared error that storing the weight adds to the layer's output. H is [N, N], or its diagonal [N].
-
-    Products are float32, their sum is float64.
-    """
-    difference = np.subtract(weight, dequantized, dtype=np.float32)
-    if hessian.ndim == 1:
-        return float(np.einsum("rn,rn,n->", difference, difference, hessian, dtype=np.float64, optimize=True))
-    felt = difference @ np.asarray(hessian, np.float32)
-    return float(np.vecdot(felt, difference).sum(dtype=np.float64))

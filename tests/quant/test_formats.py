@@ -12,7 +12,6 @@ from lfm2_export.quant.formats import (
     IntFormat,
     QuantizedTensor,
     StorageError,
-    format_from_json,
     storage_error,
     to_float,
 )
@@ -58,7 +57,6 @@ def test_dequantize_is_code_minus_zero_point_times_scale(bits, symmetric, monkey
 )
 def test_bits_per_weight_count_scales_and_zero_points(format, bits):
     assert format.bits_per_weight == bits
-    assert format_from_json(format.to_json()) == format
 
 
 def test_width_that_is_no_multiple_of_the_group_says_what_to_pass():
@@ -86,14 +84,6 @@ def test_width_that_is_no_multiple_of_the_group_says_what_to_pass():
 def test_formats_that_nothing_can_run_are_refused(arguments, message):
     with pytest.raises(QuantizationError, match=message):
         IntFormat(**arguments)
-
-
-@pytest.mark.parametrize(
-    "raw", [{"dtype": "int3"}, {}, {"dtype": "int4"}, {"dtype": "int4", "symmetric": True, "colour": 1}]
-)
-def test_unknown_format_descriptions_are_refused(raw):
-    with pytest.raises(QuantizationError):
-        format_from_json(raw)
 
 
 positive_floats = st.floats(min_value=0.0, max_value=2.0**127, width=32)

@@ -12,7 +12,7 @@ from lfm2_export.quant import gptq
 from lfm2_export.quant.algorithms import get_algorithm
 from lfm2_export.quant.formats import IntFormat, QuantizedTensor
 from lfm2_export.quant.groups import Chunk, Workspace
-from lfm2_export.quant.hessian import DAMPING, hessian_error, input_statistics
+from lfm2_export.quant.hessian import DAMPING, input_statistics
 
 FORMATS = {
     "int4": IntFormat(bits=4, symmetric=False),
@@ -25,6 +25,19 @@ FORMATS = {
 }
 every_format = pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS.keys())
 WIDTH = 256
+
+
+def hessian_error(weight: np.ndarray, dequantized: np.ndarray, hessian: np.ndarray) -> float:
+    """trace(dW H dWᵀ) for dW = ``weight`` - ``dequantized``, both [R, N]: with H = XᵀX / tokens, the mean over tokens
+    of the squared error that storing the weight adds to the layer's output. H is [N, N], or its diagonal [N].
+
+    Products are float32, their sum is float64.
+    """
+    difference = np.subtract(weight, dequantized, dtype=np.float32)
+    if hessian.ndim == 1:
+        return float(np.einsum("rn,rn,n->", difference, difference, hessian, dtype=np.float64, optimize=True))
+    felt = difference @ np.asarray(hessian, np.float32)
+    return float(np.vecdot(felt, difference).sum(dtype=np.float64))
 
 
 def random_weight(rows: int, seed: int = 0) -> np.ndarray:

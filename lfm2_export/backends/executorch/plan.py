@@ -34,7 +34,7 @@ class MoeOp(StrEnum):
 
     PLAIN = "plain"  # every expert on every token, as fp32 linear layers
     STOCK = "stock"  # llama::quantized_moe_ffn, which ExecuTorch ships
-    LFM2 = "lfm2"  # lfm2::moe, ours
+    LFM2 = "lfm2"  # lfm2::moe_ffn, ours
 
 
 class Layout(Enum):

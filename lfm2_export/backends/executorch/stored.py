@@ -5,9 +5,9 @@ In: a program's folder, its manifest entry and the model's config. Out: ``Stored
 what the artifact holds.
 
 Neither a .pte nor XNNPACK keep the names of weights. The manifest says for each of them the SHA-256 of the bytes that
-it is stored as; they are looked for in the file under that hash, hashed again, and taken apart here, not by the
-writer's code. A weight that is not in the file, or in another layout, is an error. What the manifest says is checked
-first (``parts.py``).
+it is stored as; they are looked for in the file under that hash, hashed again, and taken apart here, but for blobs of
+experts, whose layouts ``packing`` and ``kernels.packing`` know both ways. A weight that is not in the file, or in
+another layout, is an error. What the manifest says is checked first (``parts.py``).
 
 Embedding and head are separate weights here even where the checkpoint ties them: the file stores two tables.
 """

@@ -88,7 +88,7 @@ def _on_own_operators(model: ir.Model, config: ModelConfig, plan: WeightPlan) ->
 
 
 def _with_int8_cache(model: ir.Model, cache: CacheSpec) -> dict[str, ir.Model]:
-    """None where no attention is ours, or there is none."""
+    """Empty where no attention is ours, or there is none."""
     quantized = model.clone()
     count = own_ops.quantize_cache(quantized, cache.with_int8_positions())
     return {LFM2_KV8: quantized} if count else {}

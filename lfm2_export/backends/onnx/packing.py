@@ -1,8 +1,8 @@
-"""Between a ``QuantizedTensor`` and the byte layouts of ONNX Runtime's operators, both ways.
+"""From a quantizer's chunks to the byte layouts of ONNX Runtime's operators.
 
-In: codes one per byte (or a quantizer's chunk of them), scales and zero points per group. Out: the initializers of
-MatMulNBits, QMoE and GatherBlockQuantized (domain com.microsoft), or from those the ``QuantizedTensor`` again, which is
-how parity knows what is really in a file. Layouts: the operators' schemas in onnxruntime 1.31, proven by running them.
+In: codes, scales and zero points per group. Out: the initializers of MatMulNBits, QMoE and GatherBlockQuantized (domain
+com.microsoft). Layouts: the operators' schemas in onnxruntime 1.31, proven by running them. What is really in a file is
+read back by ``stored.py``, which shares nothing with this.
 
 All three operators read the same bytes: N rows of K codes, the earlier code of a byte in its lower half; the same for
 the zero points of a row, where an odd count leaves the last upper half unused. The shapes differ (g: group size,
@@ -27,22 +27,13 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from lfm2_export.quant.formats import ByteArray, FloatArray, IntFormat, QuantizedTensor, ScaleArray
+from lfm2_export.quant.formats import ByteArray, FloatArray, IntFormat
 from lfm2_export.quant.groups import Chunk
 
 
-def pack_rows(tensor: QuantizedTensor) -> dict[str, npt.NDArray[Any]]:
-    """Initializers by role: ``qdata`` uint8 [N, K*bits/8], ``scale`` [N, K/g] in the format's dtype, and unless the
-    format is symmetric ``zero_point`` uint8 [N, ceil(K/g*bits/8)]."""
-    bits = tensor.format.bits
-    packed: dict[str, npt.NDArray[Any]] = {"qdata": pack_codes(tensor.qdata, bits), "scale": tensor.scale}
-    if tensor.zero_point is not None:
-        packed["zero_point"] = pack_codes(tensor.zero_point, bits)
-    return packed
-
-
 def empty_rows(format: IntFormat, rows: int, in_features: int) -> dict[str, npt.NDArray[Any]]:
-    """Initializers by role, as ``pack_rows`` returns them, to be filled by ``pack_chunk``."""
+    """Initializers by role, to be filled by ``pack_chunk``: ``qdata`` uint8 [N, K*bits/8], ``scale`` [N, K/g] in the
+    format's dtype, and unless the format is symmetric ``zero_point`` uint8 [N, ceil(K/g*bits/8)]."""
     groups, bits = in_features // format.group_size, format.bits
     packed: dict[str, npt.NDArray[Any]] = {
         "qdata": np.empty((rows, in_features * bits // 8), np.uint8),
@@ -80,34 +71,6 @@ def _pairs(codes_GC: FloatArray, bits: int, out_GC: FloatArray) -> FloatArray:
     return np.add(pairs_GC, codes_GC[0::2], out=pairs_GC)
 
 
-def unpack_rows(
-    format: IntFormat, *, qdata: ByteArray, scale: ScaleArray, zero_point: ByteArray | None = None
-) -> QuantizedTensor:
-    """The inverse of ``pack_rows``, of initializers in any of the three operators' shapes; experts come out one below
-    the other: [E * N, K]."""
-    groups = scale.shape[-1]
-    scale = scale.reshape(-1, groups)
-    rows = len(scale)
-    points = None if zero_point is None else unpack_codes(zero_point.reshape(rows, -1), format.bits, groups)
-    return QuantizedTensor(
-        qdata=unpack_codes(qdata.reshape(rows, -1), format.bits, groups * format.group_size),
-        scale=scale,
-        zero_point=points,
-        format=format,
-    )
-
-
-def interleave_gate_up(gate: npt.NDArray[Any], up: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """w1 (gate) and w3 (up), both [I, ...], as QMoE's and MoE's fc1 [2I, ...] with ``swiglu_fusion=1``."""
-    assert gate.shape == up.shape
-    return np.stack([gate, up], axis=1).reshape(-1, *gate.shape[1:])
-
-
-def split_gate_up(fc1: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """The inverse of ``interleave_gate_up``, as views."""
-    return fc1[0::2], fc1[1::2]
-
-
 def pack_codes(codes: ByteArray, bits: Literal[4, 8]) -> ByteArray:
     """Codes uint8 [..., n], one per byte, as [..., ceil(n * bits / 8)]."""
     if bits == 8:
@@ -116,13 +79,3 @@ def pack_codes(codes: ByteArray, bits: Literal[4, 8]) -> ByteArray:
         codes = np.concatenate([codes, np.zeros((*codes.shape[:-1], 1), np.uint8)], axis=-1)
     pairs = np.ascontiguousarray(codes).view("<u2")  # the earlier code is the lower byte
     return np.bitwise_or(pairs, pairs >> 4).astype(np.uint8)
-
-
-def unpack_codes(packed: ByteArray, bits: Literal[4, 8], count: int) -> ByteArray:
-    """The inverse of ``pack_codes``: the first ``count`` codes of each row."""
-    if bits == 8:
-        return packed[..., :count]
-    pairs = packed.astype("<u2")
-    pairs |= pairs << 4
-    pairs &= 0x0F0F
-    return pairs.view(np.uint8)[..., :count]

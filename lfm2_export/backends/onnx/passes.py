@@ -202,11 +202,6 @@ def _reshape_like(model: ir.Model, logits: ir.Value, hidden: ir.Value) -> None:
     reshape.replace_input_with(1, shape.outputs[0])
 
 
-def _producer_of_first_input(node: ir.Node) -> ir.Node | None:
-    value = node.inputs[0]
-    return None if value is None else value.producer()
-
-
 def expected_operators(config: ModelConfig, plan: WeightPlan) -> dict[str, int]:
     """How often each fused operator must stand in the graph of this model under this plan."""
     quantized = [w for w in plan.values() if isinstance(w.format, IntFormat)]

@@ -5,19 +5,11 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from lfm2_export.backends.onnx.packing import (
-    empty_rows,
-    interleave_gate_up,
-    pack_chunk,
-    pack_codes,
-    pack_rows,
-    split_gate_up,
-    unpack_codes,
-    unpack_rows,
-)
+from lfm2_export.backends.onnx.packing import empty_rows, pack_chunk, pack_codes
 from lfm2_export.quant.algorithms import get_algorithm
 from lfm2_export.quant.formats import IntFormat, QuantizedTensor
 from lfm2_export.quant.groups import Workspace
+from tests.backends.onnx.rows import interleave_gate_up, pack_rows, split_gate_up, unpack_codes, unpack_rows
 
 # Relative to the output's norm. INT8: with int8 activations, accuracy_level 4. HALF: float16 results.
 EXACT, INT8_LINEAR, INT8_EXPERTS, HALF = 3e-6, 1.5e-2, 3e-2, 1e-3  # measured: 4e-7, 8e-3, 1.2e-2, 2.3e-4
