@@ -36,7 +36,7 @@ def runner(folder):
 @pytest.fixture
 def opened(folder, runner, monkeypatch):
     """from_pretrained on the artifact, whose program is loaded once: what is tried here is decided without it."""
-    monkeypatch.setattr("lfm2_export.transformers_api.load_runner", lambda *_, **__: runner)
+    monkeypatch.setattr("lfm2_export.transformers_api.open_runner", lambda *_, **__: runner)
     return lambda **options: ExportedModelForCausalLM.from_pretrained(folder, **{"scheme": "fp32"} | options)
 
 
@@ -318,7 +318,7 @@ def test_code_that_a_configuration_names_is_never_run(folder, tmp_path, monkeypa
     (copied / "stranger.py").write_text(f"open({str(tmp_path / 'was run')!r}, 'w')\n", encoding="utf-8")
     (copied / "custom_generate").mkdir()
     (copied / "custom_generate" / "generate.py").write_text("raise SystemExit", encoding="utf-8")
-    monkeypatch.setattr("lfm2_export.transformers_api.load_runner", lambda *_, **__: runner)
+    monkeypatch.setattr("lfm2_export.transformers_api.open_runner", lambda *_, **__: runner)
     model = ExportedModelForCausalLM.from_pretrained(copied, trust_remote_code=trust_remote_code, scheme="fp32")
     assert model.config.model_type == "lfm2_moe"
     assert model.generate(torch.tensor([[1, 2]]), max_new_tokens=1, trust_remote_code=True).shape == (1, 3)
