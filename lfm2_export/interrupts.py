@@ -27,6 +27,7 @@ Handler = Callable[[int, FrameType | None], Any]
 _raised: list[BaseException] = []
 _lasting = False
 _last = float("-inf")
+_waiting: list[tuple[Handler, int]] | None = None
 _earned: int | None = None
 
 
@@ -138,6 +139,9 @@ class lasting:
 
 def _remembering(handler: Handler) -> Handler:
     def remember(number: int, frame: FrameType | None) -> None:
+        if _waiting is not None:
+            _waiting.append((remember, number))
+            return
         try:
             handler(number, frame)
         except BaseException as error:
@@ -145,6 +149,23 @@ def _remembering(handler: Handler) -> Handler:
             raise
 
     return remember
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Within it, where ``lasting`` is, a signal waits: for a few steps that leave something behind if only some of them
+    are taken."""
+    global _waiting
+    if not _lasting or not _in_main_thread() or _waiting is not None:
+        yield
+        return
+    _waiting = []
+    try:
+        yield
+    finally:
+        arrived, _waiting = _waiting, None
+        for handler, number in arrived:
+            handler(number, None)
 
 
 def _ignoring_raised(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from lfm2_export import paths
+from lfm2_export import interrupts, paths
 from lfm2_export.errors import ArtifactError, ResourceError
 from lfm2_export.folders import DRAFT, TAG, Folder, UnexpectedKindError, check_owner, describe, is_folder
 from lfm2_export.journal import FILES, JOURNAL, Commit, Index, check_folder, check_writable
@@ -142,9 +142,10 @@ class Staging:
             with Folder.open(self.folder) as folder:
                 for name in self._into:
                     check_folder(folder, name, self._base)
-        lock = self._opened.enter_context(held_lock(self._base, self._place.lock, self.folder))
-        self._take_up(lock.owner)
-        self._owner = lock.owner
+        with interrupts.held_back():  # between these lines nobody would know yet what there is to remove
+            lock = self._opened.enter_context(held_lock(self._base, self._place.lock, self.folder))
+            self._take_up(lock.owner)
+            self._owner = lock.owner
         with contextlib.suppress(OSError):
             (self.folder / DRAFT).unlink()  # of figures that were being recorded by a killed process
         self._was_empty = not contents(self.folder)

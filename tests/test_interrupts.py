@@ -143,6 +143,21 @@ def test_a_press_that_arrives_twice_counts_once() -> None:
     assert cleaned == [True]
 
 
+def test_a_signal_waits_for_steps_that_belong_together() -> None:
+    done = []
+    with pytest.raises(interrupts.Terminated), interrupts.raising():  # noqa: PT012
+        with interrupts.held_back(), interrupts.held_back():
+            press(signal.SIGTERM)
+            done.append("together")
+        done.append("later")
+    assert done == ["together"]
+    with pytest.raises(interrupts.Terminated), interrupts.raising():  # noqa: PT012
+        interrupts.forget()
+        press(signal.SIGTERM)
+        done.append("without")
+    assert done == ["together"]
+
+
 def test_what_is_ignored_stays_ignored() -> None:
     """nohup, and what a shell runs in the background."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

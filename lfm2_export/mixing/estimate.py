@@ -22,7 +22,7 @@ from lfm2_export.mixing.shares import feed_forward_shares
 from lfm2_export.mixing.units import Space, UnitShape
 from lfm2_export.quant.algorithms import Algorithm
 from lfm2_export.quant.formats import IntFormat
-from lfm2_export.quant.groups import Workspace
+from lfm2_export.quant.groups import Scratch
 from lfm2_export.resources import usable_cores
 
 Damages = dict[str, dict[IntFormat, float]]
@@ -58,12 +58,12 @@ def relative_errors(
     checkpoint: Checkpoint, unit: UnitShape, weight: StoredWeight, algorithm: Algorithm
 ) -> dict[IntFormat, float]:
     """Of a weight of the unit, quantized: squared error over squared size, of what was sampled."""
-    workspace = Workspace()
+    scratch = Scratch()
     errors = {form: np.zeros(2) for form in unit.formats}
     for name, values in _samples(checkpoint, weight):
         for form in unit.formats:
             try:
-                errors[form] += squared_error(values, form, algorithm, workspace, fqn=name)
+                errors[form] += squared_error(values, form, algorithm, scratch, fqn=name)
             except QuantizationError:  # does not fit; the export names it where no other format is chosen
                 errors[form] += np.inf
     return {form: _ratio(lost, energy) for form, (lost, energy) in errors.items()}
@@ -114,10 +114,10 @@ def _spread(items: Sequence[int], count: int) -> list[int]:
 
 
 def squared_error(
-    values: np.ndarray, form: IntFormat, algorithm: Algorithm, workspace: Workspace, *, fqn: str
+    values: np.ndarray, form: IntFormat, algorithm: Algorithm, scratch: Scratch, *, fqn: str
 ) -> np.ndarray:
     """Float64 [2]: the squared error of quantizing ``values`` (rows as they are stored), and their squared size."""
-    chunk = algorithm.rows(values, form, workspace, fqn=fqn, rows=range(len(values)))
+    chunk = algorithm.rows(values, form, scratch, fqn=fqn, rows=range(len(values)))
     difference_GC = (chunk.codes_GC - chunk.zero_point_C) * chunk.scale_C - chunk.values_GC
     return np.array([_sum_of_squares(difference_GC), _sum_of_squares(chunk.values_GC)])
 

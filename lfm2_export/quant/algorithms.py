@@ -12,7 +12,7 @@ import numpy.typing as npt
 from lfm2_export.errors import QuantizationError
 from lfm2_export.quant import gptq, refit, round_to_nearest
 from lfm2_export.quant.formats import FloatArray, IntFormat, QuantizedTensor
-from lfm2_export.quant.groups import CHUNK_WEIGHTS, Chunk, QuantizeChunk, Workspace, quantize_in_chunks
+from lfm2_export.quant.groups import CHUNK_WEIGHTS, Chunk, QuantizeChunk, Scratch, quantize_in_chunks
 from lfm2_export.quant.hessian import InputStatistics
 
 QuantizeFitted = Callable[[Chunk, InputStatistics], None]
@@ -59,10 +59,8 @@ class Algorithm:
         """
         return quantize_in_chunks(weight, format, self._quantize_chunk, fqn=fqn, threads=threads)
 
-    def rows(
-        self, stored: npt.NDArray[Any], format: IntFormat, workspace: Workspace, *, fqn: str, rows: range
-    ) -> Chunk:
-        """Some rows of a weight, in the buffers of ``workspace``.
+    def rows(self, stored: npt.NDArray[Any], format: IntFormat, scratch: Scratch, *, fqn: str, rows: range) -> Chunk:
+        """Some rows of a weight, in the buffers of ``scratch``.
 
         Args:
             stored: as in a checkpoint: float32, float16, or bfloat16's bits as uint16.
@@ -71,7 +69,7 @@ class Algorithm:
         Raises:
             QuantizationError: as for a whole weight.
         """
-        return workspace.quantize(stored, format, self._quantize_chunk, fqn=fqn, rows=rows)
+        return scratch.quantize(stored, format, self._quantize_chunk, fqn=fqn, rows=rows)
 
 
 @dataclass(frozen=True)

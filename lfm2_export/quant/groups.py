@@ -63,7 +63,7 @@ def _sum_of_squares(values_GC: FloatArray) -> float:
 QuantizeChunk = Callable[[Chunk], None]
 
 
-class Workspace:
+class Scratch:
     """The buffers of one thread. The chunk of one call is overwritten by the next."""
 
     def __init__(self) -> None:
@@ -156,19 +156,19 @@ def quantize_in_chunks(
     out = empty_tensor(weight.shape[0], format.groups(weight.shape[1], fqn), format)
     step = _rows_per_worker(weight.shape, workers)
     starts = range(0, len(weight), step)
-    workspaces: SimpleQueue[Workspace] = SimpleQueue()
+    scratches: SimpleQueue[Scratch] = SimpleQueue()
     for _ in range(min(workers, len(starts))):
-        workspaces.put(Workspace())
+        scratches.put(Scratch())
 
     def run(start: int) -> None:
         rows = range(start, min(start + step, len(weight)))
         values = np.ascontiguousarray(weight[start : rows.stop], np.float32)
-        workspace = workspaces.get()
+        scratch = scratches.get()
         try:
-            chunk = workspace.quantize(values, format, quantize_chunk, fqn=fqn, rows=rows)
+            chunk = scratch.quantize(values, format, quantize_chunk, fqn=fqn, rows=rows)
             store_chunk(chunk, out.rows(slice(start, rows.stop)))
         finally:
-            workspaces.put(workspace)
+            scratches.put(scratch)
 
     _run_in_threads(run, starts, workers)
     return out

@@ -188,12 +188,12 @@ def test_rows_as_they_are_stored_give_what_the_whole_weight_gives(quantize, form
     bits = (random_weight(24, 256).view(np.uint32) >> 16).astype(np.uint16)
     weight = (bits.astype(np.uint32) << 16).view(np.float32)
     half = random_weight(24, 256).astype(np.float16)
-    workspace = groups.Workspace()
+    scratch = groups.Scratch()
     for stored, values in ((bits, weight), (weight, weight), (half, half.astype(np.float32))):
         whole, kept = quantize(values, format), stored.copy()
         for start, stop in ((0, 16), (16, 24)):
             part = whole.rows(slice(start, stop))
-            chunk = quantize.rows(stored[start:stop], format, workspace, fqn="w", rows=range(start, stop))
+            chunk = quantize.rows(stored[start:stop], format, scratch, fqn="w", rows=range(start, stop))
             assert np.array_equal(chunk.codes_GC.T.reshape(part.shape), part.qdata)
             assert np.array_equal(chunk.scale_C.reshape(part.scale.shape), part.scale)
             found, expected = chunk.storage_error(), storage_error(values[start:stop], part)
@@ -209,12 +209,12 @@ def test_rows_that_do_not_fit_are_named_by_the_numbers_that_they_are_given(quant
     weight[5, 40] = 2e6
     format = IntFormat(bits=4, symmetric=False, scale_dtype="float16")
     with pytest.raises(QuantizationError, match=r"model\.w: row 111 needs a scale of 133333"):
-        quantize.rows(weight, format, groups.Workspace(), fqn="model.w", rows=range(101, 117, 2))
+        quantize.rows(weight, format, groups.Scratch(), fqn="model.w", rows=range(101, 117, 2))
 
 
 def test_sums_of_an_error_have_six_digits():
     weight = random_weight(128, 2048)
-    chunk = get_algorithm("round").rows(weight, FORMATS["int4"], groups.Workspace(), fqn="w", rows=range(len(weight)))
+    chunk = get_algorithm("round").rows(weight, FORMATS["int4"], groups.Scratch(), fqn="w", rows=range(len(weight)))
     whole = get_algorithm("round")(weight, FORMATS["int4"]).dequantize()
     error = chunk.storage_error()
     exact = np.square(weight.astype(np.float64) - whole).sum()

@@ -11,7 +11,7 @@ from lfm2_export.errors import QuantizationError
 from lfm2_export.quant import gptq
 from lfm2_export.quant.algorithms import get_algorithm
 from lfm2_export.quant.formats import IntFormat, QuantizedTensor
-from lfm2_export.quant.groups import Chunk, Workspace
+from lfm2_export.quant.groups import Chunk, Scratch
 from lfm2_export.quant.hessian import DAMPING, input_statistics
 
 FORMATS = {
@@ -218,7 +218,7 @@ def test_chunks_hold_what_the_stream_takes_from_them(hessian) -> None:
     """Codes, scales and zero points in a chunk are those of the whole weight, and so is the error."""
     weight, format = random_weight(24), FORMATS["int4"]
     algorithm = get_algorithm("gptq").fitted(input_statistics(hessian))
-    chunk: Chunk = algorithm.rows(weight, format, Workspace(), fqn="w", rows=range(24))
+    chunk: Chunk = algorithm.rows(weight, format, Scratch(), fqn="w", rows=range(24))
     whole = algorithm(weight, format, threads=1)
     assert np.array_equal(chunk.codes_GC.T.reshape(whole.qdata.shape), whole.qdata)
     assert np.array_equal(chunk.scale_C.reshape(whole.scale.shape), whole.scale)

@@ -1,7 +1,7 @@
 """Where a manifest says that a weight lies in a .pte, checked before anything is read by it.
 
 In: the value of ``options["weights"]``, which whoever made the artifact wrote, and the shapes that the model's config
-asks for. Out: ``Part`` for each piece of a tensor, whose numbers fit each other and the tensor.
+asks for. Out: ``StoredPart`` for each piece of a tensor, whose numbers fit each other and the tensor.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _STOCK_COLUMNS, _STOCK_ROWS = 16, 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class StoredPart:
     """Rows ``first_row`` to ``stop_row`` of a tensor [rows, ...], by the SHA-256 of the bytes that they are stored as.
 
     ``kind`` says how: numbers ("float"; "conv" with its axes turned about), codes with a scale for each ``group_size``
@@ -54,7 +54,7 @@ class Part:
         return "float32" if self.kind in _NUMBERS else "int8" if self.kind == EMBEDDING8 else "int4"
 
 
-def parse_places(raw: object, published: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Part, ...]]:
+def parse_places(raw: object, published: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[StoredPart, ...]]:
     """The parts of every tensor in ``published`` (shapes by name); those of other tensors are left alone.
 
     Raises:
@@ -67,7 +67,7 @@ def parse_places(raw: object, published: Mapping[str, tuple[int, ...]]) -> dict[
     return {name: _parse_tensor(name, raw[name], shape) for name, shape in published.items()}
 
 
-def _parse_tensor(name: str, raw: object, shape: tuple[int, ...]) -> tuple[Part, ...]:
+def _parse_tensor(name: str, raw: object, shape: tuple[int, ...]) -> tuple[StoredPart, ...]:
     """Parts that lie one below the other and fill the tensor."""
     if not isinstance(raw, Sequence) or isinstance(raw, str) or not raw:
         raise ArtifactError(f"the manifest's place of {named(name)} is {shown(raw)}, not a list of parts")
@@ -91,7 +91,7 @@ class _Reader:
             raise ArtifactError(f"the manifest's place of {named(name)} has the part {shown(raw)}, not an object")
         self._name, self._raw, self._shape = name, raw, shape
 
-    def part(self) -> Part:
+    def part(self) -> StoredPart:
         kind = self._raw.get("kind")
         if kind not in (*_NUMBERS, *_CODES, *_EXPERTS):
             raise self._wrong("kind", "not a known one")
@@ -104,7 +104,7 @@ class _Reader:
             place |= {"scale": self._digest("scale"), "group_size": self._group_size(2 if kind != EMBEDDING8 else 1)}
         if kind in _EXPERTS:
             place |= self._stock(stop_row - first_row) if kind == STOCK else self._lfm2(stop_row - first_row)
-        return Part(**place)
+        return StoredPart(**place)
 
     def _stock(self, rows: int) -> dict[str, Any]:
         columns, group_size = self._shape[1], self._group_size(_STOCK_COLUMNS)

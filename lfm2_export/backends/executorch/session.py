@@ -9,10 +9,8 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
-import logging
 import os
 import sys
-import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
@@ -25,6 +23,7 @@ import numpy as np
 from lfm2_export import memory
 from lfm2_export.backends.arguments import check_threads
 from lfm2_export.backends.executorch.pte import PteFile
+from lfm2_export.backends.executorch.quiet import quiet
 from lfm2_export.errors import ResourceError, RunnerError
 from lfm2_export.resources import check_memory
 
@@ -223,7 +222,7 @@ def load_kernels() -> bool:
         KernelBuildError: the build failed; its output is in a file that is named.
     """
     runtime()
-    with _quiet():
+    with quiet():  # the bindings warn that they are experimental, and import packages that warn of themselves
         from lfm2_export.kernels import ops
     return ops.load()
 
@@ -264,19 +263,6 @@ def _no_other_threads() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The bindings warn that they are experimental, and import packages that warn of themselves."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            logging.disable(previous)
 
 
 @contextlib.contextmanager

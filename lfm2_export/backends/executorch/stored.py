@@ -25,7 +25,7 @@ import numpy as np
 from lfm2_export import paths
 from lfm2_export.backends.executorch import parts
 from lfm2_export.backends.executorch.packing import unpack_stock
-from lfm2_export.backends.executorch.parts import Part, parse_places
+from lfm2_export.backends.executorch.parts import StoredPart, parse_places
 from lfm2_export.backends.executorch.pte import Place, PteFile
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import ArtifactError, QuantizationError
@@ -39,7 +39,7 @@ class Tensor:
     """A published tensor and its parts, as the manifest describes them."""
 
     shape: tuple[int, ...]
-    parts: Sequence[Part]
+    parts: Sequence[StoredPart]
 
     @property
     def dtype(self) -> str:
@@ -91,7 +91,7 @@ class StoredWeights:
             )
         return values.reshape(tensor.shape)[rows or slice(None)]
 
-    def _part(self, name: str, part: Part) -> np.ndarray:
+    def _part(self, name: str, part: StoredPart) -> np.ndarray:
         match part.kind:
             case parts.FLOAT:
                 return self._numbers(name, part).reshape(part.shape)
@@ -103,10 +103,10 @@ class StoredWeights:
                 return self._lfm2(name, part)
         return self._codes(name, part)
 
-    def _numbers(self, name: str, part: Part) -> np.ndarray:
+    def _numbers(self, name: str, part: StoredPart) -> np.ndarray:
         return self._bytes(name, part.data, np.dtype("<f4"), math.prod(part.shape))
 
-    def _codes(self, name: str, part: Part) -> np.ndarray:
+    def _codes(self, name: str, part: StoredPart) -> np.ndarray:
         """Linear layers and embeddings: codes along rows, a scale for each group."""
         (rows, columns), group = part.shape, part.group_size
         if part.kind == parts.EMBEDDING8:
@@ -123,7 +123,7 @@ class StoredWeights:
             scale = self._bytes(name, part.scale, np.dtype("<f4"), rows * columns // group)
         return (codes.reshape(rows, -1, group) * scale.reshape(rows, -1, 1)).reshape(rows, columns)
 
-    def _stock(self, name: str, part: Part) -> np.ndarray:
+    def _stock(self, name: str, part: StoredPart) -> np.ndarray:
         first, stop = part.blob_rows
         try:
             values = unpack_stock(self._one_of(name, part), part.shape[1], part.group_size)
@@ -131,13 +131,13 @@ class StoredWeights:
             raise ArtifactError(f"{paths.shown(self._file.path)}: {named(name)}: {error}") from error
         return values[first:stop]
 
-    def _lfm2(self, name: str, part: Part) -> np.ndarray:
+    def _lfm2(self, name: str, part: StoredPart) -> np.ndarray:
         from lfm2_export.kernels.packing import unpack_matrix
 
         tiles = self._one_of(name, part)
         return unpack_matrix(tiles[part.first :: part.step]).dequantize()
 
-    def _one_of(self, name: str, part: Part) -> np.ndarray:
+    def _one_of(self, name: str, part: StoredPart) -> np.ndarray:
         """One expert's entry of a blob that holds all of a layer's."""
         byte, shape = np.dtype(np.uint8), part.blob_shape
         place = self._place(name, part.data, math.prod(shape))

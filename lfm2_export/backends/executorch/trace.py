@@ -12,11 +12,8 @@ is NaN; keys and values need nothing, since positions beyond the last are never 
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lfm2_export.backends.executorch.lower import longest_call
+from lfm2_export.backends.executorch.quiet import quiet
 from lfm2_export.backends.executorch.session import FORWARD, READ_STATE, WRITE_STATE
 from lfm2_export.backends.executorch.spill import Spill
 from lfm2_export.cache import CacheSpec
@@ -144,19 +142,6 @@ def _state_methods(program: ExecutorchProgram) -> dict[str, torch.export.Exporte
         READ_STATE: torch.export.export(reader, (), strict=False),
         WRITE_STATE: torch.export.export(writer, values, strict=False),
     }
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """torch and executorch warn of their own internals; nothing there is for a user."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            logging.disable(previous)
 
 
 def buffer_positions(max_context: int) -> int:

@@ -31,7 +31,7 @@ from lfm2_export.ledger import Ledger
 from lfm2_export.manifest import StoredTensor
 from lfm2_export.quant.algorithms import Algorithm
 from lfm2_export.quant.formats import IntFormat, StorageError, storage_error, to_float
-from lfm2_export.quant.groups import Chunk, Workspace, rows_per_chunk
+from lfm2_export.quant.groups import Chunk, Scratch, rows_per_chunk
 from lfm2_export.quant.hessian import InputStatistics, one_thread_products
 from lfm2_export.resources import usable_cores
 
@@ -171,16 +171,16 @@ class WeightStream:
     def _chunks(self, piece: Piece, source: str, form: IntFormat, named: range) -> Iterator[Chunk]:
         """The rows of one source as chunks of whole rows; ``named``: their numbers in errors. What the checkpoint holds
         in this format already is taken over."""
-        columns, workspace = piece.weight.shape[-1], self._own.workspace
+        columns, scratch = piece.weight.shape[-1], self._own.scratch
         there = self.checkpoint.exact_formats.get(source)
         if there is not None and form.holds(there):
             for codes in self.checkpoint.read_code_blocks(source, piece.rows, rows_per_chunk(columns)):
-                yield workspace.take_over(codes.qdata, codes.scale, form)
+                yield scratch.take_over(codes.qdata, codes.scale, form)
             return
         algorithm = self._algorithm(piece.weight, source)
         for stored in self._blocks(source, piece.rows, algorithm.rows_per_chunk(columns)):
             these, named = named[: len(stored)], named[len(stored) :]
-            yield algorithm.rows(stored, form, workspace, fqn=piece.weight.name, rows=these)
+            yield algorithm.rows(stored, form, scratch, fqn=piece.weight.name, rows=these)
 
     def _algorithm(self, weight: StoredWeight, source: str) -> Algorithm:
         """The algorithm for the input that a source is multiplied with."""
@@ -206,7 +206,7 @@ class _Thread(threading.local):
     """What each thread has for itself."""
 
     def __init__(self) -> None:
-        self.workspace = Workspace()
+        self.scratch = Scratch()
 
 
 def _measured(weight: StoredWeight, source: str) -> str:

@@ -11,7 +11,8 @@ from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
 from lfm2_export.backends.executorch.lower import Lowering
 from lfm2_export.backends.executorch.plan import make_plan
-from lfm2_export.backends.executorch.trace import ExecutorchProgram, buffer_positions, quiet
+from lfm2_export.backends.executorch.quiet import quiet
+from lfm2_export.backends.executorch.trace import ExecutorchProgram, buffer_positions
 from lfm2_export.cache import CacheSpec
 from lfm2_export.models import get_net
 from lfm2_export.quant.schemes import get_scheme

@@ -8,7 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 from lfm2_export.backends.onnx.packing import empty_rows, pack_chunk, pack_codes
 from lfm2_export.quant.algorithms import get_algorithm
 from lfm2_export.quant.formats import IntFormat, QuantizedTensor
-from lfm2_export.quant.groups import Workspace
+from lfm2_export.quant.groups import Scratch
 from tests.backends.onnx.rows import interleave_gate_up, pack_rows, split_gate_up, unpack_codes, unpack_rows
 
 # Relative to the output's norm. INT8: with int8 activations, accuracy_level 4. HALF: float16 results.
@@ -280,11 +280,11 @@ def test_chunks_become_the_bytes_of_the_whole_matrix(bits, symmetric, in_feature
     format = IntFormat(bits=bits, group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype)
     gate, up = rng.standard_normal((2, 10, in_features)).astype(np.float32)
     expected = pack_rows(get_algorithm("refit")(interleave_gate_up(gate, up), format))
-    packed, workspace = empty_rows(format, 20, in_features), Workspace()
+    packed, scratch = empty_rows(format, 20, in_features), Scratch()
     for offset, matrix in enumerate((gate, up)):
         for start, stop in ((0, 7), (7, 10)):
             rows = range(offset, 20, 2)[start:stop]
-            chunk = get_algorithm("refit").rows(matrix[start:stop], format, workspace, fqn="w", rows=rows)
+            chunk = get_algorithm("refit").rows(matrix[start:stop], format, scratch, fqn="w", rows=rows)
             pack_chunk(chunk, slice(rows.start, rows.stop, rows.step), packed)
     assert packed.keys() == expected.keys()
     for role, array in expected.items():
