@@ -414,3 +414,15 @@ def test_a_perturbed_weight_is_put_back() -> None:
         with perturbation.applied(model, 0.5):
             assert changed() == [perturbation.name]
         assert changed() == []
+
+
+def test_a_transformers_that_lacks_the_family_is_named(
+    random_artifact: Callable[..., Exported], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers has LFM3 since 5.23, and older ones are taken for the other families."""
+    import transformers
+
+    found = random_artifact(tiny_config("lfm3"))
+    monkeypatch.delitem(transformers.CONFIG_MAPPING._mapping, "lfm3")
+    with pytest.raises(Lfm2ExportError, match=r"transformers [\d.]+ has no lfm3 to compare with; pip install 'transformers"):
+        measure_parity(found.artifact, found.checkpoint, max_tokens=FEW, threads=1)

@@ -26,7 +26,7 @@ import transformers
 from torch import Tensor
 
 from lfm2_export.checkpoint import Checkpoint
-from lfm2_export.errors import CheckpointError
+from lfm2_export.errors import CheckpointError, Lfm2ExportError
 from lfm2_export.families.reference import ReferenceConfig
 from lfm2_export.families.tensors import HEAD
 from lfm2_export.messages import listed
@@ -111,6 +111,7 @@ def _theirs(checkpoint: Checkpoint, ids: Tensor) -> _Theirs:
 
 def _their_model(checkpoint: Checkpoint, reference: ReferenceConfig | None) -> Any:
     """As transformers loads it; what a GGUF file holds, which it does not read for every family, is given to it."""
+    _check_known(checkpoint.config.model_type)
     options: dict[str, Any] = {"dtype": torch.float32, "experts_implementation": "eager"}
     if not checkpoint.source.is_gguf:
         if reference is not None:
@@ -128,6 +129,14 @@ def _their_model(checkpoint: Checkpoint, reference: ReferenceConfig | None) -> A
     if missing := model.state_dict().keys() - state.keys() - {HEAD}:
         raise CheckpointError(f"transformers' model has tensors that the file has not: {listed(missing)}")
     return model
+
+
+def _check_known(model_type: str) -> None:
+    if model_type not in transformers.CONFIG_MAPPING:
+        raise Lfm2ExportError(
+            f"transformers {transformers.__version__} has no {model_type} to compare with; pip install "
+            "'transformers>=5.23'"
+        )
 
 
 def _their_config(reference: ReferenceConfig) -> Any:
