@@ -55,9 +55,9 @@ struct OrtCustomOp {
 namespace lfm2::ort {
 
 constexpr uint32_t kApiVersion = 17;
-// The runtimes 1.17 to 1.31: those whose table this is known to be. The newest is the one that pyproject.toml asks for.
+// The runtimes 1.17 to 1.32: those whose table this is known to be. The newest is the last that pyproject.toml takes.
 constexpr int kOldestRuntime = 17;
-constexpr int kNewestRuntime = 31;
+constexpr int kNewestRuntime = 32;
 
 enum ElementType { kAnyType = 0, kFloat = 1, kUint8 = 2, kInt32 = 6, kInt64 = 7, kHalf = 10 };
 enum Characteristic { kRequired = 0, kOptional = 1 };
