@@ -27,6 +27,8 @@ class HashRunner:
     def __init__(self, vocab_size: int = 40, context_length: int = 10_000, max_batch_size: int | None = None):
         self.vocab_size, self.context_length, self.max_batch_size = vocab_size, context_length, max_batch_size
         self.can_score = False
+        self.verifies_exactly = True
+        self.verified: list[int] = []
         self.rows: list[list[int]] = [[]]
         self.prefilled: list[list[int]] = []
         self.marks: list[Mark] = []
@@ -61,6 +63,19 @@ class HashRunner:
         rows = check_rows([[t] for t in tokens], self.batch_size, self.vocab_size)
         check_fits(self.lengths, [1] * len(rows), self.context_length)
         return self._append(rows)
+
+    def verify(self, tokens) -> np.ndarray:
+        if not self.can_score:
+            raise RunnerError("no scoring graph")
+        (new,) = check_rows([tokens], self.batch_size, self.vocab_size)
+        check_fits(self.lengths, [len(new)], self.context_length)
+        self.verified.append(len(new))
+        self._before = len(self.rows[0])
+        return np.concatenate([self._append([new[i : i + 1]]) for i in range(len(new))])
+
+    def accept(self, count: int) -> None:
+        self.rows = [self.rows[0][: self._before + count]]
+        self.marks = [m for m in self.marks if m.lengths[0] <= len(self.rows[0])]
 
     def _append(self, rows) -> np.ndarray:
         self.rows = [held + new.tolist() for held, new in zip(self.rows, rows, strict=True)]
