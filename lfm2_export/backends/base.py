@@ -20,6 +20,7 @@ from lfm2_export.backends.arguments import check_batch_size as check_batch_size
 from lfm2_export.backends.arguments import check_fits as check_fits
 from lfm2_export.backends.arguments import check_indices as check_indices
 from lfm2_export.backends.arguments import check_rows as check_rows
+from lfm2_export.backends.arguments import check_tokens as check_tokens
 from lfm2_export.cache import PAST, CacheSpec, StateTensor
 from lfm2_export.errors import RunnerError
 from lfm2_export.messages import shown
