@@ -84,7 +84,10 @@ class HashRunner:
     def prefill_scored(self, input_ids, *, chunk_size=None):
         raise RunnerError("no scoring graph")
 
-    score = prefill_scored
+    def score(self, input_ids, *, chunk_size=None) -> np.ndarray:
+        if not self.can_score:
+            raise RunnerError("no scoring graph")
+        return np.stack([np.stack([self.logits_of(list(row[: i + 1])) for i in range(len(row))]) for row in input_ids])
 
     def snapshot(self) -> Snapshot:
         rows = {"rows": np.array(self.rows, dtype=object)}

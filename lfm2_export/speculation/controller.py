@@ -11,8 +11,8 @@ stretch of such text it is tried again from time to time.
 
 from __future__ import annotations
 
-import statistics
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,8 +20,11 @@ from typing import Any
 CREDIT_SHARE = 0.015
 # In plain steps: what is lent at first, and the most that is kept of gains, so that they are not all lost again.
 FIRST_CREDIT, MOST_CREDIT = 1.0, 6.0
-# Plain steps whose median is the time of one; so many are taken before the first trial.
+# Plain steps that say how long one takes; so many are taken before the first trial.
 _STEPS, _FIRST_STEPS = 15, 2
+# Passes of one width that say how long one takes, and how many times that is charged for one at most: a machine that
+# is busy elsewhere says nothing of speculation.
+_PASSES, _BUSY = 5, 1.5
 # Verified steps after which a plain one is taken, for its time.
 _REFRESH = 64
 # What is believed of acceptance before anything is known, as a count of tokens; and how fast old counts fade.
@@ -39,7 +42,7 @@ _CURIOUS = 0.6
 class Report:
     """What speculation did. ``plain_steps`` and ``verified_steps``: passes; ``tokens``: what they gave; ``drafted`` and
     ``accepted``: proposals that were verified, and that were chosen; ``seconds``: of all steps, drafting included;
-    ``plain_step_s``: a plain step, median; 0 where none was taken."""
+    ``plain_seconds``: of the plain ones."""
 
     drafter: str
     plain_steps: int = 0
@@ -48,7 +51,7 @@ class Report:
     drafted: int = 0
     accepted: int = 0
     seconds: float = 0.0
-    plain_step_s: float = 0.0
+    plain_seconds: float = 0.0
 
     @property
     def acceptance(self) -> float:
@@ -62,7 +65,9 @@ class Report:
     @property
     def gain(self) -> float:
         """How many times as fast as plain decoding, by the time of the plain steps that were taken in between."""
-        return self.plain_step_s * self.tokens / self.seconds if self.seconds and self.plain_step_s else 1.0
+        if not self.plain_steps or not self.seconds:
+            return 1.0
+        return self.plain_seconds / self.plain_steps * self.tokens / self.seconds
 
     def to_json(self) -> dict[str, Any]:
         derived = ("acceptance", "tokens_per_step", "gain")
@@ -100,7 +105,7 @@ class Controller:
     most: int
     report: Report
     _plain: deque[float] = field(default_factory=lambda: deque(maxlen=_STEPS))
-    _passes: dict[int, float] = field(default_factory=dict)  # seconds, by the number of proposals
+    _passes: dict[int, deque[float]] = field(default_factory=dict)  # seconds, by the number of proposals
     _kinds: dict[str, _Acceptance] = field(default_factory=dict)
     _drafting_s: float = 0.0  # of one proposal
     _credit: float | None = None
@@ -125,7 +130,8 @@ class Controller:
         self._since_plain = 0
         self.report.plain_steps += 1
         self._took(1, seconds)
-        step_s = self.report.plain_step_s = self._step_s()
+        self.report.plain_seconds += seconds
+        step_s = self._step_s()
         if self._credit is None:
             self._credit = FIRST_CREDIT * step_s
         self._add(CREDIT_SHARE * step_s)
@@ -133,15 +139,15 @@ class Controller:
     def took_pass(self, kind: str, *, drafted: int, accepted: int, rejected: bool, seconds: float) -> None:
         """``accepted`` of ``drafted`` proposals were chosen; ``rejected``: another token than the next one was.
         ``seconds``: the pass and what became of it."""
-        before = self._passes.get(drafted)
-        self._passes[drafted] = seconds if before is None else 0.7 * before + 0.3 * seconds
+        step_s, times = self._step_s(), self._passes.setdefault(drafted, deque(maxlen=_PASSES))
+        times.append(min(seconds, (1 + drafted) * step_s))  # what is as dear as its steps is left alone in any case
         self._kinds.setdefault(kind, _Acceptance()).count(accepted, int(rejected))
         self._since_plain += 1
         self.report.verified_steps += 1
         self.report.drafted += drafted
         self.report.accepted += accepted
         self._took(accepted + 1, seconds)
-        self._add((accepted + 1) * self._step_s() - seconds)
+        self._add((accepted + 1) * step_s - min(seconds, _BUSY * _typical(times)))
 
     def took_drafting(self, count: int, seconds: float) -> None:
         """``seconds`` for ``count`` proposals."""
@@ -159,7 +165,7 @@ class Controller:
             self._credit = min(self._credit + seconds, MOST_CREDIT * self._step_s())
 
     def _step_s(self) -> float:
-        return statistics.median(self._plain) if self._plain else 0.0
+        return _typical(self._plain) if self._plain else 0.0
 
     def _tokens(self, kind: str, count: int) -> float:
         """Expected of a pass with so many proposals."""
@@ -171,13 +177,17 @@ class Controller:
         return self._pass_s(count) + count * self._drafting_s
 
     def _pass_s(self, count: int) -> float:
-        if count in self._passes:
-            return self._passes[count]
         step_s = self._step_s()
         if not self._passes:
             return step_s * (1 + _SLOPE * count)
         nearest = min(self._passes, key=lambda known: abs(known - count))
-        return step_s + max(0.0, self._passes[nearest] - step_s) * count / nearest
+        pass_s = _typical(self._passes[nearest])
+        return pass_s if nearest == count else step_s + max(0.0, pass_s - step_s) * count / nearest
+
+
+def _typical(times: Sequence[float]) -> float:
+    """The lower quartile: what a machine does that is not busy elsewhere at that moment."""
+    return sorted(times)[len(times) // 4]
 
 
 class Always(Controller):

@@ -77,6 +77,7 @@ class SpeculativeRunner:
                 "speculation may change tokens here: only q4 and q8 on our operators score several tokens to the same "
                 "bits as one; pass --speculate-inexact (inexact=True) to take that"
             )
+        runner.score([[0, 0, 0]])  # what is loaded for it is loaded now, not within a measured pass
         self._runner, self._drafter, self._clock = runner, drafter, clock
         self._controller = controller or Controller(most=draft_tokens, report=Report(drafter=drafter.name))
         self._block: _Block | None = None
