@@ -13,14 +13,12 @@ from lfm2_export.backends.base import Mark, Runner
 from lfm2_export.sampling import softmax
 from lfm2_export.speculation.drafters import Draft
 
-# A proposal ends before a token that its own model finds less likely than this.
-_LEAST = 0.4
-
-
 class ModelDrafter:
-    """A Drafter on a runner, which belongs to it: always its likeliest token."""
+    """A Drafter on a runner, which belongs to it: always its likeliest token, and none that it finds less likely than
+    ``least``."""
 
     costs = True
+    least = 0.4
 
     def __init__(self, runner: Runner, name: str = "model"):
         self.name = name
@@ -37,7 +35,7 @@ class ModelDrafter:
         tokens: list[int] = []
         while True:
             token = int(np.argmax(logits_V))
-            if softmax(logits_V)[token] < _LEAST:
+            if softmax(logits_V)[token] < self.least:
                 break
             tokens.append(token)
             if len(tokens) == most:
