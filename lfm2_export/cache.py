@@ -52,6 +52,11 @@ class StateTensor:
         return f"past_key_values.{layer}.{kind}", f"present.{layer}.{kind}"
 
     @property
+    def window_name(self) -> str:
+        """Of a conv state in a graph that returns it for every position: (state, gated inputs) of a call."""
+        return f"conv_window.{self.layer}"
+
+    @property
     def grows(self) -> bool:
         """Whether the tensor has one entry per position, unlike the fixed size of a conv state or a bounded layer."""
         return PAST in self.shape

@@ -102,6 +102,10 @@ class Tokenizer:
         """Ids that have a token, the added ones included."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    def vocabulary(self) -> dict[str, int]:
+        """Every token and its id, the added ones included."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
     def token_id(self, token: str) -> int | None:
         return self._backend.token_to_id(token)
 

@@ -24,7 +24,7 @@ class Graph:
     def __init__(self, artifact: Path, scheme: str, role: str = "model"):
         self.program = Artifact.open(artifact, verify=False).program("onnx", scheme)
         self.role = role
-        self.cache = self.program.cache.with_int8_positions() if role == "lfm2_kv8" else self.program.cache
+        self.cache = self.program.cache.with_int8_positions() if role.startswith("lfm2_kv8") else self.program.cache
         self.path = artifact / self.program.graphs[role]
         library = variants.own_library() if role.startswith("lfm2") else None
         options = session_options(1, library)  # small models gain nothing from more threads

@@ -27,6 +27,8 @@ class HashRunner:
     def __init__(self, vocab_size: int = 40, context_length: int = 10_000, max_batch_size: int | None = None):
         self.vocab_size, self.context_length, self.max_batch_size = vocab_size, context_length, max_batch_size
         self.can_score = False
+        self.verifies_exactly = True
+        self.verified: list[int] = []
         self.rows: list[list[int]] = [[]]
         self.prefilled: list[list[int]] = []
         self.marks: list[Mark] = []
@@ -62,6 +64,19 @@ class HashRunner:
         check_fits(self.lengths, [1] * len(rows), self.context_length)
         return self._append(rows)
 
+    def verify(self, tokens) -> np.ndarray:
+        if not self.can_score:
+            raise RunnerError("no scoring graph")
+        (new,) = check_rows([tokens], self.batch_size, self.vocab_size)
+        check_fits(self.lengths, [len(new)], self.context_length)
+        self.verified.append(len(new))
+        self._before = len(self.rows[0])
+        return np.concatenate([self._append([new[i : i + 1]]) for i in range(len(new))])
+
+    def accept(self, count: int) -> None:
+        self.rows = [self.rows[0][: self._before + count]]
+        self.marks = [m for m in self.marks if m.lengths[0] <= len(self.rows[0])]
+
     def _append(self, rows) -> np.ndarray:
         self.rows = [held + new.tolist() for held, new in zip(self.rows, rows, strict=True)]
         return np.stack([self.logits_of(row) for row in self.rows])
@@ -69,7 +84,10 @@ class HashRunner:
     def prefill_scored(self, input_ids, *, chunk_size=None):
         raise RunnerError("no scoring graph")
 
-    score = prefill_scored
+    def score(self, input_ids, *, chunk_size=None) -> np.ndarray:
+        if not self.can_score:
+            raise RunnerError("no scoring graph")
+        return np.stack([np.stack([self.logits_of(list(row[: i + 1])) for i in range(len(row))]) for row in input_ids])
 
     def snapshot(self) -> Snapshot:
         rows = {"rows": np.array(self.rows, dtype=object)}

@@ -204,6 +204,20 @@ def check_logits_fit(rows: Sequence[np.ndarray], vocab_size: int) -> None:
     check_memory(4 * tokens * vocab_size, purpose=f"keeping the logits of {tokens} tokens", remedy=LESS)
 
 
+def check_one_row(batch_size: int) -> None:
+    """A RunnerError where there are several."""
+    if batch_size != 1:
+        raise RunnerError(f"verify takes one row, this state has {batch_size}; reset(1), or decode them")
+
+
+def check_count(count: int, most: int) -> int:
+    """How many tokens stay; a RunnerError where there are not so many."""
+    found = as_integer(count)
+    if found is None or not 0 <= found <= most:
+        raise RunnerError(f"accept: {shown(count, 40)} of {most} tokens; give a number from 0 to {most}")
+    return found
+
+
 def check_indices(indices: Sequence[int] | np.ndarray, batch_size: int) -> np.ndarray:
     """Row numbers as int64 [new B]; a RunnerError where one does not exist."""
     rows = as_array(indices, "reorder")

@@ -20,6 +20,7 @@ from lfm2_export.backends.arguments import check_batch_size as check_batch_size
 from lfm2_export.backends.arguments import check_fits as check_fits
 from lfm2_export.backends.arguments import check_indices as check_indices
 from lfm2_export.backends.arguments import check_rows as check_rows
+from lfm2_export.backends.arguments import check_tokens as check_tokens
 from lfm2_export.cache import PAST, CacheSpec, StateTensor
 from lfm2_export.errors import RunnerError
 from lfm2_export.messages import shown
@@ -157,6 +158,18 @@ class Runner(Protocol):
 
     def prefill_scored(self, input_ids: TokenRows, *, chunk_size: int | None = None) -> list[np.ndarray]:
         """``prefill`` that returns the logits after every new token: one float32 [T_b, V] per row."""
+
+    @property
+    def verifies_exactly(self) -> bool:
+        """Whether ``verify`` gives each token the bits that ``decode`` gives it."""
+
+    def verify(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Appends T tokens, of which only some may stay, to the only row; returns the logits after each, float32
+        [T, V]. ``accept`` may follow as the next call that changes the state."""
+
+    def accept(self, count: int) -> None:
+        """Keeps the first ``count`` (0 to T) of the tokens that ``verify`` appended, as if the others had never been
+        there; a RunnerError where something else came between."""
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """Appends one token to each row; returns float32 [B, V]."""

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 Kind = TypeVar("Kind", bound=type)
 
-_CHANGING = ("reset", "prefill", "prefill_scored", "decode", "restore", "rewind", "reorder")
+_CHANGING = ("reset", "prefill", "prefill_scored", "verify", "accept", "decode", "restore", "rewind", "reorder")
 _LOOKING = ("score", "snapshot", "mark", "is_valid")
 
 

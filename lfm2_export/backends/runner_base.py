@@ -12,6 +12,7 @@ import hashlib
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,16 +20,18 @@ import numpy as np
 from lfm2_export.backends.arguments import (
     check_batch_size,
     check_chunk_size,
+    check_count,
     check_equal_rows,
     check_fits,
     check_indices,
     check_logits_fit,
+    check_one_row,
     check_rows,
     check_tokens,
     short_of_memory,
 )
 from lfm2_export.backends.base import Mark, Snapshot, TokenRows, check_snapshot
-from lfm2_export.backends.guard import guarded
+from lfm2_export.backends.guard import guard_of, guarded
 from lfm2_export.cache import CacheSpec
 from lfm2_export.errors import RunnerError
 
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
 # Long enough to use matrix kernels fully, short enough that activations stay small: on ONNX Runtime a prompt of 2048
 # tokens at a width of 1024 took as long in chunks of 512 as in one piece, and 190 MB less.
 DEFAULT_CHUNK_SIZE = 512
+# Tokens to verify whose logits fit where a program does.
+_FEW = 64
 
 
 @guarded
@@ -68,6 +73,7 @@ class RunnerBase(ABC):
         self._program_id = program_id
         self._chunk_size = chunk_size
         self._marks: weakref.WeakKeyDictionary[Mark, Any] = weakref.WeakKeyDictionary()
+        self._block: _Block | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -117,6 +123,33 @@ class RunnerBase(ABC):
         size, rows = self._chunk(chunk_size), self._check_new(input_ids)
         check_logits_fit(rows, self.vocab_size)
         return self._prefill_scored(rows, size)
+
+    @property
+    def verifies_exactly(self) -> bool:
+        return False
+
+    @short_of_memory("verify")
+    def verify(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        check_one_row(self.batch_size)
+        (row,) = self._check_new([tokens])  # type: ignore[list-item]
+        if len(row) > _FEW:  # asking for the memory takes as long as a small model's step
+            check_logits_fit([row], self.vocab_size)
+        length = int(self.lengths[0])
+        logits_TV, place = self._verify(row)
+        self._block = _Block(length=length, tokens=row, place=place, uses=guard_of(self).uses)
+        return logits_TV
+
+    @short_of_memory("accept")
+    def accept(self, count: int) -> None:
+        block = self._block
+        if block is None or guard_of(self).uses != block.uses + 1:
+            raise RunnerError("accept: nothing was verified, or something else came between; call verify first")
+        kept = check_count(count, len(block.tokens))
+        if kept < len(block.tokens):
+            self._accept(block.tokens[:kept], block.length, block.place)
+        self._block = None
+        for mark in [m for m in self._marks if m.lengths[0] > block.length + kept]:
+            del self._marks[mark]
 
     @short_of_memory("decode")
     def decode(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -193,6 +226,18 @@ class RunnerBase(ABC):
     def _prefill_scored(self, rows: list[np.ndarray], chunk_size: int) -> list[np.ndarray]:
         """The same; returns float32 [T_b, V] for each row."""
 
+    def _verify(self, tokens: np.ndarray) -> tuple[np.ndarray, Any]:
+        """``_prefill_scored`` of int64 [T] in one piece, and what ``_accept`` needs to go back into the middle of it."""
+        place = Mark(lengths=self.lengths, conv=self._copy_fixed()), self._place()
+        return self._prefill_scored([tokens], len(tokens))[0], place
+
+    def _accept(self, kept: np.ndarray, length: int, place: Any) -> None:
+        """Keeps the tokens ``kept`` of those that were verified behind ``length`` others. Here by going back and
+        appending them again; where that fails, none of them stays."""
+        self._rewind(*place)
+        if len(kept):
+            self._prefill([kept], len(kept))
+
     def _decode(self, rows: list[np.ndarray]) -> np.ndarray:
         """``_prefill`` of one token a row."""
         return self._prefill(rows, 1)
@@ -224,6 +269,16 @@ class RunnerBase(ABC):
     @abstractmethod
     def _reorder(self, rows: np.ndarray) -> None:
         """New row i becomes a copy of old row ``rows[i]``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Block:
+    """What was verified: ``tokens`` behind ``length`` others; ``uses``: the guard's count when it was."""
+
+    length: int
+    tokens: np.ndarray
+    place: Any
+    uses: int
 
 
 def program_id_of(program: Program) -> str:

@@ -13,14 +13,15 @@ from typing import Any, TextIO
 
 from lfm2_export import chat_template, console, interrupts
 from lfm2_export.artifact import Artifact
-from lfm2_export.backends.base import Runner
+from lfm2_export.backends.base import Runner, RunnerOptions
 from lfm2_export.chat import Chat
-from lfm2_export.commands.base import add_artifact, add_json, add_machine, runner_options
+from lfm2_export.commands.base import add_artifact, add_json, add_machine, given, runner_options
 from lfm2_export.errors import GenerationError, Lfm2ExportError
 from lfm2_export.generation import TokenEvent, generate
 from lfm2_export.generation_config import GenerationConfig
 from lfm2_export.manifest import Program
 from lfm2_export.runners import open_runner
+from lfm2_export.speculation import DEFAULT_DRAFT_TOKENS, Report, SpeculativeRunner, speculating
 from lfm2_export.streams import OutputError
 from lfm2_export.text import StreamDecoder, Tokenizer, check_text
 
@@ -37,6 +38,11 @@ class Opened:
     runner: Runner
     tokenizer: Tokenizer
     config: GenerationConfig
+
+    @property
+    def speculation(self) -> Report | None:
+        """What it did so far; None where none was asked for."""
+        return self.runner.report if isinstance(self.runner, SpeculativeRunner) else None
 
 
 def add_generation(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +61,24 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_speculation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--speculate",
+        metavar="lookup|DIR",
+        type=given,
+        help="verify several tokens at once that are proposed by what stood in the text before (lookup), or by a smaller "
+        "artifact of the same vocabulary; turns itself off where that does not pay",
+    )
+    parser.add_argument(
+        "--draft-tokens", type=int, metavar="N", help=f"proposals at once, at most (default: {DEFAULT_DRAFT_TOKENS})"
+    )
+    parser.add_argument(
+        "--speculate-inexact",
+        action="store_true",
+        help="speculate too where tokens may differ from plain decoding's: all but q4 and q8 on our operators",
+    )
+
+
 def open_for_text(options: argparse.Namespace) -> Opened:
     """Loads program, tokenizer and the checkpoint's generation settings, overridden by the options."""
     if not getattr(options, "raw", False):
@@ -70,10 +94,26 @@ def open_for_text(options: argparse.Namespace) -> Opened:
         repetition_penalty=options.repetition_penalty,
         seed=options.seed,
     )
+    _check_speculation(options)
     with console.busy(f"loading {program}"):
         runner = open_runner(artifact, program, runner_options(options))
         tokenizer = Tokenizer.from_dir(artifact.path)
+        if options.speculate is not None:
+            runner = speculating(
+                runner,
+                options.speculate,
+                tokenizer=tokenizer,
+                options=RunnerOptions.parse(threads=options.threads),
+                draft_tokens=options.draft_tokens,
+                inexact=options.speculate_inexact,
+            )
     return Opened(program=program, runner=runner, tokenizer=tokenizer, config=config)
+
+
+def _check_speculation(options: argparse.Namespace) -> None:
+    for name, given_ in (("--draft-tokens", options.draft_tokens), ("--speculate-inexact", options.speculate_inexact)):
+        if given_ not in (None, False) and options.speculate is None:
+            raise GenerationError(f"{name}: is for --speculate; name what proposes tokens, or leave it out")
 
 
 def generation_settings(folder: Path) -> GenerationConfig:
@@ -91,6 +131,7 @@ class RunCommand:
         parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to say; - reads standard input")
         parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
         add_generation(parser)
+        add_speculation(parser)
         add_machine(parser)
         add_json(parser)
 
@@ -114,7 +155,13 @@ class RunCommand:
                 console.stream(piece)
             console.stream("\n")
             console.note(f"{opened.program}: {timed.summary(len(ids))}")
+            _note_speculation(opened)
         return 0
+
+
+def _note_speculation(opened: Opened) -> None:
+    if opened.speculation is not None:
+        console.note(f"speculation, {opened.speculation.summary()}")
 
 
 def _read_prompt() -> str:
@@ -207,7 +254,7 @@ def _collect(opened: Opened, ids: list[int], timed: _Timed, text: str) -> dict[s
         "finish_reason": timed.finish_reason,
         "prefill_s": timed.prefill_s,
         "decode_s": timed.decode_s,
-    }
+    } | ({} if opened.speculation is None else {"speculation": opened.speculation.to_json()})
 
 
 class ChatCommand:
@@ -217,6 +264,7 @@ class ChatCommand:
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         add_artifact(parser)
         add_generation(parser)
+        add_speculation(parser)
         add_machine(parser)
 
     def run(self, options: argparse.Namespace) -> int:
@@ -235,6 +283,7 @@ class ChatCommand:
         while (line := _read_line()) is not None:
             if not _answer(chat, line.strip()):
                 break
+        _note_speculation(opened)
         return 0
 
 

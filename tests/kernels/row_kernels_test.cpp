@@ -214,6 +214,42 @@ void check_products(const RowKernels& kernels, const Format& format, int64_t col
   }
 }
 
+// y [tokens, rows]
+void multiply(const RowKernels& kernels, const Weights& w, const Buffer<float>& x, int64_t tokens, bool block,
+              const Buffer<float>& y) {
+  const RowMatrix& matrix = w.matrix();
+  const Inputs inputs(tokens, matrix.columns, matrix.bits, block);
+  quantize(kernels, x, inputs);
+  if (block) {
+    const Buffer<char> scratch(lfm2::block_scratch_bytes(matrix.columns));
+    kernels.block(matrix, inputs.all(), y.data(), matrix.rows, scratch.data());
+  } else {
+    kernels.dot(matrix, inputs.all(), y.data(), matrix.rows);
+  }
+}
+
+// A token's results are the same bits alone and among others, in `dot` and in `block`.
+void check_alone(const RowKernels& kernels, const Format& format, int64_t columns) {
+  constexpr int64_t kTokens = 21, kRows = 9;
+  const Weights w(format, kRows, columns);
+  const Buffer<float> x(kTokens * columns);
+  fill_normal(x, 0.5f);
+  const Buffer<float> all(kTokens * kRows), block(kTokens * kRows), alone(kRows);
+  multiply(kernels, w, x, kTokens, false, all);
+  for (int64_t token = 0; token < kTokens; ++token) {
+    const Buffer<float> own(columns);
+    std::memcpy(own.data(), x.data() + token * columns, columns * sizeof(float));
+    multiply(kernels, w, own, 1, false, alone);
+    expect(std::memcmp(alone.data(), all.data() + token * kRows, kRows * sizeof(float)) == 0,
+           std::string(kernels.name) + ": a token depends on the others, " + format.described());
+  }
+  if (kernels.block != nullptr) {
+    multiply(kernels, w, x, kTokens, true, block);
+    expect(std::memcmp(block.data(), all.data(), all.size() * sizeof(float)) == 0,
+           std::string(kernels.name) + ": block and dot differ, " + format.described());
+  }
+}
+
 std::vector<Format> all_formats() {
   std::vector<Format> formats;
   for (const int64_t group : {32, 64, 128, 256}) {
@@ -359,6 +395,7 @@ void test_row_kernels() {
       for (const int64_t columns : {32, 96, 160, 256, 512, 768, 1344, 1792, 7168}) {
         if (columns % format.group == 0) {
           check_products(kernels, format, columns);
+          check_alone(kernels, format, std::min<int64_t>(columns, 1792));
         }
       }
     }

@@ -1,7 +1,7 @@
 """The kernels for ONNX Runtime's weights against float64 arithmetic, and against each other.
 
-Sums are added up in another order by every kernel, so they do not give the same bits; those of one kernel are the same
-on any number of threads. What feeds the last matrix of a feed-forward is rounded to int8 once more, where a sum that
+Sums are added up in another order for every instruction set, so they do not give the same bits; those of one are the same
+on any number of threads, and for a token whatever the others are. What feeds the last matrix of a feed-forward is rounded to int8 once more, where a sum that
 differs in its last bit may go to the next code: few tokens meet that, and their error is bounded apart.
 """
 
@@ -261,6 +261,31 @@ def test_the_experts_are_those_of_float64(layer: Layer):
     want = layer.sparse_in_float64()
     for kernels in c_api.runnable_row_kernels():
         check_on_threads(kernels, [layer.sparse(kernels, threads) for threads in THREADS], want)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_token_has_the_same_bits_alone_and_among_others(bits: int):
+    rng = np.random.default_rng(bits)
+    for group, columns in ((32, 96), (32, 1344), (64, 2048), (256, 1792)):
+        w = random_matrix(rng, 33, columns, bits=bits, group=group, points=bits == 4, half=True)
+        x = normal(rng, 40, columns)
+        for kernels in c_api.runnable_row_kernels():
+            want = c_api.matmul_nbits(kernels, x, w)
+            for first, count in ((0, 1), (3, 2), (5, 7), (0, 8), (9, 9), (1, 12), (20, 13), (3, 24)):
+                got = c_api.matmul_nbits(kernels, x[first : first + count].copy(), w)
+                np.testing.assert_array_equal(got.view(np.int32), want[first : first + count].view(np.int32), kernels)
+
+
+def test_a_token_has_the_same_bits_among_others_in_feed_forwards():
+    dense = Layer(37, 192, 320, group=64, points=True, half=True)
+    sparse = Layer(60, 192, 96, experts=5, top_k=2, group=32, points=True)  # experts of few tokens and of many
+    for kernels in c_api.runnable_row_kernels():
+        for layer, run in ((dense, dense.dense), (sparse, sparse.sparse)):
+            want, x, logits = run(kernels), layer.x, layer.logits
+            for first, count in ((0, 1), (36, 1), (4, 3), (8, 9), (2, 30)):
+                layer.x, layer.logits = x[first : first + count].copy(), logits[first : first + count].copy()
+                np.testing.assert_array_equal(run(kernels).view(np.int32), want[first : first + count].view(np.int32))
+            layer.x, layer.logits = x, logits
 
 
 def check_on_threads(kernels: str, results: list[FloatArray], want: DoubleArray) -> None:

@@ -35,7 +35,7 @@ class StateBuffers:
         self.conv = {t.past_name: t.zeros(batch_size) for t in spec.fixed}
         self._back = {name: np.zeros_like(front) for name, front in self.conv.items()}
         self._capacity = capacity
-        self._bindings: dict[tuple[ort.InferenceSession, bool], ort.IOBinding] = {}
+        self._bindings: dict[tuple[ort.InferenceSession, bool, bool], ort.IOBinding] = {}
         self._swapped = False
 
     @property
@@ -131,9 +131,10 @@ class StateBuffers:
             array[:, :, :used] = tensors[name][rows, :, :used]
         return state
 
-    def binding(self, session: ort.InferenceSession) -> ort.IOBinding:
-        """An IOBinding of ``session`` with every state tensor bound; kept: most steps differ in three values only."""
-        key = (session, self._swapped)
+    def binding(self, session: ort.InferenceSession, windows: bool = False) -> ort.IOBinding:
+        """An IOBinding of ``session`` with every state tensor bound; kept: most steps differ in three values only.
+        ``windows``: another one, for runs that bind further outputs."""
+        key = (session, self._swapped, windows)
         if key not in self._bindings:
             self._bindings[key] = self._bind(session)
         return self._bindings[key]

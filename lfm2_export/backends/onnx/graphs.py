@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from lfm2_export.backends.onnx import own_ops, passes
 from lfm2_export.backends.onnx.trace import trace, without_collection
-from lfm2_export.backends.onnx.variants import CPU, LFM2, LFM2_KV8, LFM2_SCORING, SCORING
+from lfm2_export.backends.onnx.variants import CPU, LFM2, LFM2_KV8, LFM2_KV8_SCORING, LFM2_SCORING, SCORING
 from lfm2_export.backends.weights.plan import WeightPlan
 from lfm2_export.cache import CacheSpec
 from lfm2_export.config import ModelConfig
@@ -67,7 +67,7 @@ def _variants(model: ir.Model, config: ModelConfig, plan: WeightPlan, cache: Cac
     found[SCORING] = _scoring(cpu)
     if own_ops.fits(plan):
         found[LFM2] = _on_own_operators(model, config, plan)
-        found[LFM2_SCORING] = _scoring(found[LFM2])
+        found[LFM2_SCORING] = _verifying(found[LFM2], cache)
         found |= _with_int8_cache(found[LFM2], cache)
     return found
 
@@ -78,11 +78,13 @@ def _on_own_operators(model: ir.Model, config: ModelConfig, plan: WeightPlan) ->
     counts = own_ops.use_own_products(own), own_ops.use_own_experts(own, config)
     if counts != (before["MatMulNBits"], before["QMoE"]):
         raise ExportError(f"{counts} operators became our own; this is a defect, please report it")
+    own_ops.use_own_float_products(own)
     own_ops.fuse_feed_forwards(own, plan)
     fused = own_ops.fuse_short_convs(own), own_ops.fuse_attention(own, config)
     if fused != (len(config.conv_layers), len(config.attention_layers) * own_ops.takes_heads(config)):
         raise ExportError(f"{fused} short convs and attentions became our own; this is a defect, please report it")
     own_ops.fuse_projections(own)
+    own_ops.mark_independent_rows(own)
     passes.number_nodes(own)
     return own
 
@@ -90,8 +92,17 @@ def _on_own_operators(model: ir.Model, config: ModelConfig, plan: WeightPlan) ->
 def _with_int8_cache(model: ir.Model, cache: CacheSpec) -> dict[str, ir.Model]:
     """Empty where no attention is ours, or there is none."""
     quantized = model.clone()
-    count = own_ops.quantize_cache(quantized, cache.with_int8_positions())
-    return {LFM2_KV8: quantized} if count else {}
+    if not own_ops.quantize_cache(quantized, cache.with_int8_positions()):
+        return {}
+    return {LFM2_KV8: quantized, LFM2_KV8_SCORING: _verifying(quantized, cache)}
+
+
+def _verifying(model: ir.Model, cache: CacheSpec) -> ir.Model:
+    """The logits of every position, and what it takes to go back to any of them."""
+    verifying = _scoring(model)
+    own_ops.show_windows(verifying, cache)
+    passes.number_nodes(verifying)
+    return verifying
 
 
 def _scoring(model: ir.Model) -> ir.Model:

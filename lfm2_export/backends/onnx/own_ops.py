@@ -7,12 +7,13 @@ twice as fast. Only a session that has registered the library can open it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
 from lfm2_export.backends.onnx.plan import Layout
+from lfm2_export.backends.onnx.variants import INDEPENDENT, ROWS
 from lfm2_export.backends.weights.plan import StoredWeight, WeightPlan
 from lfm2_export.cache import KEY_STATE, CacheSpec, StateTensor
 from lfm2_export.config import ModelConfig
@@ -26,6 +27,8 @@ _INPUTS = 32
 _GROUP_SIZES = (32, 64, 128, 256)
 # A multiple of the lanes in a register, and the most that has room.
 _HEAD_DIM_STEP, _MOST_HEAD_DIM = 16, 256
+# Whose sums depend, in their last bits, on how many rows there are.
+_STOCK_SUMS = {"MatMul", "Gemm", "MatMulNBits", "QMoE", "MoE", "GroupQueryAttention", "CausalConvWithState"}
 _PRODUCTS = (Layout.MATMUL, Layout.GATE_UP, Layout.DOWN)
 
 
@@ -50,6 +53,22 @@ def use_own_products(model: ir.Model) -> int:
         attributes = {name: node.attributes[name].value for name in ("N", "K", "bits", "block_size")}
         _replace(model, node, "MatMulNBits", (x, qdata, _as_stored(scale), zero_point, bias), attributes)
     return _finish(model, len(nodes))
+
+
+def use_own_float_products(model: ir.Model) -> int:
+    """Every product by a matrix of floats becomes ours: routers, and layers that were excluded. Returns how many."""
+    weights = model.graph.initializers.values()
+    nodes = [
+        node for node in model.graph if node.op_type == "MatMul" and node.domain == "" and _is_matrix(node, weights)
+    ]
+    for node in nodes:
+        _replace(model, node, "MatMul", node.inputs, {})
+    return _finish(model, len(nodes))
+
+
+def _is_matrix(product: ir.Node, weights: Collection[ir.Value]) -> bool:
+    weight = product.inputs[1]
+    return weight in weights and weight.shape is not None and len(weight.shape) == 2
 
 
 def fuse_feed_forwards(model: ir.Model, plan: WeightPlan) -> int:
@@ -191,6 +210,30 @@ def quantize_cache(model: ir.Model, cache: CacheSpec) -> int:
     for node in nodes:
         node.op_type = f"{node.op_type}Int8"
     return len(nodes)
+
+
+def show_windows(model: ir.Model, cache: CacheSpec) -> int:
+    """Every GatedConv also returns its window, from which the state after any of a call's tokens can be taken, as an
+    output of the graph. Returns how many."""
+    nodes = {node.outputs[1].name: node for node in model.graph if node.op_type == "GatedConv"}
+    for tensor in cache.conv if nodes else ():
+        node = nodes[tensor.present_name]
+        node.resize_outputs(3)
+        node.attributes["window"] = ir.AttrInt64("window", 1)
+        window = node.outputs[2]
+        window.name, window.type = tensor.window_name, node.outputs[1].type
+        window.shape = ir.Shape((tensor.shape[0], None, tensor.shape[2]))
+        model.graph.outputs.append(window)
+    return len(nodes)
+
+
+def mark_independent_rows(model: ir.Model) -> bool:
+    """Notes in the graph that a token's logits are the same bits whatever other tokens are in a call, if all of its
+    sums are made by our operators. Returns whether."""
+    independent = not any(node.domain != DOMAIN and node.op_type in _STOCK_SUMS for node in model.graph)
+    if independent:
+        model.metadata_props[ROWS] = INDEPENDENT
+    return independent
 
 
 def _attentions(model: ir.Model) -> list[ir.Node]:

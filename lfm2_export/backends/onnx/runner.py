@@ -27,7 +27,7 @@ from lfm2_export.backends.arguments import (
 )
 from lfm2_export.backends.base import Mark, RunnerOptions
 from lfm2_export.backends.onnx.buffers import StateBuffers, as_ortvalue
-from lfm2_export.backends.onnx.session import check_program, open_session
+from lfm2_export.backends.onnx.session import check_program, has_independent_rows, open_session, windows
 from lfm2_export.backends.onnx.variants import choose
 from lfm2_export.backends.runner_base import DEFAULT_CHUNK_SIZE, RunnerBase, program_id_of
 from lfm2_export.cache import CacheSpec
@@ -147,6 +147,31 @@ class OnnxRunner(RunnerBase):
         with _Transaction(state):
             return [self._score_row(session, i, row, chunk_size) for i, row in enumerate(rows)]
 
+    @property
+    def verifies_exactly(self) -> bool:
+        return self.can_score and has_independent_rows(self._session)
+
+    def _verify(self, tokens: np.ndarray) -> tuple[np.ndarray, Any]:
+        """With a graph that returns the conv states of every position, what they are kept in."""
+        session = self._scoring_session()
+        if not windows(session, self._cache):
+            return super()._verify(tokens)
+        state = self._make_room([tokens])
+        logits_TV = np.empty((len(tokens), self.vocab_size), dtype=np.float32)
+        window = {
+            t.window_name: np.empty((1, int(t.shape[1]) + len(tokens), int(t.shape[2])), dtype=t.dtype)
+            for t in self._cache.conv
+        }
+        run(session, state, tokens[None], _counts([tokens]), logits_TV[None], window)
+        return logits_TV, window
+
+    def _accept(self, kept: np.ndarray, length: int, place: Any) -> None:
+        if not isinstance(place, dict):
+            return super()._accept(kept, length, place)
+        count = len(kept)
+        conv = {t.past_name: place[t.window_name][:, count : count + int(t.shape[1])] for t in self._cache.conv}
+        self._state.set_place(np.array([length + count]), conv)
+
     def _score_row(self, session: ort.InferenceSession, index: int, tokens: np.ndarray, chunk: int) -> np.ndarray:
         view = self._state.row(index)
         logits_TV = np.empty((len(tokens), self.vocab_size), dtype=np.float32)
@@ -225,9 +250,13 @@ def run(
     ids_BT: np.ndarray,
     counts: np.ndarray,
     logits: np.ndarray,
+    others: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Appends ``counts[b]`` tokens (the rest of ``ids_BT`` is right padding) and fills ``logits`` [B, 1 or T, V]."""
-    binding = state.binding(session)
+    """Appends ``counts[b]`` tokens (the rest of ``ids_BT`` is right padding) and fills ``logits`` [B, 1 or T, V], and
+    other outputs of the graph."""
+    binding = state.binding(session, windows=others is not None)
+    for name, array in (others or {}).items():
+        binding.bind_ortvalue_output(name, as_ortvalue(array))
     binding.bind_ortvalue_input("input_ids", as_ortvalue(ids_BT))
     binding.bind_ortvalue_input("attention_mask", as_ortvalue(_mask(state.lengths + counts)))
     binding.bind_ortvalue_output("logits", as_ortvalue(logits))

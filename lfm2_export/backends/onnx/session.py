@@ -13,6 +13,7 @@ import onnxruntime as ort
 
 from lfm2_export import memory, paths
 from lfm2_export.backends.arguments import check_threads
+from lfm2_export.backends.onnx.variants import INDEPENDENT, ROWS
 from lfm2_export.cache import CacheSpec
 from lfm2_export.errors import ArtifactError, ResourceError, RunnerError
 from lfm2_export.messages import listed, natural, shown
@@ -83,7 +84,8 @@ def _vocabulary(session: ort.InferenceSession, path: Path, spec: CacheSpec) -> i
     inputs = {"input_ids", "attention_mask"} | {t.past_name for t in spec.tensors}
     outputs = {"logits"} | {t.present_name for t in spec.tensors}
     _check_names(path, "inputs", {i.name for i in session.get_inputs()}, inputs)
-    _check_names(path, "outputs", {o.name for o in session.get_outputs()}, outputs)
+    found = {o.name for o in session.get_outputs()}
+    _check_names(path, "outputs", found - windows(session, spec), outputs)
     _check_state(path, {i.name: i for i in session.get_inputs()}, spec)
     logits = next(o for o in session.get_outputs() if o.name == "logits")
     if not logits.shape or not isinstance(logits.shape[-1], int) or logits.type != "tensor(float)":
@@ -92,6 +94,17 @@ def _vocabulary(session: ort.InferenceSession, path: Path, spec: CacheSpec) -> i
             "last expected; export again"
         )
     return logits.shape[-1]
+
+
+def windows(session: ort.InferenceSession, spec: CacheSpec) -> set[str]:
+    """The outputs that hold the conv states of every position, if the graph has them for all of its conv layers."""
+    wanted = {tensor.window_name for tensor in spec.conv}
+    return wanted if wanted <= {output.name for output in session.get_outputs()} else set()
+
+
+def has_independent_rows(session: ort.InferenceSession) -> bool:
+    """Whether a token's logits are the same bits whatever other tokens are in a call."""
+    return session.get_modelmeta().custom_metadata_map.get(ROWS) == INDEPENDENT
 
 
 def _check_names(path: Path, kind: str, found: set[str], expected: set[str]) -> None:

@@ -24,7 +24,9 @@ logger = logging.getLogger(__name__)
 CPU = "cpu"  # QMoE with int8 activations, which onnxruntime before 1.31 rejects
 SCORING = "scoring"  # logits of every position, otherwise as CPU
 LFM2, LFM2_SCORING = "lfm2", "lfm2_scoring"  # on our operators
-LFM2_KV8 = "lfm2_kv8"  # on our operators, keys and values in int8
+LFM2_KV8, LFM2_KV8_SCORING = "lfm2_kv8", "lfm2_kv8_scoring"  # on our operators, keys and values in int8
+# In a graph's metadata: a token's logits are the same bits whatever other tokens are in a call.
+ROWS, INDEPENDENT = "lfm2_export.rows", "independent"
 
 
 def graph_name(file_name: str, role: str) -> str:
@@ -80,7 +82,8 @@ def _with_int8_cache(folder: Path, program: Program, kernels: Kernels) -> Varian
             "--kernels stock"
         )
     library = _library(program, Kernels.LFM2)
-    return Variant(path=folder / program.graphs[LFM2_KV8], cache=program.cache.with_int8_positions(), library=library)
+    plain = _variant(folder, program, LFM2_KV8, LFM2_KV8_SCORING, library)
+    return replace(plain, cache=program.cache.with_int8_positions())
 
 
 def _library(program: Program, kernels: Kernels) -> Path | None:
@@ -138,7 +141,7 @@ def runnable(program: Program) -> dict[str, Program]:
     """Every shipped graph that runs here, by its file, as a program of its own; without those that score."""
     found = {}
     for role, name in program.graphs.items():
-        if role not in (SCORING, LFM2_SCORING, LFM2, LFM2_KV8):
+        if role not in (SCORING, LFM2_SCORING, LFM2, LFM2_KV8, LFM2_KV8_SCORING):
             found[name] = replace(program, graphs={MODEL: name})
         elif role == LFM2 and own_library() is not None:
             found[name] = replace(program, graphs={MODEL: name, LFM2: name})

@@ -1,5 +1,6 @@
-// How the work is cut: first every token's keys, values and queries are made, then tiles of queries pass over the cache.
-// A decode step has one tile per head only, so the cache is cut into pieces there, whose results are put together.
+// How the work is cut: first every token's keys, values and queries are made, then tiles of queries pass over the cache,
+// piece by piece. A decode step has one tile per head only, so the pieces are tasks of their own there. A query's pieces
+// are put together one after the other, first to last, in either case.
 
 #include "attention.h"
 
@@ -12,13 +13,13 @@
 namespace lfm2 {
 namespace {
 
-constexpr int64_t kPieceKeys = 1024;
 constexpr int64_t kTasksWanted = 8;  // per worker
+constexpr int64_t kFewTiles = 8;     // of a head: results of so many are kept for each piece
 
 struct Plan {
   int64_t queries;  // of one head of the cache: tokens * (heads / kv_heads)
   int64_t tiles;    // of one head
-  int64_t pieces;   // of the cache
+  int64_t pieces;   // of the cache that are tasks of their own; 1: a task takes all of them
   int64_t slots() const { return tiles * pieces; }
 };
 
@@ -26,9 +27,8 @@ Plan plan_of(const AttentionProblem& p, int workers) {
   Plan plan;
   plan.queries = p.tokens * (p.heads / p.kv_heads);
   plan.tiles = ceil_div(plan.queries, kTileQueries);
-  const int64_t wanted = ceil_div(workers * kTasksWanted, std::max<int64_t>(1, p.batch * p.kv_heads * plan.tiles));
-  const int64_t seen = p.window == 0 ? p.total : std::min(p.total, p.window + p.tokens);
-  plan.pieces = std::clamp<int64_t>(seen / kPieceKeys, 1, std::max<int64_t>(1, wanted));
+  const bool enough = plan.tiles > kFewTiles || p.batch * p.kv_heads * plan.tiles >= workers * kTasksWanted;
+  plan.pieces = enough ? 1 : std::max<int64_t>(1, ceil_div(p.total, kPieceKeys));
   return plan;
 }
 
@@ -119,63 +119,98 @@ void prepare_token(const AttentionProblem& p, const AttentionKernels& kernels, c
   }
 }
 
+// What queries have seen of some pieces: out = sum / weight.
+struct Seen {
+  float* greatest;  // [count]
+  float* weight;    // [count]
+  float* sum;       // [count][head_dim]
+};
+
+Seen seen_of(const AttentionProblem& p, const Plan& plan, const Scratch& s, int64_t of_head, int64_t piece,
+             int64_t query) {
+  const int64_t at = (of_head * plan.pieces + piece) * plan.queries + query;
+  return {s.greatest + at, s.weight + at, s.sum + at * p.head_dim};
+}
+
+void forget(const Seen& seen, int64_t count, int64_t head_dim) {
+  std::fill_n(seen.greatest, count, -std::numeric_limits<float>::infinity());
+  std::fill_n(seen.weight, count, 0.0f);
+  std::fill_n(seen.sum, count * head_dim, 0.0f);
+}
+
+// The next piece to those before it.
+void add_piece(const Seen& piece, int64_t count, int64_t head_dim, const Seen& to) {
+  for (int64_t query = 0; query < count; ++query) {
+    if (piece.weight[query] == 0.0f) {
+      continue;  // nothing to see: greatest is minus infinity, or so far below that nothing is left
+    }
+    const float greatest = std::max(to.greatest[query], piece.greatest[query]);
+    const float before = to.weight[query] == 0.0f ? 0.0f : std::exp(to.greatest[query] - greatest);
+    const float now = std::exp(piece.greatest[query] - greatest);
+    float* sum = to.sum + query * head_dim;
+    const float* more = piece.sum + query * head_dim;
+    for (int64_t i = 0; i < head_dim; ++i) {
+      sum[i] = __builtin_fmaf(now, more[i], before * sum[i]);
+    }
+    to.weight[query] = __builtin_fmaf(now, piece.weight[query], before * to.weight[query]);
+    to.greatest[query] = greatest;
+  }
+}
+
+// Some pieces of the cache for one tile of queries, into the first of them.
 void attend(const AttentionProblem& p, const AttentionKernels& kernels, const Plan& plan, const Scratch& s, int64_t row,
-            int64_t head, int64_t tile, int64_t piece) {
+            int64_t head, int64_t tile, int64_t own_piece) {
   const int64_t first = tile * kTileQueries, count = std::min<int64_t>(kTileQueries, plan.queries - first);
   const int64_t of_head = row * p.kv_heads + head;
-  const int64_t to = (of_head * plan.pieces + piece) * plan.queries + first;
   const int64_t* ends = s.ends + row * plan.queries + first;
   const int64_t* begins = s.begins == nullptr ? nullptr : s.begins + row * plan.queries + first;
-  const QueryTile queries = {s.queries + (of_head * plan.queries + first) * p.head_dim,
-                             begins,
-                             ends,
-                             p.mask + row * p.total,
-                             count,
-                             s.greatest + to,
-                             s.weight + to,
-                             s.sum + to * p.head_dim};
-  std::fill_n(queries.greatest, count, -std::numeric_limits<float>::infinity());
-  std::fill_n(queries.weight, count, 0.0f);
-  std::fill_n(queries.sum, count * p.head_dim, 0.0f);
   const int64_t seen = std::min(*std::max_element(ends, ends + count), p.total);
-  // Pieces begin at multiples of a step; what lies before the first query's window is left out.
+  // What lies before the first query's window is left out.
   const int64_t least = begins == nullptr ? 0 : *std::min_element(begins, begins + count);
-  const int64_t start = least / kStepKeys * kStepKeys;
-  const auto border = [&](int64_t i) {
-    return i == plan.pieces ? seen : start + std::max<int64_t>(0, seen - start) * i / plan.pieces / kStepKeys * kStepKeys;
-  };
+  const bool all = plan.pieces == 1;
+  const int64_t from = all ? least / kPieceKeys : own_piece, end = all ? ceil_div(seen, kPieceKeys) : own_piece + 1;
   auto* scratch = static_cast<float*>(
       thread_scratch(Use::kAttention, times(attention_scratch_floats(p.head_dim), sizeof(float))));
-  kernels.attend(head_of(p.key, p, row, head), head_of(p.value, p, row, head), border(piece), border(piece + 1), queries,
-                 scratch);
+  const Seen to = seen_of(p, plan, s, of_head, own_piece, first);
+  forget(to, count, p.head_dim);
+  alignas(kAlignment) float greatest[kTileQueries], weight[kTileQueries], sum[kTileQueries * kMostHeadDim];
+  for (int64_t piece = from; piece < end; ++piece) {
+    const Seen here = piece == from ? to : Seen{greatest, weight, sum};
+    if (piece != from) {
+      forget(here, count, p.head_dim);
+    }
+    const QueryTile queries = {s.queries + (of_head * plan.queries + first) * p.head_dim,
+                               begins,
+                               ends,
+                               p.mask + row * p.total,
+                               count,
+                               here.greatest,
+                               here.weight,
+                               here.sum};
+    const int64_t start = std::max(piece * kPieceKeys, least / kStepKeys * kStepKeys);
+    const int64_t border = std::min(seen, (piece + 1) * kPieceKeys);
+    if (start < border) {
+      kernels.attend(head_of(p.key, p, row, head), head_of(p.value, p, row, head), start, border, queries, scratch);
+    }
+    if (piece != from) {
+      add_piece(here, count, p.head_dim, to);
+    }
+  }
 }
 
 // The pieces of one query together.
 void combine(const AttentionProblem& p, const Plan& plan, const Scratch& s, int64_t row, int64_t head, int64_t query) {
-  const int64_t group = p.heads / p.kv_heads;
-  const int64_t begin = (row * p.kv_heads + head) * plan.pieces * plan.queries + query;
-  float greatest = -std::numeric_limits<float>::infinity();
-  for (int64_t piece = 0; piece < plan.pieces; ++piece) {
-    greatest = std::max(greatest, s.greatest[begin + piece * plan.queries]);
+  const int64_t group = p.heads / p.kv_heads, of_head = row * p.kv_heads + head;
+  const Seen all = seen_of(p, plan, s, of_head, 0, query);
+  for (int64_t piece = 1; piece < plan.pieces; ++piece) {
+    add_piece(seen_of(p, plan, s, of_head, piece, query), 1, p.head_dim, all);
   }
   const int64_t token = query / group, own = head * group + query % group;
   float* out = p.out + ((row * p.tokens + token) * p.heads + own) * p.head_dim;
-  std::fill_n(out, p.head_dim, 0.0f);
-  float weight = 0.0f;
-  for (int64_t piece = 0; piece < plan.pieces; ++piece) {
-    const int64_t at = begin + piece * plan.queries;
-    if (s.weight[at] == 0.0f) {
-      continue;  // nothing to see: greatest is minus infinity, or so far below that nothing is left
-    }
-    const float share = std::exp(s.greatest[at] - greatest);
-    weight += share * s.weight[at];
-    for (int64_t i = 0; i < p.head_dim; ++i) {
-      out[i] += share * s.sum[at * p.head_dim + i];
-    }
-  }
+  const float weight = *all.weight;
   const float inverse = weight > 0.0f ? 1.0f / weight : weight == 0.0f ? 0.0f : weight;  // NaN stays NaN
   for (int64_t i = 0; i < p.head_dim; ++i) {
-    out[i] *= inverse;
+    out[i] = all.sum[i] * inverse;
   }
 }
 

@@ -15,7 +15,9 @@ namespace lfm2 {
 constexpr int kLaneKeys = 16;     // head_dim is a multiple of it; keys are scored so many at a time
 constexpr int kMostHeadDim = 256;
 constexpr int kTileQueries = 16;  // that share what is read of the cache
-constexpr int kStepKeys = 64;     // between two looks at the running maximum
+constexpr int kStepKeys = 64;     // between two looks at the running maximum; steps begin at multiples of it
+constexpr int kPieceKeys = 1024;  // what a query sees of each piece of the cache is summed up apart: so its result depends
+                                  // neither on who looks with it, nor on how many threads there are
 
 // Keys or values of one head: [positions][row]. A row is head_dim floats, or head_dim codes (+ 128) and a float.
 struct HeadCache {

@@ -14,15 +14,9 @@ constexpr int kVectors = kStepKeys / kLanes;
 constexpr int kGroupQueries = 4;
 constexpr int64_t kAheadRows = 24;  // of the cache, fetched early
 
-LFM2_ALWAYS __m512 load_features(const HeadCache& cache, const uint8_t* row, int64_t first) {
-  if (!cache.is_int8) {
-    return _mm512_loadu_ps(reinterpret_cast<const float*>(row) + first);
-  }
-  float scale;
-  std::memcpy(&scale, row + cache.head_dim, sizeof scale);
-  const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + first)));
-  return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(codes, _mm512_set1_epi32(kCodeZero))),
-                       _mm512_set1_ps(scale));
+// 16 codes as floats.
+LFM2_ALWAYS __m512 load_codes(const uint8_t* at) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))));
 }
 
 LFM2_ALWAYS void fetch(const uint8_t* row, int64_t row_bytes) {
@@ -41,7 +35,7 @@ void turn_keys(const HeadCache& key, int64_t first, int64_t count, float* turned
     for (int64_t feature = 0; feature < key.head_dim; feature += kLanes) {
       __m512i m[kLanes];
       for (int r = 0; r < kLanes; ++r) {
-        m[r] = r < left ? _mm512_castps_si512(load_features(key, rows + r * row_bytes, feature))
+        m[r] = r < left ? _mm512_loadu_si512(reinterpret_cast<const float*>(rows + r * row_bytes) + feature)
                         : _mm512_setzero_si512();
       }
       transpose(m);
@@ -160,17 +154,27 @@ void score_codes(const __m512i* words, const float* scales, const IntegerQueries
   }
 }
 
-// Values as floats [count][head_dim]: in place, or in `room`.
-const float* values_of(const HeadCache& value, int64_t first, int64_t count, float* room) {
-  const int64_t row_bytes = cache_row_bytes(value.head_dim, value.is_int8);
+// Float values [count][head_dim] where they lie.
+const float* values_of(const HeadCache& value, int64_t first, int64_t count) {
+  const int64_t row_bytes = cache_row_bytes(value.head_dim, false);
   const uint8_t* rows = value.data + first * row_bytes;
   for (int64_t i = 0; i < count; ++i) {
     fetch(rows + i * row_bytes, row_bytes);
-    for (int64_t feature = 0; value.is_int8 && feature < value.head_dim; feature += kLanes) {
-      _mm512_store_ps(room + i * value.head_dim + feature, load_features(value, rows + i * row_bytes, feature));
+  }
+  return reinterpret_cast<const float*>(rows);
+}
+
+// The codes of int8 values as floats [count][head_dim] in `room`, once for all queries of a tile.
+const float* codes_of(const HeadCache& value, int64_t first, int64_t count, float* room) {
+  const int64_t row_bytes = cache_row_bytes(value.head_dim, true);
+  const uint8_t* rows = value.data + first * row_bytes;
+  for (int64_t i = 0; i < count; ++i) {
+    fetch(rows + i * row_bytes, row_bytes);
+    for (int64_t feature = 0; feature < value.head_dim; feature += kLanes) {
+      _mm512_store_ps(room + i * value.head_dim + feature, load_codes(rows + i * row_bytes + feature));
     }
   }
-  return value.is_int8 ? room : reinterpret_cast<const float*>(rows);
+  return room;
 }
 
 // scores[query][key] of up to 4 queries; missing ones repeat the last.
@@ -274,10 +278,25 @@ void mix_all(const float* values, int64_t count, int64_t head_dim, const float* 
   }
 }
 
-// The same with values as they lie in an int8 cache, for so few queries that taking them apart once does not pay.
-template <int kQueries, int kWide>
-void mix_codes(const uint8_t* rows, int64_t row_bytes, int64_t count, int64_t head_dim, const float* weights,
-               const float* shrink, float* sum) {
+// Where codes of values lie, from some feature on: as bytes in the cache, or as floats that are ready.
+struct ByteCodes {
+  const uint8_t* at;
+  int64_t stride;
+  LFM2_ALWAYS __m512 load(int64_t key, int lane) const { return load_codes(at + key * stride + lane); }
+  LFM2_ALWAYS ByteCodes from(int64_t feature) const { return {at + feature, stride}; }
+};
+
+struct FloatCodes {
+  const float* at;
+  int64_t stride;
+  LFM2_ALWAYS __m512 load(int64_t key, int lane) const { return _mm512_load_ps(at + key * stride + lane); }
+  LFM2_ALWAYS FloatCodes from(int64_t feature) const { return {at + feature, stride}; }
+};
+
+// The same with codes of an int8 cache; `weights` times their scales.
+template <int kQueries, int kWide, typename Source>
+void mix_codes(const Source& codes, int64_t count, int64_t head_dim, const float* weights, const float* shrink,
+               float* sum) {
   __m512 total[kQueries][kWide];
   float whole[kQueries] = {};
   for (int q = 0; q < kQueries; ++q) {
@@ -285,11 +304,10 @@ void mix_codes(const uint8_t* rows, int64_t row_bytes, int64_t count, int64_t he
       total[q][i] = _mm512_setzero_ps();
     }
   }
-  for (int64_t key = 0; key < count; ++key, rows += row_bytes) {
+  for (int64_t key = 0; key < count; ++key) {
     __m512 value[kWide];
     for (int i = 0; i < kWide; ++i) {
-      const auto* codes = reinterpret_cast<const __m128i*>(rows + i * kLanes);
-      value[i] = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(codes)));
+      value[i] = codes.load(key, i * kLanes);
     }
     for (int q = 0; q < kQueries; ++q) {
       const __m512 weight = _mm512_set1_ps(weights[q * kStepKeys + key]);
@@ -309,9 +327,22 @@ void mix_codes(const uint8_t* rows, int64_t row_bytes, int64_t count, int64_t he
   }
 }
 
-template <int kQueries>
-void mix_all_codes(const HeadCache& value, int64_t first, int64_t count, float* weights, const float* shrink,
+template <int kQueries, typename Source>
+void mix_all_codes(const Source& codes, int64_t count, int64_t head_dim, const float* weights, const float* shrink,
                    float* sum) {
+  int64_t feature = 0;
+  for (; feature + 4 * kLanes <= head_dim; feature += 4 * kLanes) {
+    mix_codes<kQueries, 4>(codes.from(feature), count, head_dim, weights, shrink, sum + feature);
+  }
+  for (; feature < head_dim; feature += kLanes) {
+    mix_codes<kQueries, 1>(codes.from(feature), count, head_dim, weights, shrink, sum + feature);
+  }
+}
+
+// Values of an int8 cache: taken apart already (`ready`), or as they lie, for so few queries that it does not pay.
+template <int kQueries>
+void mix_int8(const HeadCache& value, const float* ready, int64_t first, int64_t count, float* weights,
+              const float* shrink, float* sum) {
   const int64_t row_bytes = cache_row_bytes(value.head_dim, true);
   const uint8_t* rows = value.data + first * row_bytes;
   alignas(64) float scales[kStepKeys] = {};
@@ -325,12 +356,10 @@ void mix_all_codes(const HeadCache& value, int64_t first, int64_t count, float* 
       _mm512_store_ps(at, _mm512_mul_ps(_mm512_load_ps(at), _mm512_load_ps(scales + vector * kLanes)));
     }
   }
-  int64_t feature = 0;
-  for (; feature + 4 * kLanes <= value.head_dim; feature += 4 * kLanes) {
-    mix_codes<kQueries, 4>(rows + feature, row_bytes, count, value.head_dim, weights, shrink, sum + feature);
-  }
-  for (; feature < value.head_dim; feature += kLanes) {
-    mix_codes<kQueries, 1>(rows + feature, row_bytes, count, value.head_dim, weights, shrink, sum + feature);
+  if (ready != nullptr) {
+    mix_all_codes<kQueries>(FloatCodes{ready, value.head_dim}, count, value.head_dim, weights, shrink, sum);
+  } else {
+    mix_all_codes<kQueries>(ByteCodes{rows, row_bytes}, count, value.head_dim, weights, shrink, sum);
   }
 }
 
@@ -342,7 +371,7 @@ struct Step {
   const float* turned;            // keys as floats; null: as codes
   const __m512i* words;           // keys as codes
   const float* scales;            // of those
-  const float* values;            // as floats; null: as they lie in the int8 cache
+  const float* values;            // as floats, of an int8 cache the codes; null: as they lie there
   const IntegerQueries* queries;  // for keys as codes
   float* scores;
 };
@@ -368,10 +397,10 @@ void attend_group(const Step& step, const QueryTile& tile, int64_t query) {
     }
   }
   float* sum = tile.sum + query * head_dim;
-  if (any && step.values != nullptr) {
-    mix_all<kQueries>(step.values, step.count, head_dim, scores, shrink, sum);
+  if (any && step.value.is_int8) {
+    mix_int8<kQueries>(step.value, step.values, step.first, step.count, scores, shrink, sum);
   } else if (any) {
-    mix_all_codes<kQueries>(step.value, step.first, step.count, scores, shrink, sum);
+    mix_all<kQueries>(step.values, step.count, head_dim, scores, shrink, sum);
   }
 }
 
@@ -416,8 +445,10 @@ void attend(const HeadCache& key, const HeadCache& value, int64_t first, int64_t
       step.turned = turned;
       turn_keys(key, at, step.count, turned);
     }
-    if (!value.is_int8 || tile.count > kGroupQueries) {
-      step.values = values_of(value, at, step.count, room);
+    if (!value.is_int8) {
+      step.values = values_of(value, at, step.count);
+    } else if (tile.count > kGroupQueries) {
+      step.values = codes_of(value, at, step.count, room);
     }
     attend_step(step, tile);
   }

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "attention.h"
+#include "float_matmul.h"
 #include "gated_conv.h"
 #include "kernels.h"
 #include "row_matrix.h"
@@ -200,6 +201,15 @@ const ConvKernels& best_conv_kernels() {
   }
 #endif
   return kScalarConvKernels;
+}
+
+const FloatKernels& best_float_kernels() {
+#if defined(LFM2_HAVE_AVX512VNNI)
+  if (&best_row_kernels() == &kAvx512VnniRowKernels) {
+    return kAvx512FloatKernels;
+  }
+#endif
+  return kScalarFloatKernels;
 }
 
 const Kernels* kernels_by_name(const char* name) {

@@ -11,6 +11,7 @@
 #include <stdexcept>
 
 #include "attention.h"
+#include "float_matmul.h"
 #include "gated_conv.h"
 #include "moe.h"
 #include "operand.h"
@@ -60,6 +61,9 @@ using MatMulProblems = std::array<MatMulProblem, ProductAttributes::kMost>;
 
 void check(const ProductAttributes& attributes);
 MatMulProblems prepare(const ProductAttributes& attributes, const ProductOperands& operands);
+
+// MatMul: by a matrix of floats [inputs, outputs].
+FloatMatMulProblem prepare(const Operand& x, const Operand& w);
 
 struct FeedForwardAttributes {
   const char* op;

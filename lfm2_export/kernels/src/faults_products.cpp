@@ -57,6 +57,20 @@ FeedForwardProblem prepare(const FeedForwardAttributes& a, const FeedForwardOper
   return problem;
 }
 
+FloatMatMulProblem prepare(const Operand& x, const Operand& w) {
+  const Checks checks("MatMul");
+  checks.ranked(w, "w", Kind::kFloat, 2);
+  FloatMatMulProblem problem = {};
+  problem.inputs = w.sizes[0];
+  problem.outputs = w.sizes[1];
+  checks.size("inputs", problem.inputs);
+  checks.size("outputs", problem.outputs);
+  problem.tokens = checks.tokens(x, problem.inputs);
+  problem.x = x.as<float>();
+  problem.w = w.as<float>();
+  return problem;
+}
+
 void check(const RoutingAttributes& a) {
   const Checks checks(a.op);
   checks.size("top_k", a.top_k);

@@ -54,6 +54,10 @@ void run_gated_conv(const GatedConvProblem& p, const ConvKernels& kernels, const
   for (int64_t i = 0; i < p.batch * held; ++i) {
     window_entry(p, kernels, i / held, p.rows[i], p.present + i * p.width);
   }
+  const int64_t entries = p.window == nullptr ? 0 : held + p.tokens;
+  for (int64_t i = 0; i < p.batch * entries; ++i) {
+    window_entry(p, kernels, i / entries, i % entries, p.window + i * p.width);
+  }
 }
 
 const ConvKernels kScalarConvKernels = {gate_row, convolve_row};

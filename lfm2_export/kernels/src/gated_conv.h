@@ -17,6 +17,7 @@ struct GatedConvProblem {
   const int64_t* rows;     // [batch, taps - 1]: which of (state, gated inputs) are the new state
   float* out;              // [batch, tokens, width]
   float* present;          // [batch, taps - 1, width]
+  float* window;           // [batch, taps - 1 + tokens, width], or null: all of (state, gated inputs)
   int64_t batch, tokens, width, taps;
 };
 

@@ -11,21 +11,25 @@ namespace {
 
 constexpr int kLanes = 16;
 
+// 4 x 4 words in each quarter of four registers: word i of row r becomes word r of row i.
+LFM2_ALWAYS void turn_quarters(__m512i& a, __m512i& b, __m512i& c, __m512i& d) {
+  const __m512i t0 = _mm512_unpacklo_epi32(a, b), t1 = _mm512_unpackhi_epi32(a, b);
+  const __m512i t2 = _mm512_unpacklo_epi32(c, d), t3 = _mm512_unpackhi_epi32(c, d);
+  a = _mm512_unpacklo_epi64(t0, t2);
+  b = _mm512_unpackhi_epi64(t0, t2);
+  c = _mm512_unpacklo_epi64(t1, t3);
+  d = _mm512_unpackhi_epi64(t1, t3);
+}
+
 // Rows to lanes: word i of row r becomes lane r of word i.
 LFM2_ALWAYS void transpose(__m512i (&m)[kLanes]) {
-  __m512i a[kLanes];
-  for (int i = 0; i < kLanes; i += 4) {  // 4 x 4 words in each quarter of a register
-    const __m512i t0 = _mm512_unpacklo_epi32(m[i], m[i + 1]), t1 = _mm512_unpackhi_epi32(m[i], m[i + 1]);
-    const __m512i t2 = _mm512_unpacklo_epi32(m[i + 2], m[i + 3]), t3 = _mm512_unpackhi_epi32(m[i + 2], m[i + 3]);
-    a[i] = _mm512_unpacklo_epi64(t0, t2);
-    a[i + 1] = _mm512_unpackhi_epi64(t0, t2);
-    a[i + 2] = _mm512_unpacklo_epi64(t1, t3);
-    a[i + 3] = _mm512_unpackhi_epi64(t1, t3);
+  for (int i = 0; i < kLanes; i += 4) {
+    turn_quarters(m[i], m[i + 1], m[i + 2], m[i + 3]);
   }
   for (int j = 0; j < 4; ++j) {  // then the quarters
-    const __m512i t0 = _mm512_shuffle_i32x4(a[j], a[j + 4], 0x88), t1 = _mm512_shuffle_i32x4(a[j], a[j + 4], 0xdd);
-    const __m512i t2 = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0x88);
-    const __m512i t3 = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0xdd);
+    const __m512i t0 = _mm512_shuffle_i32x4(m[j], m[j + 4], 0x88), t1 = _mm512_shuffle_i32x4(m[j], m[j + 4], 0xdd);
+    const __m512i t2 = _mm512_shuffle_i32x4(m[j + 8], m[j + 12], 0x88);
+    const __m512i t3 = _mm512_shuffle_i32x4(m[j + 8], m[j + 12], 0xdd);
     m[j] = _mm512_shuffle_i32x4(t0, t2, 0x88);
     m[j + 4] = _mm512_shuffle_i32x4(t1, t3, 0x88);
     m[j + 8] = _mm512_shuffle_i32x4(t0, t2, 0xdd);

@@ -1,7 +1,8 @@
 // What an operator needs to be one for ONNX Runtime: its inputs and outputs, the session's threads, faults as statuses, and
 // the description that a session registers.
 //
-// An operator is a class with kName, kInputs and kOutputs (element types), kOptionalInputs (bits), a constructor from
+// An operator is a class with kName, kInputs and kOutputs (element types), kOptionalInputs (bits; kOptionalOutputs, where
+// there are some), a constructor from
 // (OrtApi, OrtKernelInfo) and compute(Context) const: threads may run one session at once, so a kernel that exists does
 // not change.
 
@@ -200,6 +201,15 @@ struct Kernel {
   Op op;
 };
 
+// The bits of Op::kOptionalOutputs, where it has some.
+template <typename Op>
+constexpr unsigned optional_outputs() {
+  if constexpr (requires { Op::kOptionalOutputs; }) {
+    return Op::kOptionalOutputs;
+  }
+  return 0;
+}
+
 template <typename Op>
 OrtCustomOp described() {
   OrtCustomOp d = {};
@@ -213,7 +223,9 @@ OrtCustomOp described() {
   d.GetInputCharacteristic = [](const OrtCustomOp*, size_t index) -> int {
     return Op::kOptionalInputs >> index & 1 ? ort::kOptional : ort::kRequired;
   };
-  d.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) -> int { return ort::kRequired; };
+  d.GetOutputCharacteristic = [](const OrtCustomOp*, size_t index) -> int {
+    return optional_outputs<Op>() >> index & 1 ? ort::kOptional : ort::kRequired;
+  };
   d.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };
   d.GetStartVersion = [](const OrtCustomOp*) { return 1; };
   d.GetEndVersion = [](const OrtCustomOp*) { return 1; };

@@ -2,12 +2,14 @@
 //
 //   MatMulNBits(x, codes, scales, zero_points?, bias?) -> x times the transposed matrix, plus bias
 //       K, N, bits, block_size
+//   MatMul(x, w) -> x times a matrix of floats [inputs, outputs]
 //   Projections(x, three times codes, scales, zero_points?) -> x times each; K, N0, N1, N2, bits, block_size, and
 //       N1_bits, N1_block_size, N2_bits, N2_block_size where the later ones differ from the first
 //   FeedForward(x, w1 codes, scales, zero_points?, w3 codes, scales, zero_points?, w2 codes, scales, zero_points?)
 //       -> (silu(x w1') * x w3') w2'; inner, bits, block_size (of w1 and w3), up_bits, up_block_size (of w3, where it
 //       differs), down_bits, down_block_size
-//   GatedConv(projected, weight, bias?, state, attended, rows) -> C * conv(B * x), new state
+//   GatedConv(projected, weight, bias?, state, attended, rows) -> C * conv(B * x), new state, and, where the attribute
+//       `window` is 1, all of (state, gated inputs), of which the new state is some rows
 //   Attention(q, k, v, q_norm, k_norm, past_key, past_value, seqlens_k, attention_mask, cos, sin, position_ids)
 //       -> attended values, present_key, present_value; num_heads, kv_num_heads, epsilon. Where the past and the present
 //       are one buffer, only new positions are written
@@ -16,6 +18,9 @@
 //       included
 //   SparseMoe(x, router_logits, expert_bias?, gate_up codes, scales, zero_points?, down codes, scales, zero_points?)
 //       top_k, normalize, routed_scaling_factor, bits, block_size
+//
+// A row's result is the same bits whatever rows stand beside it, in one call or in several: an answer depends neither on how
+// a prompt is cut nor on how many tokens are verified at once.
 //
 // Weights are the initializers of com.microsoft's MatMulNBits and QMoE, read where the runtime has mapped the data file
 // (see row_matrix.h). What a graph could get wrong is in faults.h: attributes are looked at when a session

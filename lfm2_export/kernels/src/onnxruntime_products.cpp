@@ -1,5 +1,6 @@
 // The operators that multiply with quantized matrices; onnxruntime_ops.cpp says what they take.
 
+#include "float_matmul.h"
 #include "onnxruntime_kernel.h"
 #include "row_matmul.h"
 
@@ -43,6 +44,23 @@ class MatMulNBits {
 
  private:
   ProductAttributes attributes_;
+};
+
+class MatMul {
+ public:
+  static constexpr const char* kName = "MatMul";
+  static constexpr int kInputs[] = {ort::kFloat, ort::kFloat};
+  static constexpr unsigned kOptionalInputs = 0;
+  static constexpr int kOutputs[] = {ort::kFloat};
+
+  MatMul(const OrtApi*, const OrtKernelInfo*) {}
+
+  void compute(const Context& context) const {
+    const Operand x = context.input(0);
+    FloatMatMulProblem problem = prepare(x, context.input(1));
+    problem.out = context.output_like(x, problem.outputs);
+    run_float_matmul(problem, best_float_kernels(), context.pool());
+  }
 };
 
 // A layer's q, k and v.
@@ -144,9 +162,9 @@ class SparseMoe {
 }  // namespace
 
 std::vector<const OrtCustomOp*> product_ops() {
-  static const OrtCustomOp ops[] = {described<MatMulNBits>(), described<Projections>(), described<FeedForward>(),
-                                    described<SparseMoe>()};
-  return {&ops[0], &ops[1], &ops[2], &ops[3]};
+  static const OrtCustomOp ops[] = {described<MatMulNBits>(), described<MatMul>(), described<Projections>(),
+                                    described<FeedForward>(), described<SparseMoe>()};
+  return {&ops[0], &ops[1], &ops[2], &ops[3], &ops[4]};
 }
 
 }  // namespace lfm2

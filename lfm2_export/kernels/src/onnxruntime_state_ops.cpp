@@ -46,9 +46,11 @@ class GatedConv {
   static constexpr const char* kName = "GatedConv";
   static constexpr int kInputs[] = {ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kInt64};
   static constexpr unsigned kOptionalInputs = 1u << 2;
-  static constexpr int kOutputs[] = {ort::kFloat, ort::kFloat};
+  static constexpr int kOutputs[] = {ort::kFloat, ort::kFloat, ort::kFloat};
+  static constexpr unsigned kOptionalOutputs = 1u << 2;
 
-  GatedConv(const OrtApi* api, const OrtKernelInfo* info) : constant_(api, info, kWeight) {}
+  GatedConv(const OrtApi* api, const OrtKernelInfo* info)
+      : constant_(api, info, kWeight), has_window_(attribute_or(api, info, "window", 0) != 0) {}
 
   void compute(const Context& context) const {
     GatedConvProblem p = prepare({context.input(0), context.input(kWeight), context.input(2), context.input(3),
@@ -64,12 +66,17 @@ class GatedConv {
     const int64_t out[] = {p.batch, p.tokens, p.width}, present[] = {p.batch, p.taps - 1, p.width};
     p.out = context.output(out, 3);
     p.present = context.output(present, 3, 1);
+    if (has_window_) {
+      const int64_t window[] = {p.batch, p.taps - 1 + p.tokens, p.width};
+      p.window = context.output(window, 3, 2);
+    }
     run_gated_conv(p, best_conv_kernels(), context.pool());
   }
 
  private:
   static constexpr size_t kWeight = 1;
   ConstantTaps constant_;
+  bool has_window_;
 };
 
 template <bool kInt8, bool kSliding>

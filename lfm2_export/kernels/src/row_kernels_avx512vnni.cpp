@@ -1,8 +1,12 @@
 // row_matrix.h with AVX-512 and VNNI.
 //
-// dot: a register of codes is 128 inputs of one row (64 at 8 bits); a lane sums up inputs of one group only, so scales are
-// spread over lanes and applied once per register. block: 16 rows a register; codes, scales and zero points are turned
-// from rows into lanes by transposing 16 x 16 words, which at 4 bits moves 8 weights at once.
+// dot: 4 rows at once. A register of codes is 128 inputs of one row (64 at 8 bits); the whole numbers that it gives with a
+// token are added up within each group of 32, so that a register holds 4 groups of 4 rows before anything becomes a float.
+// block: 16 rows a register; codes, scales and zero points are turned from rows into lanes by transposing 16 x 16 words,
+// which at 4 bits moves 8 weights at once.
+//
+// Both give a token the same bits, whatever the others: of each group the exact whole number, times both scales; groups
+// 0, 4, 8... are added up in this order, so are 1, 5, 9..., 2, 6, 10... and 3, 7, 11...; then (0 + 1) + (2 + 3).
 
 #include "lanes_avx512.h"
 #include "row_quantize.h"
@@ -11,7 +15,10 @@ namespace lfm2 {
 namespace {
 
 constexpr int64_t kAhead = 4096;  // bytes of codes: covers DRAM latency, across page boundaries too
-constexpr int kMostTokens = 4;    // of one pass of `dot`
+constexpr int kRows = 4;          // of a tile of `dot`
+constexpr int kParts = 4;         // of 512 inputs
+constexpr int kMostTokens = 8;    // of one pass of `dot`
+constexpr int kChains = 4;        // of sums that are added up apart
 constexpr int kTileTokens = 6;    // of one pass of `block`: 2 x 6 sums of integers, as many of floats
 
 LFM2_ALWAYS __mmask16 first_lanes(int64_t count) {
@@ -104,7 +111,7 @@ void swiglu(const float* gate, const float* up, int step, const RowActivations& 
   quantize_registers(product[0], product[1], to, group, token);
 }
 
-// Which lane of 16 scales of groups of 32 (or of the weights' groups) belongs to a lane.
+// Lane i is `first` + i / lanes_per_value.
 LFM2_ALWAYS __m512i lanes_of(int first, int lanes_per_value) {
   alignas(64) int32_t lanes[kLanes];
   for (int i = 0; i < kLanes; ++i) {
@@ -113,16 +120,40 @@ LFM2_ALWAYS __m512i lanes_of(int first, int lanes_per_value) {
   return _mm512_load_si512(lanes);
 }
 
-struct Spread {
-  __m512i groups;  // the weights' scales to groups of 32
-  int64_t per_piece;
-  int64_t scales_ahead, points_ahead;  // bytes: those of the codes that are fetched meanwhile
+// 4 rows of a matrix. Where fewer are left, the last one is taken again, and its results are dropped.
+struct Rows {
+  const uint8_t* codes[kRows];
+  const uint8_t* scales[kRows];
+  const uint8_t* points[kRows];  // null: there are none
 };
 
-LFM2_ALWAYS Spread spread_of(const RowMatrix& w) {
-  const int64_t ahead = kAhead * 8 / w.bits / w.group;
-  return {lanes_of(0, static_cast<int>(w.group / kGroupInputs)), kPadding / w.group, ahead * (w.half_scales ? 2 : 4),
-          ahead / 2};
+LFM2_ALWAYS Rows rows_from(const RowMatrix& w, int64_t first) {
+  Rows rows;
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t row = first + r < w.rows ? first + r : w.rows - 1;
+    rows.codes[r] = w.row(row);
+    rows.scales[r] = w.scales_of(row);
+    rows.points[r] = w.points_of(row);
+  }
+  return rows;
+}
+
+// What is the same for all tiles of a matrix.
+struct Walk {
+  __m512i spread;            // the weights' groups of a piece to groups of 32, as `turn_quarters` wants them
+  int64_t per_piece;         // weights' groups of a piece
+  int64_t codes_ahead, scales_ahead, points_ahead;  // bytes to what is fetched meanwhile: rows of a later tile
+};
+
+LFM2_ALWAYS Walk walk_of(const RowMatrix& w) {
+  alignas(64) int32_t spread[kLanes];
+  const auto groups_per_scale = static_cast<int32_t>(w.group / kGroupInputs);
+  for (int lane = 0; lane < kLanes; ++lane) {
+    spread[lane] = (lane % 4 * 4 + lane / 4) / groups_per_scale;
+  }
+  const int64_t tile = kRows * w.row_bytes(), tiles = (kAhead + tile - 1) / tile;
+  return {_mm512_load_si512(spread), kPadding / w.group, tiles * tile, tiles * kRows * w.scale_bytes(),
+          tiles * kRows * w.point_bytes()};
 }
 
 // May lie behind the tensor's end: harmless.
@@ -130,102 +161,187 @@ LFM2_ALWAYS void fetch_ahead(const uint8_t* at, int64_t bytes) {
   _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(at) + bytes), _MM_HINT_T0);
 }
 
-// Sums of one token that do not wait for each other: a multiply-add takes four cycles.
-constexpr int sums_of(int tokens) {
-  return tokens == 1 ? 4 : tokens == 2 ? 2 : 1;
+// Scales and zero points of a piece: of part p, quarter q of a register is group 4 * p + q, a lane of it a row.
+struct Factors {
+  __m512 scales[kParts];
+  __m512 points[kParts];
+};
+
+LFM2_ALWAYS void turn(__m512 (&rows)[kRows]) {
+  __m512i m[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    m[r] = _mm512_castps_si512(rows[r]);
+  }
+  turn_quarters(m[0], m[1], m[2], m[3]);
+  for (int r = 0; r < kRows; ++r) {
+    rows[r] = _mm512_castsi512_ps(m[r]);
+  }
 }
 
-// 512 inputs of a row with `kTokens` tokens: codes of `piece` begin at `codes`, `left` inputs are there at most.
-template <int kBits, int kTokens, bool kWhole>
-LFM2_ALWAYS void add_piece(const RowMatrix& w, const uint8_t* codes, const uint8_t* scales, const uint8_t* points,
-                           int64_t piece, int64_t left, const Spread& spread, const RowActivations& x,
-                           __m512 (&total)[kTokens][sums_of(kTokens)]) {
-  constexpr int kSums = sums_of(kTokens);
-  constexpr int kRegisters = kBits == 4 ? 4 : 8;
-  const int64_t first = piece * spread.per_piece;
-  const __mmask16 mask = first_lanes(kWhole ? spread.per_piece : left / w.group);
-  fetch_ahead(scales + first * (w.half_scales ? 2 : 4), spread.scales_ahead);
-  if (points != nullptr) {
-    fetch_ahead(points + first / 2, spread.points_ahead);
+template <int kBits, bool kPoints, bool kWhole>
+LFM2_ALWAYS void load_factors(const RowMatrix& w, const Rows& rows, int64_t piece, int64_t left, const Walk& walk,
+                              Factors& to) {
+  static_assert(kRows == kParts);
+  const int64_t first = piece * walk.per_piece;
+  const __mmask16 mask = first_lanes(kWhole ? walk.per_piece : left / w.group);
+  for (int r = 0; r < kRows; ++r) {
+    fetch_ahead(rows.scales[r] + first * (w.half_scales ? 2 : 4), walk.scales_ahead);
+    to.scales[r] = _mm512_permutexvar_ps(walk.spread, load_scales(rows.scales[r], first, mask, w.half_scales));
+    if (kPoints) {
+      fetch_ahead(rows.points[r] + first / 2, walk.points_ahead);
+      to.points[r] = _mm512_permutexvar_ps(walk.spread, load_points(rows.points[r], first, mask));
+    } else {
+      to.points[r] = _mm512_set1_ps(kBits == 4 ? 8 : 128);
+    }
   }
-  const __m512 scale = load_scales(scales, first, mask, w.half_scales);
-  const __m512 point = points == nullptr ? _mm512_set1_ps(kBits == 4 ? 8 : 128) : load_points(points, first, mask);
-  const __m512 offset = _mm512_permutexvar_ps(spread.groups, _mm512_mul_ps(scale, point));
-  const __m512 spread_scale = _mm512_permutexvar_ps(spread.groups, scale);
-  __m512 both[kTokens];
-  for (int t = 0; t < kTokens; ++t) {
-    const __mmask16 own = first_lanes(left / kGroupInputs);
-    const int64_t own_first = piece * (kPadding / kGroupInputs);
-    total[t][0] = _mm512_fnmadd_ps(offset, _mm512_maskz_loadu_ps(own, x.sums_of(t) + own_first), total[t][0]);
-    both[t] = _mm512_mul_ps(spread_scale, _mm512_maskz_loadu_ps(own, x.scales_of(t) + own_first));
+  turn(to.scales);
+  if (kPoints) {
+    turn(to.points);
   }
+}
+
+// 128 inputs of each row: at 4 bits the even ones, then the odd ones; at 8 bits half of them, then the others.
+struct Codes {
+  __m512i first[kRows];
+  __m512i second[kRows];
+};
+
+template <bool kWhole>
+LFM2_ALWAYS __m512i load_bytes(const uint8_t* at, int64_t left) {
+  return kWhole ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi8(first_bytes(left), at);
+}
+
+template <int kBits, bool kWhole>
+LFM2_ALWAYS Codes load_codes(const Rows& rows, int64_t at, int64_t left, const Walk& walk) {
   const __m512i nibble = _mm512_set1_epi8(15);
+  Codes codes;
+  for (int r = 0; r < kRows; ++r) {
+    const uint8_t* from = rows.codes[r] + at;
+    const __m512i bytes = load_bytes<kWhole>(from, left);
+    fetch_ahead(from, walk.codes_ahead);
+    if (kBits == 4) {
+      codes.first[r] = _mm512_and_si512(bytes, nibble);
+      codes.second[r] = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
+    } else {
+      codes.first[r] = bytes;
+      codes.second[r] = load_bytes<kWhole>(from + 64, left - 64);
+      fetch_ahead(from + 64, walk.codes_ahead);
+    }
+  }
+  return codes;
+}
+
+// A row's products with 128 inputs, the four groups in the four quarters.
+template <int kBits>
+LFM2_ALWAYS __m512i products(__m512i first, __m512i second, __m512i a, __m512i b) {
+  const __m512i low = _mm512_dpbusd_epi32(_mm512_setzero_si512(), first, a);
+  if (kBits == 4) {
+    return _mm512_dpbusd_epi32(low, second, b);
+  }
+  const __m512i high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), second, b);
+  return _mm512_add_epi32(_mm512_shuffle_i32x4(low, high, 0x88), _mm512_shuffle_i32x4(low, high, 0xdd));
+}
+
+// Quarter q, lane r: the sum of row r's quarter q.
+LFM2_ALWAYS __m512i sums_of_rows(const __m512i (&m)[kRows]) {
+  const __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(m[0], m[1]), _mm512_unpackhi_epi32(m[0], m[1]));
+  const __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(m[2], m[3]), _mm512_unpackhi_epi32(m[2], m[3]));
+  return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+}
+
+// 512 inputs of 4 rows with `kTokens` tokens; `left` inputs are there at most.
+template <int kBits, bool kPoints, int kTokens, bool kWhole>
+LFM2_ALWAYS void add_piece(const RowMatrix& w, const Rows& rows, int64_t piece, int64_t left, const Walk& walk,
+                           const RowActivations& x, __m512 (&total)[kTokens]) {
+  Factors factors;
+  load_factors<kBits, kPoints, kWhole>(w, rows, piece, left, walk, factors);
+  const __mmask16 own = first_lanes(left / kGroupInputs);
+#pragma GCC unroll 4
+  for (int part = 0; part < kParts; ++part) {
+    constexpr int kBytes = 128 * kBits / 8;
+    const int64_t at = (piece * kParts + part) * kBytes;
+    const Codes codes = load_codes<kBits, kWhole>(rows, at, left * kBits / 8 - part * kBytes, walk);
+    const __m512i quarters = lanes_of(4 * part, 4);
 #pragma GCC unroll 8
-  for (int r = 0; r < kRegisters; ++r) {
-    const uint8_t* at = codes + piece * (kPadding * kBits / 8) + r * 64;
-    fetch_ahead(at, kAhead);
-    const __m512i bytes = kWhole ? _mm512_loadu_si512(at)
-                                 : _mm512_maskz_loadu_epi8(first_bytes(left * kBits / 8 - r * 64), at);
-    const __m512i low = kBits == 4 ? _mm512_and_si512(bytes, nibble) : bytes;
-    const __m512i high = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
-    const __m512i lanes = kBits == 4 ? lanes_of(4 * r, 4) : lanes_of(2 * r, 8);
     for (int t = 0; t < kTokens; ++t) {
-      const int8_t* inputs = x.codes_of(t) + piece * kPadding + r * (kBits == 4 ? 128 : 64);
-      __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), low, _mm512_loadu_si512(inputs));
-      if (kBits == 4) {
-        sum = _mm512_dpbusd_epi32(sum, high, _mm512_loadu_si512(inputs + 64));
+      const int8_t* inputs = x.codes_of(t) + piece * kPadding + part * 128;
+      const __m512i a = _mm512_loadu_si512(inputs), b = _mm512_loadu_si512(inputs + 64);
+      __m512i m[kRows];
+      for (int r = 0; r < kRows; ++r) {
+        m[r] = products<kBits>(codes.first[r], codes.second[r], a, b);
       }
-      __m512& to = total[t][(r + 1) % kSums];
-      to = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_permutexvar_ps(lanes, both[t]), to);
+      const int64_t first = piece * (kPadding / kGroupInputs);
+      const __m512 sums = _mm512_permutexvar_ps(quarters, _mm512_maskz_loadu_ps(own, x.sums_of(t) + first));
+      const __m512 scales = _mm512_permutexvar_ps(quarters, _mm512_maskz_loadu_ps(own, x.scales_of(t) + first));
+      // Whole numbers below 2^24: exact.
+      const __m512 centred = _mm512_fnmadd_ps(factors.points[part], sums, _mm512_cvtepi32_ps(sums_of_rows(m)));
+      total[t] = _mm512_fmadd_ps(centred, _mm512_mul_ps(factors.scales[part], scales), total[t]);
     }
   }
 }
 
-template <int kBits, int kTokens>
+// The order in which `block` adds them, too.
+LFM2_ALWAYS __m128 sum_of_quarters(__m512 x) {
+  x = _mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, 0xb1));
+  return _mm512_castps512_ps128(_mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, 0x4e)));
+}
+
+// Without a masked store: GCC makes one of a part of a register that faults on what the mask leaves out.
+LFM2_ALWAYS void store_rows(__m128 sums, int64_t count, float* y) {
+  if (count >= kRows) {
+    return _mm_storeu_ps(y, sums);
+  }
+  alignas(16) float all[kRows];
+  _mm_store_ps(all, sums);
+  std::memcpy(y, all, static_cast<size_t>(count) * sizeof(float));
+}
+
+template <int kBits, bool kPoints, int kTokens>
 void dot_tokens(const RowMatrix& w, const RowActivations& x, float* y, int64_t stride) {
-  constexpr int kSums = sums_of(kTokens);
-  const Spread spread = spread_of(w);
+  const Walk walk = walk_of(w);
   const int64_t whole = w.columns / kPadding, left = w.columns % kPadding;
-  // Divisions, which are as slow as a row: not in the loop.
-  const int64_t row_bytes = w.row_bytes(), scale_bytes = w.scale_bytes(), point_bytes = w.point_bytes();
-  const uint8_t *codes = w.codes, *scales = w.scales_of(0), *points = w.zero_points;
-  for (int64_t row = 0; row < w.rows; ++row) {
-    __m512 total[kTokens][kSums] = {};
+  for (int64_t row = 0; row < w.rows; row += kRows) {
+    const Rows rows = rows_from(w, row);
+    __m512 total[kTokens] = {};
     for (int64_t piece = 0; piece < whole; ++piece) {
-      add_piece<kBits, kTokens, true>(w, codes, scales, points, piece, kPadding, spread, x, total);
+      add_piece<kBits, kPoints, kTokens, true>(w, rows, piece, kPadding, walk, x, total);
     }
     if (left > 0) {
-      add_piece<kBits, kTokens, false>(w, codes, scales, points, whole, left, spread, x, total);
+      add_piece<kBits, kPoints, kTokens, false>(w, rows, whole, left, walk, x, total);
     }
     for (int t = 0; t < kTokens; ++t) {
-      for (int i = 1; i < kSums; ++i) {
-        total[t][0] = _mm512_add_ps(total[t][0], total[t][i]);
-      }
-      y[t * stride + row] = _mm512_reduce_add_ps(total[t][0]);
+      store_rows(sum_of_quarters(total[t]), w.rows - row, y + t * stride + row);
     }
-    codes += row_bytes;
-    scales += scale_bytes;
-    points = points == nullptr ? nullptr : points + point_bytes;
   }
 }
 
-template <int kBits>
-void dot_bits(const RowMatrix& w, const RowActivations& x, float* y, int64_t stride) {
+template <int kBits, bool kPoints>
+void dot_points(const RowMatrix& w, const RowActivations& x, float* y, int64_t stride) {
   for (int64_t first = 0; first < x.tokens; first += kMostTokens) {
     const int64_t count = x.tokens - first < kMostTokens ? x.tokens - first : kMostTokens;
     const RowActivations some = x.part(first, count);
     float* to = y + first * stride;
     switch (count) {
-      case 1: dot_tokens<kBits, 1>(w, some, to, stride); break;
-      case 2: dot_tokens<kBits, 2>(w, some, to, stride); break;
-      case 3: dot_tokens<kBits, 3>(w, some, to, stride); break;
-      default: dot_tokens<kBits, 4>(w, some, to, stride);
+      case 1: dot_tokens<kBits, kPoints, 1>(w, some, to, stride); break;
+      case 2: dot_tokens<kBits, kPoints, 2>(w, some, to, stride); break;
+      case 3: dot_tokens<kBits, kPoints, 3>(w, some, to, stride); break;
+      case 4: dot_tokens<kBits, kPoints, 4>(w, some, to, stride); break;
+      case 5: dot_tokens<kBits, kPoints, 5>(w, some, to, stride); break;
+      case 6: dot_tokens<kBits, kPoints, 6>(w, some, to, stride); break;
+      case 7: dot_tokens<kBits, kPoints, 7>(w, some, to, stride); break;
+      default: dot_tokens<kBits, kPoints, 8>(w, some, to, stride);
     }
   }
 }
 
 void dot(const RowMatrix& w, const RowActivations& x, float* y, int64_t stride) {
-  w.bits == 4 ? dot_bits<4>(w, x, y, stride) : dot_bits<8>(w, x, y, stride);
+  if (w.bits == 8) {
+    dot_points<8, false>(w, x, y, stride);
+  } else if (w.zero_points == nullptr) {
+    dot_points<4, false>(w, x, y, stride);
+  } else {
+    dot_points<4, true>(w, x, y, stride);
+  }
 }
 
 // A block's rows as lanes. Words come in the order in which activations lie: at 4 bits, of 8 inputs the even ones, then
@@ -340,22 +456,24 @@ struct Ahead {
   }
 };
 
+template <int kTokens>
+using TileSums = __m512[kTokens][2];
+
+// Groups `chain`, chain + 4, ... of all rows of a block and `kTokens` tokens.
 template <int kTokens, int kBits>
-void block_tile(const Block& block, const RowMatrix& w, const RowActivations& x, float* y, int64_t stride,
-                Ahead& ahead) {
-  __m512 total[kTokens][2];
+LFM2_ALWAYS void add_chain(const Block& block, const RowMatrix& w, const RowActivations& x, int64_t chain,
+                           TileSums<kTokens>& total, Ahead& ahead) {
   for (int t = 0; t < kTokens; ++t) {
     total[t][0] = total[t][1] = _mm512_setzero_ps();
   }
-  const int64_t groups_per_scale = w.group / kGroupInputs;
-  const int8_t* inputs = x.codes;
-  const __m512* scales = block.scales;
-  int64_t until_next = groups_per_scale;
-  for (int64_t group = 0; group < w.columns / kGroupInputs; ++group) {
+  // A power of two: a shift instead of a division.
+  const int scale_shift = __builtin_ctzll(static_cast<uint64_t>(w.group / kGroupInputs));
+  for (int64_t group = chain; group < w.columns / kGroupInputs; group += kChains) {
     ahead.step();
     const __m512i* words = block.words + group * (kGroupInputs / 4 * 2);
+    const __m512* scales = block.scales + (group >> scale_shift) * 2;
     // At 4 bits word 2*i holds even inputs, word 2*i + 1 odd ones, which lie 64 further on.
-    const int8_t* from = kBits == 4 ? inputs + group / 4 * 128 + group % 4 * 16 : inputs + group * kGroupInputs;
+    const int8_t* from = x.codes + (kBits == 4 ? group / 4 * 128 + group % 4 * 16 : group * kGroupInputs);
     __m512i sum[kTokens][2];
     for (int t = 0; t < kTokens; ++t) {
       sum[t][0] = block.offsets[group * 2];
@@ -377,14 +495,32 @@ void block_tile(const Block& block, const RowMatrix& w, const RowActivations& x,
       total[t][0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[t][0]), _mm512_mul_ps(scales[0], scale), total[t][0]);
       total[t][1] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[t][1]), _mm512_mul_ps(scales[1], scale), total[t][1]);
     }
-    if (--until_next == 0) {
-      until_next = groups_per_scale;
-      scales += 2;
-    }
   }
+}
+
+template <int kTokens>
+LFM2_ALWAYS void add_sums(const TileSums<kTokens>& a, TileSums<kTokens>& to) {
   for (int t = 0; t < kTokens; ++t) {
-    _mm512_mask_storeu_ps(y + t * stride, first_lanes(w.rows), total[t][0]);
-    _mm512_mask_storeu_ps(y + t * stride + kLanes, first_lanes(w.rows - kLanes), total[t][1]);
+    to[t][0] = _mm512_add_ps(a[t][0], to[t][0]);
+    to[t][1] = _mm512_add_ps(a[t][1], to[t][1]);
+  }
+}
+
+template <int kTokens, int kBits>
+void block_tile(const Block& block, const RowMatrix& w, const RowActivations& x, float* y, int64_t stride,
+                Ahead& ahead) {
+  TileSums<kTokens> sums[kChains];
+  for (int chain = 0; chain < kChains; ++chain) {
+    TileSums<kTokens> total;
+    add_chain<kTokens, kBits>(block, w, x, chain, total, ahead);
+    std::memcpy(sums[chain], total, sizeof total);
+  }
+  add_sums<kTokens>(sums[0], sums[1]);
+  add_sums<kTokens>(sums[2], sums[3]);
+  add_sums<kTokens>(sums[1], sums[3]);
+  for (int t = 0; t < kTokens; ++t) {
+    _mm512_mask_storeu_ps(y + t * stride, first_lanes(w.rows), sums[3][t][0]);
+    _mm512_mask_storeu_ps(y + t * stride + kLanes, first_lanes(w.rows - kLanes), sums[3][t][1]);
   }
 }
 

@@ -132,18 +132,18 @@ void tile(const RowMatrix& w, const Rows& rows, int64_t count, const RowActivati
   for (int64_t at = 0; at < scale_groups; ++at) {
     const float32x4_t scale = load_scales(rows, at, w.half_scales);
     const float32x4_t of_sums = kBits == 4 ? vmulq_n_f32(scale, 1.0f / 16) : scale;
-    const float32x4_t offset = has_points ? vmulq_f32(scale, load_points(rows, at)) : vdupq_n_f32(0.0f);
+    const float32x4_t points = has_points ? vmulq_n_f32(load_points(rows, at), 16) : vdupq_n_f32(0.0f);
     for (const int64_t end = group + groups_per_scale; group < end; ++group) {
       prefetch_next<kBits>(w, rows, group);
       const Weights weights = unpack<kBits>(rows, group);
 #pragma GCC unroll 8
       for (int t = 0; t < kTokens; ++t) {
-        const float32x4_t sums = vcvtq_f32_s32(sums_of<kBits>(weights, x.codes + t * x.padded, group));
+        float32x4_t sums = vcvtq_f32_s32(sums_of<kBits>(weights, x.codes + t * x.padded, group));
         const int64_t own = t * scale_count + group;
-        total[t] = vfmaq_f32(total[t], sums, vmulq_n_f32(of_sums, x.scales[own]));
-        if (has_points) {
-          total[t] = vfmsq_f32(total[t], offset, vdupq_n_f32(x.sums[own]));
+        if (has_points) {  // whole numbers below 2^24: exact
+          sums = vfmsq_f32(sums, points, vdupq_n_f32(x.sums[own]));
         }
+        total[t] = vfmaq_f32(total[t], sums, vmulq_n_f32(of_sums, x.scales[own]));
       }
     }
   }

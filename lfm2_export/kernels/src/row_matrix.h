@@ -59,7 +59,7 @@ struct RowMatrix {
 struct RowActivations {
   int8_t* codes;  // [tokens][padded]; + 128 where `shifted`, as uint8
   float* scales;  // [tokens][padded / 32]; NaN where the group held a NaN or an infinity
-  float* sums;    // [tokens][padded / 32]: scale * sum of the group's codes
+  float* sums;    // [tokens][padded / 32]: the sum of the group's codes, a whole number
   int64_t tokens;
   int64_t padded;
   int bits;       // the weights'

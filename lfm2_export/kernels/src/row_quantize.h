@@ -36,7 +36,7 @@ inline void store_codes(const int8_t* codes, const RowActivations& to, int64_t g
 
 inline void store_scale(float scale, int32_t sum, const RowActivations& to, int64_t group, int64_t token) {
   to.scales_of(token)[group] = scale;
-  to.sums_of(token)[group] = scale * static_cast<float>(sum);
+  to.sums_of(token)[group] = static_cast<float>(sum);
 }
 
 // Group `group` of a token. Groups come in any order, and several at once: nothing is shared between them.

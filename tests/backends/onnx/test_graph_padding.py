@@ -279,15 +279,14 @@ def test_other_schemes_give_each_row_what_it_gets_alone(other):
     padded_rows(other, "right")
     compact_rows(other)
     up_to_the_last_position(other)
-    if other.graph.role != "lfm2_kv8":  # it has none that scores
-        every_position(other)
+    every_position(other)
 
 
 def every_position(case: Case) -> None:
     """The scoring graph, which has the kernels of the graph that ships for CPUs."""
     program, folder = case.graph.program, case.graph.path.parents[1]
-    own = case.graph.role == "lfm2"
-    scoring = Graph(folder, program.scheme, "lfm2_scoring" if own else "scoring")
+    own = case.graph.role in ("lfm2", "lfm2_kv8")
+    scoring = Graph(folder, program.scheme, f"{case.graph.role}_scoring" if own else "scoring")
     shipped = case.graph if own else Graph(folder, program.scheme, "cpu" if "cpu" in program.graphs else "model")
     rows = np.stack(case.rows(12, 12))
     logits, state = scoring(rows, np.ones((2, 12)), scoring.empty(2))

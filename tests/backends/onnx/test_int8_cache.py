@@ -149,10 +149,11 @@ def test_a_snapshot_fits_only_the_kind_of_cache_that_made_it(case: Case) -> None
             target.restore(source.snapshot())
 
 
-def test_there_is_no_graph_that_scores(case: Case) -> None:
-    assert not case.runner.can_score
-    with pytest.raises(RunnerError, match="no scoring graph"):
-        case.runner.score([case.tokens[:5]])
+def test_every_position_is_scored_as_steps_score_it(case: Case) -> None:
+    tokens = case.tokens[:5]
+    (scored,) = case.runner.score([tokens])
+    case.runner.reset()
+    np.testing.assert_array_equal(scored, np.concatenate([case.runner.prefill([[token]]) for token in tokens]))
 
 
 @pytest.mark.parametrize("options", [{"scheme": "fp32"}, {"scheme": "q4f16"}, {"scheme": "q4", "kernels": "stock"}])

@@ -108,11 +108,11 @@ def test_only_the_cpu_graph_uses_what_older_runtimes_do_not_know(artifact: Expor
     folder = artifact("tiny-moe")
     for scheme in ("q4", "q4f16"):
         found = graphs_of(folder, scheme)
-        own = {"lfm2", "lfm2_scoring", "lfm2_kv8"} if scheme == "q4" else set()
+        own = {"lfm2", "lfm2_scoring", "lfm2_kv8", "lfm2_kv8_scoring"} if scheme == "q4" else set()
         assert set(found) == {"model", "cpu", "scoring"} | own
         assert [a.get("accuracy_level") for a in attributes(found["model"], "QMoE")] == [None] * 4
         assert [a.get("accuracy_level") for a in attributes(found["cpu"], "QMoE")] == [4] * 4
-    own = {"lfm2", "lfm2_scoring", "lfm2_kv8"}
+    own = {"lfm2", "lfm2_scoring", "lfm2_kv8", "lfm2_kv8_scoring"}
     assert set(graphs_of(folder, "q8")) == {"model", "scoring"} | own
     assert set(graphs_of(folder, "fp32")) == {"model", "scoring"}
     assert set(graphs_of(artifact("tiny-dense"), "q4")) == {"model", "scoring"} | own

@@ -25,7 +25,7 @@ from lfm2_export.manifest import Program
 
 Exported = Callable[[str], Path]
 
-ROLES = ("lfm2", "lfm2_scoring", "lfm2_kv8")
+ROLES = ("lfm2", "lfm2_scoring", "lfm2_kv8", "lfm2_kv8_scoring")
 SCHEMES = ("q4", "q8")
 CASES = [(checkpoint, scheme) for checkpoint in ("tiny-moe", "tiny-dense") for scheme in SCHEMES]
 each_program = pytest.mark.parametrize(("checkpoint", "scheme"), CASES)
@@ -33,7 +33,8 @@ each_program = pytest.mark.parametrize(("checkpoint", "scheme"), CASES)
 # Of the bundled checkpoints, counted by hand: 6 layers, of them 2 attention (q, k and v together; out) and 4 conv (in,
 # out), and one head. Feed-forward blocks are dense in 2 layers of tiny-moe and in all of tiny-dense.
 OWN = {"MatMulNBits": 2 + 4 * 2 + 1, "Projections": 2, "GatedConv": 4}
-FEED_FORWARDS = {"tiny-moe": {"FeedForward": 2, "SparseMoe": 4}, "tiny-dense": {"FeedForward": 6}}
+# Where experts are, the router is a product of floats.
+FEED_FORWARDS = {"tiny-moe": {"FeedForward": 2, "SparseMoe": 4, "MatMul": 4}, "tiny-dense": {"FeedForward": 6}}
 # What is left of the runtime's own: 2 norms a layer and the last, of which the first has nothing to add; the embedding.
 STOCK = {"SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 12, "GatherBlockQuantized": 1}
 
@@ -52,16 +53,16 @@ def graph_of(folder: Path, scheme: str, role: str) -> onnx.ModelProto:
 @pytest.mark.parametrize("role", ROLES)
 def test_every_layer_became_our_operators(artifact: Exported, checkpoint, scheme, role):
     model = graph_of(artifact(checkpoint), scheme, role)
-    attention = "AttentionInt8" if role == "lfm2_kv8" else "Attention"
+    attention = "AttentionInt8" if role.startswith("lfm2_kv8") else "Attention"
     counts = Counter((node.domain, node.op_type) for node in model.graph.node)
     own = {op: count for (domain, op), count in counts.items() if domain == "lfm2"}
     print(own)
     assert own == OWN | FEED_FORWARDS[checkpoint] | {attention: 2}
     stock = Counter(node.op_type for node in model.graph.node if node.domain != "lfm2")
     assert {op: stock[op] for op in STOCK} == STOCK
-    gone = {"MatMulNBits", "QMoE", "GroupQueryAttention", "CausalConvWithState", "Sigmoid", "TopK"}
+    gone = {"MatMulNBits", "MatMul", "QMoE", "GroupQueryAttention", "CausalConvWithState", "Sigmoid", "TopK"}
     assert not gone & set(stock)
-    assert stock["MatMul"] == FEED_FORWARDS[checkpoint].get("SparseMoe", 0)  # routers
+    assert [(entry.key, entry.value) for entry in model.metadata_props] == [("lfm2_export.rows", "independent")]
     opsets = {opset.domain: opset.version for opset in model.opset_import}
     assert opsets == {"": 21, "com.microsoft": 1, "lfm2": 1}
 
@@ -97,15 +98,22 @@ def test_inputs_and_outputs_are_the_portable_graphs_but_for_an_int8_cache(artifa
 
     portable = of_role("model")
     assert of_role("lfm2") == portable
-    for found, scored in zip(portable, of_role("lfm2_scoring"), strict=True):
-        kind, shape = found.get("logits", ("", []))
-        expected = {"logits": (kind, ["batch_size", "sequence_length", shape[-1]])} if shape else {}
-        assert scored == found | expected
-    for found, quantized in zip(portable, of_role("lfm2_kv8"), strict=True):
-        assert quantized == {
+    quantized = [
+        {
             name: ("tensor(uint8)", [*shape[:-1], 32 + 4]) if name.endswith((".key", ".value")) else (kind, shape)
             for name, (kind, shape) in found.items()
         }
+        for found in portable
+    ]
+    assert of_role("lfm2_kv8") == quantized
+    for role, (inputs, outputs) in (("lfm2_scoring", portable), ("lfm2_kv8_scoring", quantized)):
+        kind, shape = outputs["logits"]
+        logits = {"logits": (kind, ["batch_size", "sequence_length", shape[-1]])}
+        conv = {name.replace("present_", ""): value for name, value in outputs.items() if "conv" in name}
+        windows = {
+            f"conv_window.{name.split('.')[1]}": (kind, [b, None, d]) for name, (kind, (b, _, d)) in conv.items()
+        }
+        assert of_role(role) == [inputs, outputs | logits | windows]
 
 
 def test_only_whole_numbers_on_float_activations_have_such_graphs(artifact: Exported):
@@ -131,7 +139,9 @@ def test_ours_are_chosen_where_they_can_be_had(artifact: Exported):
     stock = choose(folder, program, RunnerOptions(kernels=Kernels.STOCK))
     assert (stock.path.name, stock.library) == ("model_q4_cpu.onnx", None)
     quantized = choose(folder, program, RunnerOptions(kv_cache=KvCache.INT8))
-    assert (quantized.path.name, quantized.library, quantized.scoring_path) == ("model_q4_lfm2_kv8.onnx", library, None)
+    assert (quantized.path.name, quantized.library) == ("model_q4_lfm2_kv8.onnx", library)
+    assert quantized.scoring_path is not None
+    assert quantized.scoring_path.name == "model_q4_lfm2_kv8_scoring.onnx"
     assert set(runnable(program)) == {f"onnx/model_q4{end}.onnx" for end in ("", "_cpu", "_lfm2")}
 
 

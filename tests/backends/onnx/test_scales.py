@@ -39,7 +39,7 @@ OPERANDS = {
     "FeedForward": [(1, 2), (4, 5), (7, 8)],
     "Projections": [(1, 2), (4, 5), (7, 8)],
 }
-STOCK, OWN = ("model", "scoring"), ("lfm2", "lfm2_scoring", "lfm2_kv8")
+STOCK, OWN = ("model", "scoring"), ("lfm2", "lfm2_scoring", "lfm2_kv8", "lfm2_kv8_scoring")
 LEVELS = ("ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL")
 
 each_scheme = pytest.mark.parametrize("scheme", SCHEMES)
