@@ -12,9 +12,11 @@ __version__ = "0.1.0"
 
 _HOME = {
     "export": "lfm2_export.pipeline",
+    "load_encoder": "lfm2_export.encoders",
     "load_runner": "lfm2_export.runners",
     "open_checkpoint": "lfm2_export.checkpoint",
     "Artifact": "lfm2_export.artifact",
+    "Encoder": "lfm2_export.encoders",
     "ExportedModelForCausalLM": "lfm2_export.transformers_api",
     "Lfm2ExportError": "lfm2_export.errors",
     "GenerationConfig": "lfm2_export.generation_config",
@@ -22,6 +24,7 @@ _HOME = {
     "Chat": "lfm2_export.chat",
     "complete": "lfm2_export.generation",
     "generate": "lfm2_export.generation",
+    "max_sim": "lfm2_export.encoders",
     "measure_parity": "lfm2_export.parity",
 }
 
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
     from lfm2_export.artifact import Artifact as Artifact
     from lfm2_export.chat import Chat as Chat
     from lfm2_export.checkpoint import open_checkpoint as open_checkpoint
+    from lfm2_export.encoders import Encoder as Encoder
+    from lfm2_export.encoders import load_encoder as load_encoder
+    from lfm2_export.encoders import max_sim as max_sim
     from lfm2_export.errors import Lfm2ExportError as Lfm2ExportError
     from lfm2_export.generation import complete as complete
     from lfm2_export.generation import generate as generate

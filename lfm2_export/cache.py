@@ -84,7 +84,10 @@ class CacheSpec:
 
     @classmethod
     def from_config(cls, config: ModelConfig, dtype: str = "float32", *, bounded: bool = False) -> CacheSpec:
-        """``bounded``: sliding layers keep no more than their window, the token that is to come left out."""
+        """``bounded``: sliding layers keep no more than their window, the token that is to come left out. An encoder
+        has no state."""
+        if config.encoder is not None:
+            return cls(tensors=())
         tensors: list[StateTensor] = []
         shape: tuple[int | str, ...]
         for layer in range(config.num_hidden_layers):
@@ -149,10 +152,10 @@ class CacheSpec:
         """Reads what ``to_json`` wrote.
 
         Raises:
-            ArtifactError: there is no entry, one lacks a field or has one that no model's state has, or they are not
-                one conv state, or keys and values of one shape, for each layer in order.
+            ArtifactError: an entry lacks a field or has one that no model's state has, or they are not one conv state,
+                or keys and values of one shape, for each layer in order.
         """
-        if not isinstance(entries, list) or not entries:
+        if not isinstance(entries, list):
             raise ArtifactError(f"cache: expected a list of state tensors, found {shown(entries)}")
         tensors = tuple(_from_json(entry) for entry in entries)
         _check_layers(tensors)

@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from lfm2_export import files, paths
+from lfm2_export import files, paths, retrieval
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import CheckpointError
 from lfm2_export.families import find_family
-from lfm2_export.families.tensors import EMBEDDING, HEAD, ModelTensor, Part
+from lfm2_export.families.tensors import EMBEDDING, HEAD, PROJECTION, PROJECTION_BIAS, ModelTensor, Part
 from lfm2_export.gguf import open_gguf
 from lfm2_export.gguf.blocks import Codes
 from lfm2_export.gguf.weights import GgufShard, exact_formats, published_tensors
@@ -31,7 +31,7 @@ from lfm2_export.hashing import sha256_files
 from lfm2_export.matching import match_tensors, with_prefix
 from lfm2_export.messages import listed, shown
 from lfm2_export.quant.formats import IntFormat
-from lfm2_export.safetensors_file import Shard, TensorInfo
+from lfm2_export.safetensors_file import Shard, TensorInfo, read_shard
 from lfm2_export.source import Source, resolve
 from lfm2_export.weight_files import open_weights
 
@@ -113,6 +113,7 @@ class Checkpoint:
     reads are safe from several threads.
 
     ``revision`` is the commit of a Hub snapshot; ``raw_config`` is config.json as it stands, ``config`` its meaning.
+    ``retriever``: sentence-transformers' files of an encoder that has them.
     """
 
     def __init__(self, name: str, source: Source, companions: Path | None = None):
@@ -124,6 +125,10 @@ class Checkpoint:
         self.raw_config = _read_config(self.path)
         self.family = find_family(self.raw_config, paths.shown(self.path / "config.json"))
         self.config: ModelConfig = self.family.parse_config(self.raw_config)
+        head = self.config.encoder
+        self.retriever = None if head is None or head.masked_lm else retrieval.read(self.path)
+        if self.retriever is not None:
+            self.config = self.retriever.completed(self.config)
         self._shards: dict[Path, Shard | GgufShard]
         stored = self._open_weights()
         self._settle_head(stored)
@@ -138,7 +143,19 @@ class Checkpoint:
             return published_tensors(self._gguf.shard, self.config)
         shards = open_weights(self.path)
         self._shards = {shard.path: shard for shard in shards}
-        return with_prefix({name: info for shard in shards for name, info in shard.tensors.items()})
+        stored = with_prefix({name: info for shard in shards for name, info in shard.tensors.items()})
+        return stored | self._open_projection()
+
+    def _open_projection(self) -> dict[str, TensorInfo]:
+        """ColBERT's Dense, which has a file of its own."""
+        dense = None if self.retriever is None else self.retriever.dense
+        if dense is None:
+            return {}
+        files.check(dense.weights, self.path, CheckpointError, limit=retrieval.WEIGHTS_LIMIT)
+        shard = read_shard(dense.weights)
+        self._shards[shard.path] = shard
+        names = {"linear.weight": PROJECTION, "linear.bias": PROJECTION_BIAS}
+        return {names.get(name, f"dense.{name}"): info for name, info in shard.tensors.items()}
 
     @cached_property
     def exact_formats(self) -> Mapping[str, IntFormat]:
@@ -216,6 +233,10 @@ class Checkpoint:
         found = [self.path / name for name in COMPANIONS]
         return [path for path in found if paths.exists(path, CheckpointError)] + self._licences
 
+    def shard_name(self, path: Path) -> str:
+        """What a weight file is called in records: where it lies in the checkpoint."""
+        return path.relative_to(self.path).as_posix() if path.is_relative_to(self.path) else path.name
+
     @cached_property
     def _licences(self) -> list[Path]:
         """LICENSE, LICENSE.md and the like, so many as a person would put there."""
@@ -272,7 +293,7 @@ class Checkpoint:
                     f"{paths.shown(path)}: its bytes were altered (sha256 {digest[:12]}…, the Hub gave "
                     f"{blob.name[:12]}…); delete {paths.shown(blob, 100)} and download it again"
                 )
-        return {path.name: digest for path, digest in sorted(digests.items())}
+        return {self.shard_name(path): digest for path, digest in sorted(digests.items())}
 
     def _settle_head(self, stored: dict[str, TensorInfo]) -> None:
         """What transformers makes of a head that is stored though config.json ties it to the embedding: a copy is left

@@ -44,6 +44,9 @@ def check(checkpoint: Checkpoint) -> None:
     template_files.read(checkpoint.path, objects.get(TOKENIZER_CONFIG, {}), CheckpointError)
     if _has(checkpoint, TOKENIZER):
         _check_tokenizer(checkpoint)
+    if (retriever := checkpoint.retriever) is not None:
+        for name in retriever.names:
+            files.check(checkpoint.path / name, checkpoint.path, CheckpointError, limit=retriever.limit(name))
 
 
 def _limit(path: Path) -> int:
@@ -75,10 +78,15 @@ def carry_over(checkpoint: Checkpoint, writer: ArtifactWriter) -> None:
     for path in template_files.additional(checkpoint.path, CheckpointError).values():
         data = files.read_bytes(path, checkpoint.path, CheckpointError, limit=files.TEXT_LIMIT)
         writer.path(path.relative_to(checkpoint.path).as_posix()).write_bytes(data)
+    if (retriever := checkpoint.retriever) is not None:
+        for name in retriever.names:
+            path, limit = checkpoint.path / name, retriever.limit(name)
+            writer.path(name).write_bytes(files.read_bytes(path, checkpoint.path, CheckpointError, limit=limit))
     for name, value in _objects(checkpoint).items():
         if json_values.not_plain(value):
             writer.write_json(name, value)
-    _write_generation_config(checkpoint, writer)
+    if checkpoint.config.encoder is None:
+        _write_generation_config(checkpoint, writer)
     if not _has(checkpoint, TOKENIZER):
         logger.warning(
             "%s: has no %s, so the artifact takes token ids only; add one to use `run` and `chat`",

@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from lfm2_export.errors import ConfigError
+from lfm2_export.heads import EncoderHead
 from lfm2_export.messages import listed, shown
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class ModelConfig:
     model has ``num_dense_layers == num_hidden_layers`` and ``num_experts == 0``. ``use_cache`` and ``output_*`` say
     what the eager forward does where its caller does not. ``rope_theta`` and ``rope_share`` are those of full
     attention; ``sliding_window`` counts the positions that a token of a sliding layer sees, itself included.
+    ``encoder``: what an encoder gives beside its hidden states; None for a decoder.
     """
 
     model_type: str
@@ -96,6 +98,7 @@ class ModelConfig:
     attention_bias: bool = False
     use_attention_gate: bool = False
     use_sandwich_norm: bool = False
+    encoder: EncoderHead | None = None
 
     @cached_property
     def attention_layers(self) -> tuple[int, ...]:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 MANIFEST = "lfm2_export.json"
 
+# What a program is: of a decoder, which has a state (``Program.cache``), or of an encoder, which has none.
+DECODER, ENCODER = "decoder", "encoder"
+
 # The graph of a program that any runtime opens; other roles of ``Program.graphs`` are variants of it.
 MODEL = "model"
 
@@ -111,7 +114,7 @@ class Program:
     ``graphs`` maps a role ("model", "cpu", "scoring", ...) to the file to open for it; ``files`` are all files that the
     program needs, data files included. ``operators`` counts the nodes of the "model" graph by type. ``options`` are the
     settings that made it (group_size, exclude, algorithm, accuracy_level, ...); ``parity`` the figures that
-    ``lfm2-export parity`` found, None before it ran.
+    ``lfm2-export parity`` found, None before it ran. ``kind``: DECODER or ENCODER.
     """
 
     backend: str
@@ -127,6 +130,7 @@ class Program:
     tensors: tuple[StoredTensor, ...]
     versions: Mapping[str, str]
     parity: Mapping[str, Any] | None = None
+    kind: str = DECODER
 
     @property
     def key(self) -> tuple[str, str]:
@@ -225,6 +229,12 @@ def _check_program(program: Program) -> None:
         raise ArtifactError(f"{program} has context_length={program.context_length}, which is not from 1 to {_LARGEST}")
     if MODEL not in program.graphs:
         raise ArtifactError(f"{program} has no graph {MODEL!r}")
+    if program.kind not in (DECODER, ENCODER):
+        raise ArtifactError(f"{program} has kind={shown(program.kind)}, which is neither {DECODER} nor {ENCODER}")
+    if (program.kind == DECODER) != bool(program.cache.tensors):
+        raise ArtifactError(f"{program} has {len(program.cache.tensors)} state tensors, which no {program.kind} has")
+    if program.kind == ENCODER:
+        _check_encoder(program)
     for role, name in program.graphs.items():
         if name not in program.files:
             raise ArtifactError(f"{program} does not list {shown(name)}, its graph {shown(role)}, among its files")
@@ -236,6 +246,16 @@ def _check_program(program: Program) -> None:
     moe_op = program.options.get("moe_op")  # read by ExecuTorch's runner
     if moe_op is not None and not _is_mapping_of(moe_op, str):
         raise ArtifactError(f"{program} has options.moe_op={shown(moe_op)}, which is not a string for each file")
+
+
+def _check_encoder(program: Program) -> None:
+    """What its runner reads."""
+    size = program.options.get("vocab_size")
+    if type(size) is not int or not 1 <= size <= _LARGEST:
+        raise ArtifactError(f"{program} has options.vocab_size={shown(size)}, which is not from 1 to {_LARGEST}")
+    names = [tensor.name for tensor in program.outputs]
+    if not names or len(set(names)) < len(names):
+        raise ArtifactError(f"{program} has the outputs {shown(names)}; some, each once, expected")
 
 
 def _check_shape(program: Program, tensor: TensorSpec | StoredTensor) -> None:

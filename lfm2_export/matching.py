@@ -13,7 +13,15 @@ from pathlib import Path
 
 from lfm2_export import paths
 from lfm2_export.errors import CheckpointError
-from lfm2_export.families.tensors import EMBEDDING, HEAD, FusedTensor, ModelTensor
+from lfm2_export.families.tensors import (
+    BACKBONE,
+    EMBEDDING,
+    HEAD,
+    OTHER_BACKBONES,
+    PROJECTION,
+    FusedTensor,
+    ModelTensor,
+)
 from lfm2_export.messages import MESSAGE_LIMIT, listed
 from lfm2_export.safetensors_file import TensorInfo
 
@@ -22,18 +30,26 @@ logger = logging.getLogger(__name__)
 # name -> (shape as stored, shape that the config asks for)
 WrongShapes = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
-_PREFIX = "model."
-_HEAD_PREFIX = f"{HEAD.partition('.')[0]}."
+_HEAD_PREFIXES = tuple(f"{name.partition('.')[0]}." for name in (HEAD, PROJECTION))
 # Characters around the names of a list in a message: "100000 missing: " and " and 99999 more; ".
 _COUNTS = 36
 
 
 def with_prefix(stored: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """The stored tensors under the names of a whole model: a backbone that was saved alone has them without
-    ``model.``."""
-    if any(name.startswith(_PREFIX) for name in stored) or EMBEDDING.removeprefix(_PREFIX) not in stored:
+    """The stored tensors under the names of a whole decoder: a backbone that was saved alone has them without
+    ``model.``, that of an encoder for masked text with ``lfm2.`` in its place."""
+    if any(name.startswith(BACKBONE) for name in stored):
         return dict(stored)
-    return {name if name.startswith(_HEAD_PREFIX) else f"{_PREFIX}{name}": info for name, info in stored.items()}
+    table = EMBEDDING.removeprefix(BACKBONE)
+    prefix = next((one for one in (*OTHER_BACKBONES, "") if f"{one}{table}" in stored), None)
+    if prefix is None:
+        return dict(stored)
+
+    def whole(name: str) -> str:
+        is_backbone = name.startswith(prefix) and not name.startswith(_HEAD_PREFIXES)
+        return f"{BACKBONE}{name.removeprefix(prefix)}" if is_backbone else name
+
+    return {whole(name): info for name, info in stored.items()}
 
 
 def match_tensors(
@@ -78,7 +94,7 @@ def _under_published_names(
 def _is_idle(name: str) -> bool:
     """Whether a tensor has no part in the logits: it belongs neither to the backbone nor to the head, or it is RoPE's
     table of frequencies, which follows from the config."""
-    return not name.startswith((_PREFIX, _HEAD_PREFIX)) or name.endswith("rotary_emb.inv_freq")
+    return not name.startswith((BACKBONE, *_HEAD_PREFIXES)) or name.endswith("rotary_emb.inv_freq")
 
 
 def _readable(info: TensorInfo) -> TensorInfo:

@@ -209,7 +209,7 @@ def _key(backend: str, choice: ExportChoice, checkpoint: Checkpoint, calibration
     """All that the bytes of an export follow from, but for the weights themselves, which take long to hash: for those
     the size and the times of their files stand."""
     files = sorted({info.file for info in checkpoint.tensors.values()})
-    stats = [(path.name, path.stat()) for path in files]
+    stats = [(checkpoint.shard_name(path), path.stat()) for path in files]
     asked = {} if calibration is None else {"calibration": calibration.key()}
     return json.dumps(
         {
@@ -237,4 +237,5 @@ def _program(backend: str, scheme: Scheme, made: ExportedProgram) -> Program:
         operators=made.operators,
         tensors=made.tensors,
         versions=recorded_versions(),
+        kind=made.kind,
     )

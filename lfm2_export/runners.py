@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from lfm2_export import paths
 from lfm2_export.artifact import Artifact
 from lfm2_export.backends import get_backend
 from lfm2_export.backends.base import Runner, RunnerOptions
 from lfm2_export.errors import ArtifactError
-from lfm2_export.manifest import Program
+from lfm2_export.manifest import ENCODER, Program
 from lfm2_export.messages import shown
 
 
@@ -48,5 +49,10 @@ def open_runner(artifact: Artifact, program: Program, options: RunnerOptions) ->
     Raises:
         ArtifactError, RunnerError: as there.
     """
+    if program.kind == ENCODER:
+        raise ArtifactError(
+            f"{paths.shown(artifact.path)}: {program} is an encoder, which generates no text; use `lfm2-export embed` "
+            "or lfm2_export.load_encoder"
+        )
     artifact.verify(program)
     return get_backend(program.backend).load_runner(artifact.path, artifact.present(program), options)

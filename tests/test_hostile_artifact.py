@@ -202,7 +202,7 @@ VALUES = [
     case("a file of a null byte", renamed("a\0b"), "the file name 'a\\x00b' leaves the artifact's folder"),
     case("a file of 300 characters", renamed("x" * 300), "cannot be looked at (File name too long)"),
     case("a file of 900 kB", renamed(LONG), "has 900000 characters, more than 4096"),
-    case("no state", program(cache=[]), "cache: cache: expected a list of state tensors, found []"),
+    case("no state", program(cache=[]), "has 0 state tensors, which no decoder has"),
     case("state that is a text", program(cache=LONG), "cache: expected a list of state tensors, found 'xxx"),
     case("state of numbers", program(cache=[1]), "needs exactly the fields layer, kind, "),
     case("state of an unknown field", state(other=1), "needs exactly the fields layer, kind, "),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from lfm2_export.artifact import ArtifactWriter
     from lfm2_export.backends.base import Runner, RunnerOptions
+    from lfm2_export.backends.encoder import EncoderRunner
     from lfm2_export.backends.profile import Profile
     from lfm2_export.backends.program import Estimate, ExportedProgram, ExportRequest
     from lfm2_export.backends.weights.plan import WeightPlan
@@ -83,6 +84,9 @@ class Backend(Protocol):
 
     def load_runner(self, folder: Path, program: Program, options: RunnerOptions | None = None) -> Runner:
         """A runner on one program of an artifact."""
+
+    def load_encoder(self, folder: Path, program: Program, options: RunnerOptions | None = None) -> EncoderRunner:
+        """A runner on one program of an artifact of an encoder."""
 
     def runnable_graphs(self, program: Program) -> dict[str, Program]:
         """Every graph of a program that runs here, by its file, as a program of its own."""

@@ -14,7 +14,7 @@ from typing import Any
 from lfm2_export.cache import CacheSpec
 from lfm2_export.calibration.statistics import Statistics
 from lfm2_export.checkpoint import Checkpoint
-from lfm2_export.manifest import StoredTensor, TensorSpec
+from lfm2_export.manifest import DECODER, ENCODER, StoredTensor, TensorSpec
 from lfm2_export.quant.schemes import Scheme
 
 
@@ -35,6 +35,15 @@ class ExportRequest:
     options: Mapping[str, Any] = field(default_factory=dict)
     ledgers: Path | None = None
     statistics: Statistics | None = None
+
+    @property
+    def kind(self) -> str:
+        """What the program will be."""
+        return DECODER if self.checkpoint.config.encoder is None else ENCODER
+
+    def describe_kind(self) -> dict[str, Any]:
+        """What the manifest's options say of an encoder: its runner cannot ask the graph how many tokens it knows."""
+        return {} if self.kind == DECODER else {"vocab_size": self.checkpoint.config.vocab_size}
 
     def describe_algorithm(self) -> dict[str, Any]:
         """What the manifest's options say of it."""
@@ -65,3 +74,4 @@ class ExportedProgram:
     options: Mapping[str, Any]
     operators: Mapping[str, int]
     tensors: tuple[StoredTensor, ...]
+    kind: str = DECODER

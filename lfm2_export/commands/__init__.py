@@ -5,6 +5,7 @@ from __future__ import annotations
 from lfm2_export.commands.base import Command, version_text
 from lfm2_export.commands.check import BenchCommand, ParityCommand
 from lfm2_export.commands.demo import DemoCommand
+from lfm2_export.commands.embed import EmbedCommand
 from lfm2_export.commands.export import ExportCommand
 from lfm2_export.commands.quality import QualityCommand
 from lfm2_export.commands.show import InspectCommand, SupportCommand
@@ -14,6 +15,7 @@ COMMANDS: tuple[Command, ...] = (
     ExportCommand(),
     RunCommand(),
     ChatCommand(),
+    EmbedCommand(),
     ParityCommand(),
     QualityCommand(),
     BenchCommand(),

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 
 class Family(Protocol):
-    """What a family offers. ``ARCHITECTURES``: the classes that config.json may name for its decoder."""
+    """What a family offers. ``ARCHITECTURES``: the classes that config.json may name for it. One that is published
+    under another family's ``model_type``, so that its classes alone tell it, lists those as ``MODEL_TYPES``."""
 
     ARCHITECTURES: tuple[str, ...]
 
@@ -45,13 +46,15 @@ FAMILIES: Registry[Family] = Registry(
         "lfm2": "lfm2_export.families.lfm2",
         "lfm2_moe": "lfm2_export.families.lfm2_moe",
         "lfm3": "lfm2_export.families.lfm3",
+        "lfm2_bidirectional": "lfm2_export.families.lfm2_bidirectional",
     }
 )
 
 
 # What else is published under names like ours, by a word of its class or model_type: what it is, in a message.
 _OTHERS = {
-    "bidirectional": "an encoder (attention in both directions)",
+    "bidirectional": "an encoder with a head that is not known",
+    "bidir": "an encoder with a head that is not known",
     "draftmodel": "a drafter for speculative decoding, which is of no use without its model",
     "vl": "a model of images and text",
     "audio": "a model of audio",
@@ -70,8 +73,8 @@ def find_family(raw_config: Mapping[str, Any], place: str) -> Family:
         place: the file, for messages.
 
     Raises:
-        CheckpointError: the model_type is missing or none of ours, or the class is no decoder of the family: an encoder
-            that goes by ``lfm2`` would otherwise be exported as a decoder.
+        CheckpointError: the model_type is missing or none of ours, or the class is none of the family's: what goes by
+            ``lfm2`` and is something else would otherwise be exported as a decoder.
     """
     if "model_type" not in raw_config:
         raise CheckpointError(f"{place}: model_type is missing; expected one of {', '.join(FAMILIES)}")
@@ -80,16 +83,24 @@ def find_family(raw_config: Mapping[str, Any], place: str) -> Family:
     model_type = raw_config["model_type"]
     if other := _other(model_type, classes):
         raise CheckpointError(
-            f"{place}: {shown(classes or model_type)} is {other}; only decoders of text are exported: "
+            f"{place}: {shown(classes or model_type)} is {other}; only decoders and encoders of text are exported: "
             f"{', '.join(_known_classes())}"
         )
-    family = get_family(model_type)
+    family = _by_class(model_type, classes) or get_family(model_type)
     if classes and not set(classes) & set(family.ARCHITECTURES):
         raise CheckpointError(
             f"{place}: architectures={shown(classes)} is no class of {model_type}; expected "
             f"{' or '.join(family.ARCHITECTURES)}, or leave architectures out if the weights are a decoder's"
         )
     return family
+
+
+def _by_class(model_type: object, classes: list[str]) -> Family | None:
+    """The family that is published under another one's ``model_type`` and told by its class."""
+    for family in FAMILIES.values():
+        if model_type in getattr(family, "MODEL_TYPES", ()) and set(classes) & set(family.ARCHITECTURES):
+            return family
+    return None
 
 
 def _other(model_type: object, classes: list[str]) -> str | None:

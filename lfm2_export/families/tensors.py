@@ -14,6 +14,11 @@ from enum import StrEnum
 from lfm2_export.config import CONV, ModelConfig
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# ColBERT's Dense, a file of its own (``retrieval.py``).
+PROJECTION, PROJECTION_BIAS = "dense.linear.weight", "dense.linear.bias"
+# What a backbone's published names begin with; where it was saved alone they begin with nothing.
+BACKBONE = "model."
+OTHER_BACKBONES = ("lfm2.",)
 
 
 class TensorClass(StrEnum):
@@ -33,6 +38,7 @@ class Part(StrEnum):
 
     EMBEDDING = "embedding"
     HEAD = "head"
+    PROJECTION = "projection"
     CONVOLUTIONS = "convolutions"
     ATTENTION = "attention"
     MLPS = "dense MLPs"

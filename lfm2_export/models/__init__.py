@@ -10,6 +10,7 @@ from lfm2_export.registry import Registry
 
 if TYPE_CHECKING:
     from lfm2_export.models.decoder import DecoderForCausalLM
+    from lfm2_export.models.lfm2_bidirectional import Lfm2BidirectionalModel
 
 NETS: Registry[type[DecoderForCausalLM]] = Registry(
     {
@@ -18,12 +19,24 @@ NETS: Registry[type[DecoderForCausalLM]] = Registry(
         "lfm3": "lfm2_export.models.lfm3:Lfm3ForCausalLM",
     }
 )
+ENCODERS: Registry[type[Lfm2BidirectionalModel]] = Registry(
+    {"lfm2_bidirectional": "lfm2_export.models.lfm2_bidirectional:Lfm2BidirectionalModel"}
+)
 
 
 def get_net(model_type: str) -> type[DecoderForCausalLM]:
-    """The eager model's class of a family.
+    """The eager model's class of a family of decoders.
 
     Raises:
         KeyError: no such family, which opening its checkpoint would have refused.
     """
     return NETS[model_type]
+
+
+def get_encoder(model_type: str) -> type[Lfm2BidirectionalModel]:
+    """The eager model's class of a family of encoders.
+
+    Raises:
+        KeyError: no such family.
+    """
+    return ENCODERS[model_type]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -24,10 +24,15 @@ from lfm2_export.errors import CheckpointError
 from lfm2_export.families import Family
 from lfm2_export.families.tensors import FusedPart
 from lfm2_export.messages import listed, named, natural
-from lfm2_export.models import get_net
+from lfm2_export.models import get_encoder, get_net
 
 if TYPE_CHECKING:
     from lfm2_export.models.decoder import DecoderForCausalLM
+    from lfm2_export.models.lfm2_bidirectional import Lfm2BidirectionalModel
+
+    AnyNet: TypeAlias = DecoderForCausalLM | Lfm2BidirectionalModel
+
+Net = TypeVar("Net", "DecoderForCausalLM", "Lfm2BidirectionalModel")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rows are read in pieces of about this many values, so that the fp32 values in between stay small.
@@ -56,15 +61,31 @@ Place = tuple[str, FusedPart | None]
 
 
 def load_model(source: WeightSource, *, dtype: torch.dtype = torch.float32) -> DecoderForCausalLM:
-    """The eager model with the source's weights as ``dtype`` (expert biases stay fp32), in evaluation mode.
+    """A decoder's eager model with the source's weights as ``dtype`` (expert biases stay fp32), in evaluation mode.
 
     Raises:
         CheckpointError: weights are missing, left over, of another shape, not finite, or too large for ``dtype``.
         ValueError: a ``dtype`` that the model cannot have.
     """
+    _check_dtype(dtype)
+    return _filled(source, _meta_model(source), dtype)
+
+
+def load_encoder_model(source: WeightSource, *, dtype: torch.dtype = torch.float32) -> Lfm2BidirectionalModel:
+    """The same of an encoder."""
+    _check_dtype(dtype)
+    with _on_meta():
+        model = get_encoder(source.config.model_type)(source.config)
+    return _filled(source, model, dtype)
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype} is not supported; expected one of {', '.join(map(str, DTYPES))}")
-    model = _meta_model(source)
+
+
+def _filled(source: WeightSource, model: Net, dtype: torch.dtype) -> Net:
+    """A model on the meta device with its weights."""
     for name, parts in _parts(source, model).items():
         _set_tensor(model, name, _read_tensor(source, parts, _tensor(model, name), dtype))
     model.tie_weights()
@@ -102,27 +123,34 @@ class PartlyLoaded:
 
 
 def _meta_model(source: WeightSource) -> DecoderForCausalLM:
-    with torch.device("meta"), _WithoutInit():
+    with _on_meta():
         return get_net(source.config.model_type)(source.config)
 
 
+@contextmanager
+def _on_meta() -> Iterator[None]:
+    with torch.device("meta"), _WithoutInit():
+        yield
+
+
 def load_pretrained(
-    kind: type[DecoderForCausalLM],
+    kind: type[AnyNet],
     name_or_path: str | Path,
     *,
     dtype: torch.dtype,
     revision: str | None,
     offline: bool,
-) -> DecoderForCausalLM:
+) -> AnyNet:
     """The model of a checkpoint, which must be a ``kind`` (``DecoderForCausalLM.from_pretrained``)."""
     checkpoint = open_checkpoint(name_or_path, revision=revision, offline=offline)
-    net = get_net(checkpoint.config.model_type)
+    is_encoder = checkpoint.config.encoder is not None
+    net: type[AnyNet] = (get_encoder if is_encoder else get_net)(checkpoint.config.model_type)
     if not issubclass(net, kind):
         raise CheckpointError(
             f"{name_or_path}: model_type={checkpoint.config.model_type} is loaded by {net.__name__}, "
             f"not by {kind.__name__}"
         )
-    return load_model(checkpoint, dtype=dtype)
+    return load_encoder_model(checkpoint, dtype=dtype) if is_encoder else load_model(checkpoint, dtype=dtype)
 
 
 class _WithoutInit(TorchFunctionMode):

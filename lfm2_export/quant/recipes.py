@@ -47,7 +47,7 @@ def q4_k_m_type(tensor: ModelTensor, config: ModelConfig) -> str:
 
 def _wanted(tensor: ModelTensor, config: ModelConfig) -> str:
     """Before the fallback for odd widths."""
-    if tensor.kind is TensorClass.HEAD or (tensor.kind is TensorClass.EMBEDDING and config.tie_word_embeddings):
+    if tensor.kind is TensorClass.HEAD or (tensor.kind is TensorClass.EMBEDDING and _has_no_head(config)):
         return "Q6_K"
     if tensor.layer is None:
         return "Q4_K"
@@ -56,6 +56,11 @@ def _wanted(tensor: ModelTensor, config: ModelConfig) -> str:
     if tensor.matrix == "w2":
         return "Q6_K" if _gets_more(tensor.layer, config.num_hidden_layers) else "Q4_K"
     return "Q4_K"
+
+
+def _has_no_head(config: ModelConfig) -> bool:
+    """Then llama.cpp takes the token table for one: it is, or the model is an encoder that has none."""
+    return config.tie_word_embeddings or (config.encoder is not None and not config.encoder.masked_lm)
 
 
 def _attention(tensor: ModelTensor, layer: int, config: ModelConfig) -> str:

@@ -6,8 +6,9 @@ from collections import Counter
 
 import pytest
 
-from lfm2_export.families import FAMILIES, get_family
+from lfm2_export.families import get_family
 from lfm2_export.families.tensors import ModelTensor, Part, TensorClass, expert_stacks
+from lfm2_export.models import NETS
 from tests.checkpoints import tiny_config
 from tests.models.reference import published, their_model
 
@@ -17,7 +18,7 @@ def described(model_type: str, **overrides: object) -> dict[str, ModelTensor]:
     return family.tensors(family.parse_config(tiny_config(model_type, **overrides)))
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", NETS)
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False, "conv_bias": True}], ids=["plain", "more"])
 def test_every_parameter_of_transformers_model_is_described(model_type, changes):
     raw = tiny_config(model_type, **changes)
@@ -33,7 +34,7 @@ def test_every_parameter_of_transformers_model_is_described(model_type, changes)
     assert ours | {name: one.shape for name, one in fused.items()} == stored
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", NETS)
 def test_kind_part_and_place_follow_from_what_the_tensor_is(model_type):
     tensors = described(model_type, tie_word_embeddings=False, conv_bias=True)
     for name, tensor in tensors.items():

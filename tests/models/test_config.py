@@ -15,7 +15,8 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from lfm2_export.config import ModelConfig, Rope
 from lfm2_export.errors import CheckpointError, ConfigError
-from lfm2_export.families import FAMILIES, get_family
+from lfm2_export.families import get_family
+from lfm2_export.models import NETS
 from tests.checkpoints import tiny_config
 from tests.models.reference import CASES, THEIR_CONFIGS, published, their_config
 
@@ -107,6 +108,7 @@ def check_against_theirs(raw: dict[str, Any]) -> None:
     ours, theirs = parse(raw), their_config(raw)
     derived = {
         **_ropes(theirs),
+        "encoder": None,
         "head_dim": getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads),
         "layer_types": tuple(theirs.layer_types),
         "eos_token_id": () if theirs.eos_token_id is None else _as_tuple(theirs.eos_token_id),
@@ -160,7 +162,7 @@ def test_that_comparison_can_fail() -> None:
         {"model_type": "lfm2_moe", "layer_types": ["conv"] * 32},
         {"model_type": "lfm3", "sliding_window": 256},
     ],
-    ids=FAMILIES,
+    ids=NETS,
 )
 def test_defaults_are_theirs(raw: dict[str, Any]) -> None:
     check_against_theirs(raw)
@@ -263,16 +265,16 @@ def fields_of(model_type: str) -> list[str]:
     return [field.name for field in dataclasses.fields(THEIR_CONFIGS[model_type])]
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", NETS)
 def test_every_field_of_their_classes_is_honoured_refused_or_ignored_for_a_reason(model_type: str) -> None:
     known = HONOURED.keys() | REFUSED.keys() | IGNORED.keys()
     assert set(fields_of(model_type)) - known == set(), "transformers has new fields: decide what they mean here"
-    every = {field for family in FAMILIES for field in fields_of(family)}
+    every = {field for family in NETS for field in fields_of(family)}
     assert known - every == set(), "transformers has these fields no more"
     assert {field.name for field in dataclasses.fields(PreTrainedConfig)} <= known
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", NETS)
 def test_honoured_fields_show(model_type: str) -> None:
     for field in HONOURED.keys() & set(fields_of(model_type)):
         companions = COMPANIONS.get(field, {})
@@ -283,7 +285,7 @@ def test_honoured_fields_show(model_type: str) -> None:
         assert parse(before | companions | {field: value}) != parse(before), field
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", NETS)
 def test_refused_fields_are_refused_by_name_and_ignored_ones_are_ignored(model_type: str) -> None:
     for field, value in REFUSED.items():
         assert f"{field}={value!r} is not supported" in refusal(model_type, **{field: value})
@@ -452,7 +454,7 @@ KEYS = sorted(
 
 
 @settings(max_examples=120, deadline=None, derandomize=True, database=None)
-@given(model_type=st.sampled_from(sorted(FAMILIES)), changes=st.dictionaries(st.sampled_from(KEYS), JSON, max_size=3))
+@given(model_type=st.sampled_from(sorted(NETS)), changes=st.dictionaries(st.sampled_from(KEYS), JSON, max_size=3))
 def test_any_json_value_gives_a_config_or_a_config_error(model_type: str, changes: dict[str, Any]) -> None:
     text, config = "", None
     try:

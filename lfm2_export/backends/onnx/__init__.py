@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lfm2_export.artifact import ArtifactWriter
     from lfm2_export.backends import FullPrecision
     from lfm2_export.backends.base import RunnerOptions
+    from lfm2_export.backends.onnx.encoder import OnnxEncoder
     from lfm2_export.backends.onnx.runner import OnnxRunner
     from lfm2_export.backends.onnx.stored import StoredWeights
     from lfm2_export.backends.profile import Profile
@@ -50,6 +51,10 @@ TESTED_WITH = {
     # Transformers.js 4.3 knows no lfm3.
     **dict.fromkeys(("lfm3 fp16", "lfm3 q4f16"), "lfm2-export, onnxruntime"),
     **dict.fromkeys(("lfm3 fp32", "lfm3 q8", "lfm3 q4"), "lfm2-export, onnxruntime, onnxruntime-genai (as its lfm2)"),
+    **{
+        f"lfm2_bidirectional {scheme}": "lfm2-export, onnxruntime, sentence-transformers, Transformers.js (Node)"
+        for scheme in SCHEMES
+    },
 }
 KL_TOLERANCE = 1e-3
 _TELEMETRY = "ORT_DISABLE_TELEMETRY"
@@ -125,6 +130,13 @@ def load_runner(folder: Path, program: Program, options: RunnerOptions | None = 
     from lfm2_export.backends.onnx.runner import OnnxRunner
 
     return OnnxRunner.from_program(folder, program, options)
+
+
+def load_encoder(folder: Path, program: Program, options: RunnerOptions | None = None) -> OnnxEncoder:
+    """A runner on an encoder's graph."""
+    from lfm2_export.backends.onnx.encoder import OnnxEncoder
+
+    return OnnxEncoder(folder, program, options)
 
 
 def runnable_graphs(program: Program) -> dict[str, Program]:

@@ -44,7 +44,9 @@ _TRANSLATED = frozenset(
         "neg.default",
         "ones.default",
         "reciprocal.default",
+        "rsqrt.default",
         "scatter.src",
+        "select.int",
         "sigmoid.default",
         "silu.default",
         "slice.Tensor",
@@ -56,6 +58,7 @@ _TRANSLATED = frozenset(
         "unsqueeze.default",
         "view.default",
         "where.ScalarSelf",
+        "zeros.default",
     )
 ) | {"onnx_symbolic._symbolic.default", "onnx_symbolic._symbolic_multi_out.default"}
 _PYTHON = (operator.getitem, operator.mul, operator.sub, operator.add)

@@ -112,12 +112,14 @@ def export_program(request: ExportRequest) -> ExportedProgram:
         options=_options(request, plan),
         operators=graphs.operators,
         tensors=tensors,
+        kind=request.kind,
     )
 
 
 def _options(request: ExportRequest, plan: WeightPlan) -> dict[str, object]:
     return {
         **request.describe_algorithm(),
+        **request.describe_kind(),
         "accuracy_level": plan.accuracy_level,
         **request.scheme.options(),
         **describe(plan),

@@ -7,12 +7,13 @@ checked, that differ in a few nodes and share every initializer, so that one dat
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from lfm2_export.backends.onnx import own_ops, passes
-from lfm2_export.backends.onnx.trace import trace, without_collection
+from lfm2_export.backends.onnx.trace import trace, trace_encoder, without_collection
 from lfm2_export.backends.onnx.variants import CPU, LFM2, LFM2_KV8, LFM2_KV8_SCORING, LFM2_SCORING, SCORING
 from lfm2_export.backends.weights.plan import WeightPlan
 from lfm2_export.cache import CacheSpec
@@ -43,19 +44,33 @@ def make_graphs(config: ModelConfig, plan: WeightPlan, cache: CacheSpec) -> Grap
     Raises:
         ExportError: an operator does not occur as often as the model's layers demand.
     """
+    if config.encoder is not None:
+        return _encoder_graphs(config, plan)
     model = trace(config, plan, cache)
+    _rewrite(model, plan, lambda: passes.name_axes(model, cache))
+    operators = passes.check_operators(model, passes.expected_operators(config, plan))
+    return Graphs(by_role=_variants(model, config, plan, cache), operators=operators)
+
+
+def _encoder_graphs(config: ModelConfig, plan: WeightPlan) -> Graphs:
+    """One graph, on stock operators."""
+    model = trace_encoder(config, plan)
+    _rewrite(model, plan, lambda: passes.name_encoder_axes(model))
+    operators = passes.check_operators(model, passes.expected_encoder_operators(config, plan))
+    return Graphs(by_role={MODEL: model}, operators=operators)
+
+
+def _rewrite(model: ir.Model, plan: WeightPlan, name_axes: Callable[[], int]) -> None:
     counts = {
         "simplify": passes.simplify(model),
         "drop_unread_outputs": passes.drop_unread_outputs(model),
         "name_initializers": passes.name_initializers(model, plan),
         "share_tied_scales": passes.share_tied_scales(model, plan),
-        "name_axes": passes.name_axes(model, cache),
+        "name_axes": name_axes(),
         "strip_debris": passes.strip_debris(model),
         "number_nodes": passes.number_nodes(model),
     }
     logger.info("passes: %s", ", ".join(f"{name} {count}" for name, count in counts.items()))
-    operators = passes.check_operators(model, passes.expected_operators(config, plan))
-    return Graphs(by_role=_variants(model, config, plan, cache), operators=operators)
 
 
 def _variants(model: ir.Model, config: ModelConfig, plan: WeightPlan, cache: CacheSpec) -> dict[str, ir.Model]:

@@ -129,7 +129,7 @@ class StoredModule(nn.Module):
         super().__init__()
         self.stored = stored
         for role in stored.storage():
-            self.register_parameter(role, _fake(stored, role))
+            self.register_parameter(role, fake_parameter(stored, role))
 
     def packed(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
         """Codes, scales and zero points; the scales in the activations' ``dtype``, as the operators want them: a Cast
@@ -137,7 +137,7 @@ class StoredModule(nn.Module):
         return self.qdata, self.scale.to(dtype), getattr(self, "zero_point", None)
 
 
-def _fake(stored: StoredWeight, role: str) -> nn.Parameter:
+def fake_parameter(stored: StoredWeight, role: str) -> nn.Parameter:
     """A parameter without values, of the shape and dtype that the initializer will have in the file."""
     shape, dtype = stored.storage()[role]
     return nn.Parameter(torch.empty(shape, dtype=getattr(torch, dtype.name)), requires_grad=False)
@@ -168,7 +168,7 @@ class OnnxCausalConv(StoredModule):
 
     def __init__(self, weight: StoredWeight, bias: StoredWeight | None):
         super().__init__(weight)
-        self.bias = None if bias is None else _fake(bias, "weight")
+        self.bias = None if bias is None else fake_parameter(bias, "weight")
 
     def forward(self, x_BTD: Tensor, state: Tensor, layout: OnnxLayout) -> tuple[Tensor, Tensor]:
         x_BTD = x_BTD * layout.attended
@@ -232,7 +232,7 @@ class OnnxLinear(StoredModule):
     def __init__(self, stored: StoredWeight, bias: StoredWeight | None, accuracy_level: int):
         super().__init__(stored)
         self.accuracy_level = accuracy_level
-        self.bias = None if bias is None else _fake(bias, "weight")
+        self.bias = None if bias is None else fake_parameter(bias, "weight")
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.stored.format, IntFormat):
@@ -300,7 +300,7 @@ class OnnxSparseMoeBlock(nn.Module):
         # WebGPU's QMoE, which the fp16 programs are for, has no router_weights input.
         self.separate_weights = plan.activation_dtype == "float32"
         bias = plan.get(f"{name}.expert_bias")
-        self.expert_bias = None if bias is None else _fake(bias, "weight")
+        self.expert_bias = None if bias is None else fake_parameter(bias, "weight")
 
     def forward(self, x_BTD: Tensor, recorder: object) -> Tensor:
         x_MD = x_BTD.flatten(0, 1)
@@ -369,7 +369,7 @@ class Lowering:
     def __init__(self, config: ModelConfig, plan: WeightPlan):
         self.config, self.plan = config, plan
 
-    def lower_(self, model: eager.DecoderForCausalLM) -> int:
+    def lower_(self, model: nn.Module) -> int:
         """Replaces every leaf module of ``model`` in place; returns how many."""
         found = list(self._leaves(model))
         for name, module in found:

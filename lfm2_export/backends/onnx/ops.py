@@ -60,14 +60,17 @@ def skip_rms_norm(delta: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple
     return normed, total
 
 
-def causal_conv(x_BTD: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> Tensor:
-    """Depthwise causal convolution after ``state`` [B, L-1, D]; the operator's own new state is not used."""
+def causal_conv(x_BTD: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None) -> Tensor:
+    """Depthwise causal convolution after ``state`` [B, L-1, D], or zeros; the operator's own new state is not used."""
+    inputs: Inputs = (x_BTD, weight, bias, state)
+    while inputs[-1] is None:
+        inputs = inputs[:-1]
     y_BTD, _ = ops.symbolic_multi_out(
         "com.microsoft::CausalConvWithState",
-        (x_BTD, weight, bias, state),
+        inputs,
         attrs={"channels_last": 1, "ndim": 1},
         dtypes=(x_BTD.dtype, x_BTD.dtype),
-        shapes=(x_BTD.shape, state.shape),
+        shapes=(x_BTD.shape, (x_BTD.shape[0], weight.shape[-1] - 1, x_BTD.shape[2])),
         version=1,
     )
     return y_BTD
@@ -76,6 +79,13 @@ def causal_conv(x_BTD: Tensor, weight: Tensor, bias: Tensor | None, state: Tenso
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> Tensor:
     """RoPE on heads side by side, [B, T, N*H]; ``cos``, ``sin`` [positions, H/2] say how wide a head is."""
     return _single("com.microsoft::RotaryEmbedding", (x, position_ids, cos, sin), x, x.shape)
+
+
+def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, *, attention_bias: Tensor, num_heads: int) -> Tensor:
+    """Attention to every position, with heads side by side in q, k and v [B, T, N*H]; ``attention_bias`` [B, 1, T, T]
+    is added to the scores."""
+    inputs = (q, k, v, None, None, attention_bias)
+    return _single("com.microsoft::MultiHeadAttention", inputs, q, q.shape, num_heads=num_heads)
 
 
 def group_query_attention(

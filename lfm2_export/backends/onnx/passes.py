@@ -18,10 +18,11 @@ from lfm2_export.backends.weights.plan import WeightPlan
 from lfm2_export.cache import BATCH, TOTAL, CacheSpec
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import ExportError
+from lfm2_export.heads import SENTENCE
 from lfm2_export.quant.formats import IntFormat
 
 SEQUENCE = "sequence_length"
-ROOT = "causal_lm."  # the attribute of the traced wrapper, in front of every initializer's name
+ROOT = "net."  # the attribute of the traced wrapper, in front of every initializer's name
 
 # Outputs that we never read; left unnamed, so that the kernels need not compute them.
 OPTIONAL_OUTPUTS = {"SkipSimplifiedLayerNormalization": (1, 2, 3)}
@@ -109,15 +110,27 @@ def name_axes(model: ir.Model, cache: CacheSpec) -> int:
     inputs: dict[str, tuple[int | str, ...]] = {"input_ids": (BATCH, SEQUENCE), "attention_mask": (BATCH, TOTAL)}
     inputs |= {tensor.past_name: tensor.shape for tensor in cache.tensors}
     outputs = {tensor.present_name: tensor.present_shape for tensor in cache.tensors}
+    return _name_axes(model, inputs, outputs | {"logits": (BATCH, 1)})
+
+
+def name_encoder_axes(model: ir.Model) -> int:
+    """The same of an encoder's graph."""
+    rows = (BATCH, SEQUENCE)
+    outputs = {value.name: rows for value in model.graph.outputs} | {SENTENCE: (BATCH,)}
+    return _name_axes(model, {"input_ids": rows, "attention_mask": rows}, outputs)
+
+
+def _name_axes(
+    model: ir.Model, inputs: Mapping[str, tuple[int | str, ...]], outputs: Mapping[str, tuple[int | str, ...]]
+) -> int:
+    """Axes that an output has beyond those named keep their sizes."""
     for value in model.graph.inputs:
         value.shape = ir.Shape(inputs[value.name])
     for value in model.graph.outputs:
-        if value.name == "logits":
-            assert value.shape is not None
-            value.shape = ir.Shape((BATCH, 1, value.shape[2]))
-        else:
-            value.shape = ir.Shape(outputs[value.name])
-    return len(inputs) + len(outputs) + 1
+        assert value.shape is not None
+        named = outputs[value.name]
+        value.shape = ir.Shape((*named, *value.shape[len(named) :]))
+    return len(model.graph.inputs) + len(model.graph.outputs)
 
 
 def strip_debris(model: ir.Model) -> int:
@@ -220,6 +233,21 @@ def expected_operators(config: ModelConfig, plan: WeightPlan) -> dict[str, int]:
         "GatherBlockQuantized": sum(w.layout is Layout.TABLE for w in quantized),
         "QMoE": quantized_experts,
         "MoE": experts - quantized_experts,
+    }
+
+
+def expected_encoder_operators(config: ModelConfig, plan: WeightPlan) -> dict[str, int]:
+    """The same of an encoder."""
+    quantized = [w for w in plan.values() if isinstance(w.format, IntFormat)]
+    attention = len(config.attention_layers)
+    return {
+        "MultiHeadAttention": attention,
+        "RotaryEmbedding": 2 * attention,
+        "CausalConvWithState": len(config.conv_layers),
+        "SimplifiedLayerNormalization": 1 + 2 * attention,
+        "SkipSimplifiedLayerNormalization": 2 * config.num_hidden_layers,
+        "MatMulNBits": sum(w.layout is Layout.MATMUL for w in quantized),
+        "GatherBlockQuantized": sum(w.layout is Layout.TABLE for w in quantized),
     }
 
 

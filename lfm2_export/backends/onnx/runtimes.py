@@ -33,9 +33,13 @@ WEBGPU_SCHEME = "q4f16"
 
 
 def write(checkpoint: Checkpoint, writer: ArtifactWriter) -> None:
-    """Writes both files for the ONNX programs that the artifact will hold, the preferred one first."""
+    """Writes both files for the ONNX programs that the artifact will hold, the preferred one first; of an encoder,
+    which onnxruntime-genai does not run, config.json alone."""
     programs = [program for program in writer.programs if program.backend == "onnx"]
     config = checkpoint.config
+    if config.encoder is not None:
+        writer.write_json("config.json", transformers_js_config(checkpoint.raw_config, config, programs))
+        return
     generation = _read_object(checkpoint.path, "generation_config.json") or {}
     writer.write_json("genai_config.json", genai_config(config, generation, checkpoint.stop_token_ids, programs[0]))
     writer.write_json("config.json", transformers_js_config(checkpoint.raw_config, config, programs))
@@ -122,14 +126,16 @@ def _search(config: ModelConfig, generation: Mapping[str, Any]) -> dict[str, Any
 def transformers_js_config(
     raw_config: Mapping[str, Any], config: ModelConfig, programs: Sequence[Program]
 ) -> dict[str, Any]:
-    """``config.json`` as the checkpoint has it, plus what Transformers.js needs: layer kinds, dtypes, data files."""
+    """``config.json`` as the checkpoint has it, plus what Transformers.js needs: layer kinds, dtypes, data files.
+    Without ``auto_map``, which names a checkpoint's Python files: none is carried over."""
     section: dict[str, Any] = {
         "dtype": programs[0].scheme,
         "use_external_data_format": {_name(p.graphs[MODEL]): _data_files(p) for p in programs},
     }
     if WEBGPU_SCHEME in (program.scheme for program in programs):
         section["device_config"] = {"webgpu": {"dtype": WEBGPU_SCHEME}}
-    return {**raw_config, "layer_types": list(config.layer_types), "transformers.js_config": section}
+    stated = {key: value for key, value in raw_config.items() if key != "auto_map"}
+    return {**stated, "layer_types": list(config.layer_types), "transformers.js_config": section}
 
 
 def _name(path: str) -> str:

@@ -22,11 +22,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lfm2_export.backends.onnx import ops
 from lfm2_export.backends.onnx.decompose import decompose_
 from lfm2_export.backends.onnx.lower import Lowering
+from lfm2_export.backends.onnx.lower_encoder import EncoderLowering
 from lfm2_export.backends.weights.plan import WeightPlan
 from lfm2_export.cache import CacheSpec
 from lfm2_export.config import ModelConfig
-from lfm2_export.models import get_net
+from lfm2_export.models import get_encoder, get_net
 from lfm2_export.models.decoder import DecoderForCausalLM, Recorder
+from lfm2_export.models.lfm2_bidirectional import Lfm2BidirectionalModel
 
 OPSET = 21
 
@@ -36,18 +38,29 @@ class OnnxProgram(nn.Module):
 
     def __init__(self, causal_lm: DecoderForCausalLM, cache: CacheSpec):
         super().__init__()
-        self.causal_lm, self.cache = causal_lm, cache
+        self.net, self.cache = causal_lm, cache
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, state: list[Tensor]) -> tuple[Tensor, ...]:
-        model = self.causal_lm.model
+        model = self.net.model
         stream = model.embed_tokens(input_ids)
         layout = model.layout(stream, attention_mask, None, 0)
         past = {tensor.past_name: value for tensor, value in zip(self.cache.tensors, state, strict=True)}
         recorder = Recorder(hidden_states=False, attentions=False, router_logits=False)
         hidden, present = model.run_layers(stream, past, layout, recorder)
         last = ops.gather_rows(hidden, layout.last)
-        logits = self.causal_lm.lm_head(last).float()
+        logits = self.net.lm_head(last).float()
         return (logits, *(present[tensor.past_name] for tensor in self.cache.tensors))
+
+
+class OnnxEncoderProgram(nn.Module):
+    """The traced signature: ids and mask in; the outputs that the head names out."""
+
+    def __init__(self, encoder: Lfm2BidirectionalModel):
+        super().__init__()
+        self.net = encoder
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.net(input_ids, attention_mask).named().values())
 
 
 @contextlib.contextmanager
@@ -64,15 +77,36 @@ def without_collection() -> Iterator[None]:
 
 
 def trace(config: ModelConfig, plan: WeightPlan, cache: CacheSpec) -> ir.Model:
-    """The ONNX graph of a model, initializers without values."""
+    """The ONNX graph of a decoder, initializers without values."""
     with FakeTensorMode(allow_non_fake_inputs=False), torch.no_grad():
         causal_lm = get_net(config.model_type)(config).eval()
         Lowering(config, plan).lower_(causal_lm)
+        names = ["input_ids", "attention_mask", *(t.past_name for t in cache.tensors)]
+        outputs = ["logits", *(t.present_name for t in cache.tensors)]
         program = OnnxProgram(causal_lm, cache)
-        arguments = _example_inputs(cache)
-        exported = torch.export.export(program, arguments, dynamic_shapes=_dynamic_shapes(cache), strict=False)
-        decompose_(exported)
-        return _to_onnx(exported, cache)
+        return _traced(program, _example_inputs(cache), _dynamic_shapes(cache), names, outputs)
+
+
+def trace_encoder(config: ModelConfig, plan: WeightPlan) -> ir.Model:
+    """The ONNX graph of an encoder, initializers without values."""
+    assert config.encoder is not None
+    dynamic = torch.export.Dim.DYNAMIC
+    with FakeTensorMode(allow_non_fake_inputs=False), torch.no_grad():
+        encoder = get_encoder(config.model_type)(config).eval()
+        EncoderLowering(config, plan).lower_(encoder)
+        ids = torch.zeros(2, 5, dtype=torch.long)
+        shapes = ({0: dynamic, 1: dynamic}, {0: dynamic, 1: dynamic})
+        program = OnnxEncoderProgram(encoder)
+        names = ["input_ids", "attention_mask"]
+        return _traced(program, (ids, torch.ones_like(ids)), shapes, names, list(config.encoder.outputs))
+
+
+def _traced(
+    program: nn.Module, arguments: tuple[object, ...], shapes: tuple[object, ...], names: list[str], outputs: list[str]
+) -> ir.Model:
+    exported = torch.export.export(program, arguments, dynamic_shapes=shapes, strict=False)
+    decompose_(exported)
+    return _to_onnx(exported, names, outputs)
 
 
 def _example_inputs(cache: CacheSpec) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -91,9 +125,7 @@ def _dynamic_shapes(cache: CacheSpec) -> tuple[object, ...]:
     return {0: dynamic, 1: dynamic}, {0: dynamic, 1: dynamic}, state
 
 
-def _to_onnx(exported: torch.export.ExportedProgram, cache: CacheSpec) -> ir.Model:
-    names = ["input_ids", "attention_mask", *(t.past_name for t in cache.tensors)]
-    outputs = ["logits", *(t.present_name for t in cache.tensors)]
+def _to_onnx(exported: torch.export.ExportedProgram, names: list[str], outputs: list[str]) -> ir.Model:
     with _quiet():
         program = torch.onnx.export(
             exported, dynamo=True, opset_version=OPSET, optimize=False, input_names=names, output_names=outputs
