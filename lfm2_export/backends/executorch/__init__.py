@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from lfm2_export.artifact import ArtifactWriter
     from lfm2_export.backends.base import RunnerOptions
+    from lfm2_export.backends.executorch.encoder import ExecutorchEncoder
     from lfm2_export.backends.executorch.runner import ExecutorchRunner
     from lfm2_export.backends.executorch.stored import StoredWeights
     from lfm2_export.backends.profile import Profile
@@ -91,6 +92,13 @@ def load_runner(folder: Path, program: Program, options: RunnerOptions | None = 
     from lfm2_export.backends.executorch.runner import ExecutorchRunner
 
     return ExecutorchRunner.from_program(folder, program, options)
+
+
+def load_encoder(folder: Path, program: Program, options: RunnerOptions | None = None) -> ExecutorchEncoder:
+    """A runner on an encoder's file."""
+    from lfm2_export.backends.executorch.encoder import ExecutorchEncoder
+
+    return ExecutorchEncoder(folder, program, options)
 
 
 def runnable_graphs(program: Program) -> dict[str, Program]:

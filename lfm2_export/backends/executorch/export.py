@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,10 +23,16 @@ from lfm2_export.backends.weights.widths import describe
 from lfm2_export.cache import CacheSpec
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import ExportError
+from lfm2_export.heads import HIDDEN, LOGITS, SENTENCE, TOKENS
 from lfm2_export.manifest import MODEL, StoredTensor, TensorSpec
 from lfm2_export.messages import shown
-from lfm2_export.models import get_net
+from lfm2_export.models import get_encoder, get_net
 from lfm2_export.resources import check_memory, export_memory_needed, usable_cores
+
+if TYPE_CHECKING:
+    from lfm2_export.backends.executorch.spill import Spill
+    from lfm2_export.backends.executorch.trace import PteProgram
+    from lfm2_export.backends.executorch.weights import ProgramWeights
 
 FOLDER = "executorch"
 DEFAULT_MAX_CONTEXT = 4096
@@ -143,16 +149,38 @@ def export_program(request: ExportRequest) -> ExportedProgram:
         graphs=graphs,
         files=tuple(graphs.values()),
         context_length=context,
-        inputs=(
-            TensorSpec(name="tokens", dtype="int64", shape=(1, "sequence_length")),
-            TensorSpec(name="start_pos", dtype="int64", shape=(1,)),
-        ),
-        outputs=(TensorSpec(name="logits", dtype="float32", shape=(1, 1, config.vocab_size)),),
+        inputs=_inputs(config),
+        outputs=_outputs(config),
         cache=cache,
         options=_options(request, context, plans, made),
         operators=first.operators,
         tensors=first.tensors,
+        kind=request.kind,
     )
+
+
+def _inputs(config: ModelConfig) -> tuple[TensorSpec, ...]:
+    row: tuple[int | str, ...] = (1, "sequence_length")
+    if config.encoder is not None:
+        return tuple(TensorSpec(name=name, dtype="int64", shape=row) for name in ("input_ids", "attention_mask"))
+    return (
+        TensorSpec(name="tokens", dtype="int64", shape=row),
+        TensorSpec(name="start_pos", dtype="int64", shape=(1,)),
+    )
+
+
+def _outputs(config: ModelConfig) -> tuple[TensorSpec, ...]:
+    if config.encoder is None:
+        return (TensorSpec(name="logits", dtype="float32", shape=(1, 1, config.vocab_size)),)
+    head, width = config.encoder, config.hidden_size
+    row: tuple[int | str, ...] = (1, "sequence_length")
+    shapes = {
+        HIDDEN: (*row, width),
+        SENTENCE: (1, width),
+        TOKENS: (*row, head.projection or 0),
+        LOGITS: (*row, config.vocab_size),
+    }
+    return tuple(TensorSpec(name=name, dtype="float32", shape=shapes[name]) for name in head.outputs)
 
 
 def _role(index: int, plan: PtePlan) -> str:
@@ -168,6 +196,7 @@ def _options(
     plan = next(iter(plans.values()))
     return {
         **request.describe_algorithm(),
+        **request.describe_kind(),
         "max_context": context,
         "moe_op": {name: str(plan.moe_op) for name, plan in plans.items() if plan.moe_op is not None},
         "delegates": {name: one.delegates for name, one in made.items()},
@@ -202,22 +231,15 @@ def _scratch(request: ExportRequest) -> Iterator[Path]:
 def _export_one(
     request: ExportRequest, stream: PteStream, report: Callable[[int], None], cache: CacheSpec, context: int, name: str
 ) -> Made:
-    from lfm2_export.backends.executorch.lower import Lowering
     from lfm2_export.backends.executorch.spill import Spill
-    from lfm2_export.backends.executorch.trace import buffer_positions, make_pte
     from lfm2_export.backends.executorch.weights import ProgramWeights
 
     plan = stream.plan
     tensors = stream.write(request.checkpoint, report)
     spill = Spill(stream.paths)
     weights = ProgramWeights(plan, stream.places, spill)
-    with torch.device("meta"):
-        causal_lm = get_net(plan.config.model_type)(plan.config).eval()
-    Lowering(plan.config, weights, buffer_positions(context)).lower_(causal_lm)
-    spill.let_go()
-    interrupts.check()
-    told = replace(plan.config, eos_token_id=request.checkpoint.stop_token_ids)
-    program = make_pte(causal_lm, told, cache, context, spill)
+    made = _encoder_program if plan.config.encoder is not None else _decoder_program
+    program = made(request, plan.config, weights, spill, cache, context)
     interrupts.check()
     with open(request.folder / FOLDER / name, "wb") as file:
         program.manager.write_to_file(file)
@@ -227,6 +249,35 @@ def _export_one(
         tensors=tensors,
         places=weights.places(),
     )
+
+
+def _decoder_program(
+    request: ExportRequest, config: ModelConfig, weights: ProgramWeights, spill: Spill, cache: CacheSpec, context: int
+) -> PteProgram:
+    from lfm2_export.backends.executorch.lower import Lowering
+    from lfm2_export.backends.executorch.trace import buffer_positions, make_pte
+
+    with torch.device("meta"):
+        causal_lm = get_net(config.model_type)(config).eval()
+    Lowering(config, weights, buffer_positions(context)).lower_(causal_lm)
+    spill.let_go()
+    interrupts.check()
+    told = replace(config, eos_token_id=request.checkpoint.stop_token_ids)
+    return make_pte(causal_lm, told, cache, context, spill)
+
+
+def _encoder_program(
+    request: ExportRequest, config: ModelConfig, weights: ProgramWeights, spill: Spill, cache: CacheSpec, context: int
+) -> PteProgram:
+    from lfm2_export.backends.executorch.lower_encoder import EncoderLowering
+    from lfm2_export.backends.executorch.trace import make_encoder_pte
+
+    with torch.device("meta"):
+        encoder = get_encoder(config.model_type)(config).eval()
+    EncoderLowering(config, weights, context).lower_(encoder)
+    spill.let_go()
+    interrupts.check()
+    return make_encoder_pte(encoder, context, spill)
 
 
 def _plans(request: ExportRequest) -> dict[str, PtePlan]:

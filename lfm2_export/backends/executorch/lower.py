@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -182,16 +182,30 @@ class ExecutorchShortConv(nn.Module):
         return self.out_proj(c_BTD * y_BTD), state
 
 
-class ExecutorchAttention(nn.Module):
-    """RoPE, then llama::update_cache and llama::custom_sdpa on buffers [1, capacity, K, H] that stay in place."""
+class RotatedHeads(nn.Module):
+    """An attention's heads, and RoPE on them: the turn is a product with a small matrix."""
 
-    def __init__(self, config: ModelConfig, kind: str):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.kind, self.head_dim = kind, config.head_dim
+        self.head_dim = config.head_dim
         half = config.head_dim // 2
         turn = torch.zeros(config.head_dim, config.head_dim)
         turn[:half, half:], turn[half:, :half] = -torch.eye(half), torch.eye(half)
         self.turn = nn.Buffer(turn)
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))
+
+    def rotate(self, x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return x_BTNH * cos + F.linear(x_BTNH, self.turn) * sin
+
+
+class ExecutorchAttention(RotatedHeads):
+    """RoPE, then llama::update_cache and llama::custom_sdpa on buffers [1, capacity, K, H] that stay in place."""
+
+    def __init__(self, config: ModelConfig, kind: str):
+        super().__init__(config)
+        self.kind = kind
 
     def forward(
         self,
@@ -203,18 +217,12 @@ class ExecutorchAttention(nn.Module):
         layout: ExecutorchLayout,
         want_weights: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v = (self._heads(x) for x in (q, k, v))
+        q, k, v = (self.heads(x) for x in (q, k, v))
         rope = layout.ropes[self.kind]
-        ops.update_cache(self._rotate(k, *rope), past_key, layout.start)
+        ops.update_cache(self.rotate(k, *rope), past_key, layout.start)
         ops.update_cache(v, past_value, layout.start)
-        y_BTNH = ops.causal_attention(self._rotate(q, *rope), past_key, past_value, layout.start)
+        y_BTNH = ops.causal_attention(self.rotate(q, *rope), past_key, past_value, layout.start)
         return y_BTNH.flatten(2), past_key, past_value, None
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim))
-
-    def _rotate(self, x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return x_BTNH * cos + F.linear(x_BTNH, self.turn) * sin
 
 
 class ExecutorchSlidingAttention(ExecutorchAttention):
@@ -235,21 +243,31 @@ class ExecutorchSlidingAttention(ExecutorchAttention):
     ) -> tuple[Tensor, Tensor, Tensor, None]:
         assert layout.window is not None
         rope, tokens = layout.ropes[self.kind], q.shape[1]
-        key = torch.cat((past_key, self._rotate(self._heads(k), *rope)), dim=1)
-        value = torch.cat((past_value, self._heads(v)), dim=1)
-        y_BTNH = ops.masked_attention(self._rotate(self._heads(q), *rope), key, value, layout.window)
+        key = torch.cat((past_key, self.rotate(self.heads(k), *rope)), dim=1)
+        value = torch.cat((past_value, self.heads(v)), dim=1)
+        y_BTNH = ops.masked_attention(self.rotate(self.heads(q), *rope), key, value, layout.window)
         return y_BTNH.flatten(2), key[:, tokens:], value[:, tokens:], None
 
 
 class Lowering:
     """One way to lower every kind of leaf module, with the weights of one program."""
 
+    leaves: ClassVar[tuple[type[nn.Module], ...]] = (
+        eager.SequenceLayoutBuilder,
+        eager.RMSNorm,
+        eager.ShortConv,
+        eager.GroupedQueryAttention,
+        nn.Linear,
+        nn.Embedding,
+        SparseMoeBlock,
+    )
+
     def __init__(self, config: ModelConfig, weights: ProgramWeights, capacity: int):
         self.config, self.weights, self.capacity = config, weights, capacity
 
-    def lower_(self, model: eager.DecoderForCausalLM) -> int:
+    def lower_(self, model: nn.Module) -> int:
         """Replaces every leaf module of ``model`` in place; returns how many."""
-        found = list(_leaves(model, ""))
+        found = list(_outermost(model, self.leaves))
         for name, module in found:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, self._lowered(name, module))
@@ -278,11 +296,14 @@ class Lowering:
         raise AssertionError(f"{name}: no lowering for {type(module).__name__}")
 
     def _short_conv(self, name: str) -> ExecutorchShortConv:
-        width = self.config.hidden_size
-        parts = [self._linear(f"{name}.in_proj", slice(start, start + width)) for start in range(0, 3 * width, width)]
         kernel = self.weights.numbers(f"{name}.conv.weight", CONV)
         conv = ExecutorchCausalConv(kernel, self._optional(f"{name}.conv.bias"))
-        return ExecutorchShortConv(parts, conv, self._linear(f"{name}.out_proj"))
+        return ExecutorchShortConv(self._in_proj(name), conv, self._linear(f"{name}.out_proj"))
+
+    def _in_proj(self, name: str) -> list[ExecutorchLinear]:
+        """B, C and x."""
+        width = self.config.hidden_size
+        return [self._linear(f"{name}.in_proj", slice(start, start + width)) for start in range(0, 3 * width, width)]
 
     def _linear(self, name: str, rows: slice | None = None) -> ExecutorchLinear:
         return ExecutorchLinear(self.weights.linear(f"{name}.weight", rows), self._optional(f"{name}.bias", rows))
@@ -291,21 +312,12 @@ class Lowering:
         return self.weights.numbers(name, rows=rows) if self.weights.has(name) else None
 
 
-_LEAVES = (
-    eager.SequenceLayoutBuilder,
-    eager.RMSNorm,
-    eager.ShortConv,
-    eager.GroupedQueryAttention,
-    nn.Linear,
-    nn.Embedding,
-    SparseMoeBlock,
-)
-
-
-def _leaves(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    """The outermost modules that have a lowering."""
+def _outermost(
+    module: nn.Module, kinds: tuple[type[nn.Module], ...], prefix: str = ""
+) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost modules of some kinds."""
     for name, child in module.named_children():
-        if isinstance(child, _LEAVES):
+        if isinstance(child, kinds):
             yield f"{prefix}{name}", child
         else:
-            yield from _leaves(child, f"{prefix}{name}.")
+            yield from _outermost(child, kinds, f"{prefix}{name}.")

@@ -79,7 +79,7 @@ class ExecutorchRunner(RunnerBase):
     @classmethod
     def from_program(cls, folder: Path, program: Program, options: RunnerOptions | None = None) -> ExecutorchRunner:
         """The runner of a program in an artifact's ``folder``, on the file whose experts run fastest here."""
-        _check_version(folder, program)
+        check_version(folder, program)
         options = options or RunnerOptions()
         return cls(
             folder / choose(program, options),
@@ -258,7 +258,7 @@ def _of_kernels(program: Program, kernels: Kernels, stock: str, ours: str | None
     )
 
 
-def _check_version(folder: Path, program: Program) -> None:
+def check_version(folder: Path, program: Program) -> None:
     made, here = program.versions.get("executorch", ""), version()
     if made and here[:1].isdigit() and made.split(".")[0] != here.split(".")[0]:
         raise RunnerError(

@@ -13,7 +13,7 @@ is NaN; keys and values need nothing, since positions beyond the last are never 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from lfm2_export.backends.executorch.spill import Spill
 from lfm2_export.cache import CacheSpec
 from lfm2_export.config import ModelConfig
 from lfm2_export.models.decoder import DecoderForCausalLM, Recorder
+from lfm2_export.models.lfm2_bidirectional import Lfm2BidirectionalModel
 
 _TRACED_TOKENS = 5
 
@@ -85,6 +86,17 @@ class ExecutorchProgram(nn.Module):
         return past
 
 
+class ExecutorchEncoderProgram(nn.Module):
+    """The traced signature of an encoder."""
+
+    def __init__(self, encoder: Lfm2BidirectionalModel):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.encoder(input_ids, attention_mask).named().values())
+
+
 def _buffer_name(past_name: str) -> str:
     return past_name.replace(".", "_")
 
@@ -93,19 +105,40 @@ def make_pte(
     causal_lm: DecoderForCausalLM, config: ModelConfig, cache: CacheSpec, max_context: int, spill: Spill
 ) -> PteProgram:
     """Traces, lowers and emits; what lies in ``spill`` is read when the program is written."""
+    program = ExecutorchProgram(causal_lm, cache, buffer_positions(max_context)).eval()
+
+    def methods() -> dict[str, torch.export.ExportedProgram]:
+        return {FORWARD: trace(program, max_context), **_state_methods(program)}
+
+    return _emitted(methods, metadata(config, max_context), spill)
+
+
+def make_encoder_pte(encoder: Lfm2BidirectionalModel, max_context: int, spill: Spill) -> PteProgram:
+    """The same of an encoder: ``forward(input_ids int64 [1, T], attention_mask int64 [1, T])`` returns what its head
+    names, T dynamic; there is no state."""
+    program = ExecutorchEncoderProgram(encoder).eval()
+    constants = {
+        "get_max_seq_len": max_context,
+        "get_vocab_size": encoder.config.vocab_size,
+        "enable_dynamic_shape": True,
+    }
+    return _emitted(lambda: {FORWARD: _trace_encoder(program, max_context)}, constants, spill)
+
+
+def _emitted(
+    methods: Callable[[], dict[str, torch.export.ExportedProgram]], constants: dict[str, Any], spill: Spill
+) -> PteProgram:
     from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
     from executorch.exir.passes import MemoryPlanningPass
 
     from lfm2_export.backends.executorch.xnnpack import few_passes, partitioner
 
-    program = ExecutorchProgram(causal_lm, cache, buffer_positions(max_context)).eval()
     with torch.no_grad(), quiet(), few_passes(), spill.emitting():
-        methods = {FORWARD: trace(program, max_context), **_state_methods(program)}
         edge = to_edge_transform_and_lower(
-            methods,
+            methods(),
             partitioner={FORWARD: [partitioner()]},
             compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-            constant_methods=metadata(config, max_context),
+            constant_methods=constants,
         )
         memory = MemoryPlanningPass(alloc_graph_input=False, share_mutable_buffers=True)
         made = edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=memory, extract_delegate_segments=True))
@@ -156,6 +189,17 @@ def trace(program: ExecutorchProgram, max_context: int) -> torch.export.Exported
     longest = longest_call(program.causal_lm.config, max_context)
     dynamic = ({1: torch.export.Dim("T", min=1, max=longest)}, None)
     exported = torch.export.export(program, arguments, dynamic_shapes=dynamic, strict=False)
+    infer_dynamic_sizes(exported.graph)
+    exported.graph_module.recompile()
+    return exported
+
+
+def _trace_encoder(program: ExecutorchEncoderProgram, max_context: int) -> torch.export.ExportedProgram:
+    ids = torch.zeros(1, min(_TRACED_TOKENS, max_context), dtype=torch.long)
+    tokens = torch.export.Dim("T", min=1, max=max_context)
+    exported = torch.export.export(
+        program, (ids, torch.ones_like(ids)), dynamic_shapes=({1: tokens}, {1: tokens}), strict=False
+    )
     infer_dynamic_sizes(exported.graph)
     exported.graph_module.recompile()
     return exported
