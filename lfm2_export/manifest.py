@@ -38,7 +38,7 @@ MANIFEST_LIMIT = 32 << 20
 _LARGEST = 2**31 - 1
 _MOST_AXES = 8
 _SHOWN_HOPS = ("lowering", "quantization")
-_SHOWN_FIGURES = ("max_abs_error", "kl", "top1_agreement", "perplexity")
+_SHOWN_FIGURES = ("max_abs_error", "kl", "top1_agreement", "perplexity", "cosine_distance", "cosine", "least_cosine")
 _NAME = re.compile(r"[\w][\w.+-]{0,63}", re.ASCII)
 
 

@@ -8,6 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from lfm2_export import console
+from lfm2_export.artifact import Artifact
 from lfm2_export.commands.base import (
     add_artifact,
     add_json,
@@ -18,6 +19,7 @@ from lfm2_export.commands.base import (
     source_options,
 )
 from lfm2_export.errors import Lfm2ExportError
+from lfm2_export.manifest import ENCODER
 from lfm2_export.resources import human_bytes
 
 if TYPE_CHECKING:
@@ -42,6 +44,8 @@ class ParityCommand:
         from lfm2_export.parity import measure_parity
 
         check_max_kl(options.max_kl)
+        if options.max_kl is not None:
+            refuse_encoder(options.artifact, "--max-kl")
         source = source_options(options)
         if options.report:
             check_writable(options.report)
@@ -78,6 +82,16 @@ def add_max_kl(parser: argparse.ArgumentParser) -> None:
 def check_max_kl(value: float | None) -> None:
     if value is not None and not 0 <= value < math.inf:
         raise Lfm2ExportError(f"--max-kl {value}: a divergence is a number from 0 on")
+
+
+def refuse_encoder(artifact: str, option: str) -> None:
+    """Refuses an option that is for logits, before minutes are spent.
+
+    Raises:
+        Lfm2ExportError: the artifact is an encoder's, or none.
+    """
+    if any(program.kind == ENCODER for program in Artifact.open(artifact, verify=False).programs):
+        raise Lfm2ExportError(f"{option}: {artifact} is an encoder, whose vectors are judged by cosines; leave it out")
 
 
 def _keep(options: argparse.Namespace, report: ParityReport, source: dict[str, Any]) -> None:

@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from lfm2_export.families import get_family
-from lfm2_export.models.decoder import DecoderForCausalLM
 from lfm2_export.parity.figures import Control
+
+if TYPE_CHECKING:
+    from lfm2_export.models.loading import AnyNet
 
 # Against a tolerance of rounding errors a hundredth of one row shows. KL divergence is quadratic and a quantized
 # program's own noise hides more: there a whole norm is scaled.
@@ -35,7 +38,7 @@ class Perturbation:
         return f"{what} off by {step:.0%}"
 
     @contextmanager
-    def applied(self, model: DecoderForCausalLM, step: float) -> Iterator[None]:
+    def applied(self, model: AnyNet, step: float) -> Iterator[None]:
         parameter = model.get_parameter(self.name)
         values = parameter.data if self.row is None else parameter.data[self.row]
         before = values.clone()
@@ -48,7 +51,7 @@ class Perturbation:
                 values.copy_(before)
 
 
-def one_row(model: DecoderForCausalLM) -> Perturbation:
+def one_row(model: AnyNet) -> Perturbation:
     """A row in the middle of the middle layer's output projection."""
     config = model.config
     tensors = get_family(config.model_type).tensors(config).values()
@@ -57,14 +60,14 @@ def one_row(model: DecoderForCausalLM) -> Perturbation:
     return Perturbation(name=name, row=config.hidden_size // 2, steps=ROW_STEPS)
 
 
-def one_norm(model: DecoderForCausalLM) -> Perturbation:
+def one_norm(model: AnyNet) -> Perturbation:
     """The middle layer's first norm."""
     layer = model.config.num_hidden_layers // 2
     return Perturbation(name=f"model.layers.{layer}.operator_norm.weight", row=None, steps=NORM_STEPS)
 
 
 def find_control(
-    model: DecoderForCausalLM,
+    model: AnyNet,
     perturbation: Perturbation,
     measured: Callable[[], float],
     *,

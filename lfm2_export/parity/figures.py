@@ -15,6 +15,9 @@ KL = "KL divergence"
 GREEDY = "equal tokens"
 TOP1 = "top-1 agreement"
 PERPLEXITY = "perplexity"
+# Of an encoder's vectors.
+VECTOR_ERROR = "max abs error"
+COSINE, COSINE_DISTANCE = "cosine", "1 - cosine"
 WEIGHT_ERROR = "relative error"
 # The figure of a graph whose kernels do not round activations.
 FULL_PRECISION = "kernels at full precision"
@@ -168,6 +171,8 @@ def shown(measure: str, value: float) -> str:
         return f"{value:.0f}"
     if measure == PERPLEXITY:
         return f"{value:.3f}"
+    if measure == COSINE:
+        return f"{value:.6f}"
     return f"{value:.1e}" if value else "0"
 
 

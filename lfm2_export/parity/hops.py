@@ -21,6 +21,7 @@ from lfm2_export.errors import ArtifactError
 from lfm2_export.manifest import CheckpointRecord, Program
 from lfm2_export.models.loading import load_model
 from lfm2_export.packages import recorded_versions
+from lfm2_export.parity import encoder
 from lfm2_export.parity.divergence import Divergence, compare
 from lfm2_export.parity.figures import Hop
 from lfm2_export.parity.lowering import FEW_WINDOWS, Subject, measure_lowering, score
@@ -58,20 +59,32 @@ def measure(path: Path, source: CheckpointRequest, request: ParityRequest) -> Pa
     context_length = min(program.context_length for program in programs)
     sample = read_sample(opened, request.text, max_tokens=request.max_tokens, context_length=context_length)
     check_memory(_memory_needed(opened, programs, sample), purpose="parity")
-    request.progress("model: transformers and ours")
-    model, reference = _measure_model(opened, sample)
-    measured = []
-    for program in programs:
-        request.progress(f"{program}: lowering and quantization")
-        measured.append(_measure_program(artifact, program, opened, sample, reference, request.threads))
+    if opened.config.encoder is not None:
+        model, measured = encoder.measure(
+            artifact.path, programs, opened, sample, request.threads, request.progress
+        )
+    else:
+        model, measured = _measure_decoder(artifact, programs, opened, sample, request)
     return ParityReport(
         artifact=path.name,
         checkpoint=str(artifact.manifest.checkpoint),
         text=f"{sample.tokens} tokens of {sample.description}",
         model=model,
-        programs=tuple(measured),
+        programs=measured,
         versions=recorded_versions(),
     )
+
+
+def _measure_decoder(
+    artifact: Artifact, programs: Iterable[Program], checkpoint: Checkpoint, sample: Sample, request: ParityRequest
+) -> tuple[Hop, tuple[ProgramParity, ...]]:
+    request.progress("model: transformers and ours")
+    model, reference = _measure_model(checkpoint, sample)
+    measured = []
+    for program in programs:
+        request.progress(f"{program}: lowering and quantization")
+        measured.append(_measure_program(artifact, program, checkpoint, sample, reference, request.threads))
+    return model, tuple(measured)
 
 
 def record(path: Path, source: CheckpointRequest, report: ParityReport) -> None:

@@ -10,8 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lfm2_export.manifest import DECODER
 from lfm2_export.packages import OURS
-from lfm2_export.parity.figures import KL, MAX_ABS, OK, PERPLEXITY, SHORT, TOP1, Hop, shown
+from lfm2_export.parity.figures import (
+    COSINE,
+    COSINE_DISTANCE,
+    KL,
+    MAX_ABS,
+    OK,
+    PERPLEXITY,
+    SHORT,
+    TOP1,
+    VECTOR_ERROR,
+    Hop,
+    shown,
+)
 from lfm2_export.parity.report import ParityReport, ProgramParity
 from lfm2_export.templating import Table, fill_in, write_page
 
@@ -43,6 +56,8 @@ def render(report: ParityReport) -> str:
 
 
 def _summary(report: ParityReport) -> Table:
+    if report.is_encoder:
+        return _encoder_summary(report)
     head = ("program", "lowering error", "lowering KL", "quantization KL", "same top token", "perplexity", "verdict")
     rows = [
         (
@@ -52,6 +67,22 @@ def _summary(report: ParityReport) -> Table:
             shown(KL, measured.quantization.summary["kl"]),
             shown(TOP1, measured.quantization.summary["top1_agreement"]),
             shown(PERPLEXITY, measured.quantization.summary["perplexity"]),
+            OK if measured.passed else SHORT,
+        )
+        for measured in report.programs
+    ]
+    return Table.of(head, rows)
+
+
+def _encoder_summary(report: ParityReport) -> Table:
+    head = ("program", "lowering error", "lowering 1 - cosine", "mean cosine", "least cosine", "verdict")
+    rows = [
+        (
+            str(measured.program),
+            shown(VECTOR_ERROR, measured.lowering.summary["max_abs_error"]),
+            shown(COSINE_DISTANCE, measured.lowering.summary["cosine_distance"]),
+            shown(COSINE, measured.quantization.summary["cosine"]),
+            shown(COSINE, measured.quantization.summary["least_cosine"]),
             OK if measured.passed else SHORT,
         )
         for measured in report.programs
@@ -70,6 +101,7 @@ def _program(measured: ProgramParity) -> dict[str, Any]:
         "name": str(measured.program),
         "lowering": _hop(measured.lowering),
         "quantization": _hop(measured.quantization),
+        "is_decoder": measured.program.kind == DECODER,
         "curve": Curve.of(measured.quantization.curve),
         "worst": _worst_tensors(measured),
     }

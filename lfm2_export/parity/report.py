@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lfm2_export.manifest import Program
+from lfm2_export.manifest import DECODER, ENCODER, Program
 from lfm2_export.parity.figures import FULL_PRECISION, KL, Hop, finite
 
 
@@ -28,6 +28,12 @@ class ProgramParity:
     @property
     def passed(self) -> bool:
         return all(hop.passed for hop in self.hops)
+
+    @property
+    def cost(self) -> str:
+        """What quantization costs: a KL divergence, or an encoder's cosine to the model in fp32."""
+        summary = self.quantization.summary
+        return f"{summary['kl']:.1e}" if self.program.kind == DECODER else f"{summary['cosine']:.6f}"
 
     @property
     def only_int8_activations(self) -> bool:
@@ -65,6 +71,11 @@ class ParityReport:
         """Whether every figure is within its tolerance and every control fails."""
         return self.model.passed and all(program.passed for program in self.programs)
 
+    @property
+    def is_encoder(self) -> bool:
+        """Whether vectors were compared, not logits; an artifact is of one checkpoint."""
+        return any(measured.program.kind == ENCODER for measured in self.programs)
+
     def failures(self) -> list[str]:
         """One line for each thing that fell short."""
         lines = list(self.model.failures())
@@ -88,11 +99,11 @@ class ParityReport:
 
     def verdict(self) -> str:
         """What came out, and what the divergence means, in a few sentences."""
-        costs = ", ".join(
-            f"{measured.quantization.summary['kl']:.1e} ({measured.program})" for measured in self.programs
-        )
+        costs = ", ".join(f"{measured.cost} ({measured.program})" for measured in self.programs)
         short = len(self.failures())
         result = f"fell short: {short} of the figures above" if short else "passed: the programs compute the model"
+        if self.is_encoder:
+            return f"{result}. The vectors' mean cosine to the model's in fp32 is {costs}; 1 is no difference"
         return (
             f"{result}. Quantization costs a KL divergence of {costs}: how far, in nats a token, the probabilities of "
             "the next token are from the model's in fp32; 0 is no difference"
