@@ -136,6 +136,17 @@ class Checkpoint:
         fused = self.family.fused_tensors(self.config)
         self.tensors: Mapping[str, TensorInfo] = match_tensors(source.path, self.model_tensors, fused, stored)
 
+    def check_decoder(self, asked: str) -> None:
+        """Refuses what looks at the next token where there is none.
+
+        Raises:
+            CheckpointError: it is an encoder; names what was ``asked``.
+        """
+        if self.config.encoder is not None:
+            raise CheckpointError(
+                f"{asked}: {paths.shown(self.name)} is an encoder, which predicts no next token; leave it out"
+            )
+
     def _open_weights(self) -> dict[str, TensorInfo]:
         """The stored tensors by the names of a whole model."""
         if self._gguf is not None:

@@ -78,7 +78,7 @@ class Encoder:
     @property
     def outputs(self) -> tuple[str, ...]:
         """What ``run`` returns: last_hidden_state and, by the head, sentence_embedding, token_embeddings or logits."""
-        return self.runner.outputs
+        return tuple(self.runner.widths)
 
     @property
     def is_late_interaction(self) -> bool:
@@ -126,8 +126,10 @@ class Encoder:
         rows = [self.preparation.tokens(text, query=query) for text in _as_texts(texts)]
         found = self._in_batches(rows, (name,), batch_size)
         if name == SENTENCE:
-            width = found[0][name].shape[-1] if found else 0
-            return np.stack([one[name] for one in found]) if found else np.zeros((0, width), np.float32)
+            vectors = np.zeros((len(found), self.runner.widths[name]), np.float32)
+            for vector, one in zip(vectors, found, strict=True):
+                vector[:] = one[name]
+            return vectors
         return [one[name][row.kept] for one, row in zip(found, rows, strict=True)]
 
     def run(self, input_ids: TokenRows, *, batch_size: int = DEFAULT_BATCH_SIZE) -> list[dict[str, np.ndarray]]:
@@ -206,9 +208,14 @@ class Preparation:
     """
 
     def __init__(self, tokenizer: Tokenizer, settings: TextSettings, *, inserts_prefixes: bool, context_length: int):
-        self._tokenizer, self.settings = tokenizer, settings
+        self.tokenizer, self.settings = tokenizer, settings
         self._inserts, self._context = inserts_prefixes, context_length
         self._skipped = [token for word in settings.skiplist_words if (token := tokenizer.token_id(word)) is not None]
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of a text."""
+        return min(self.settings.max_tokens or self._context, self._context)
 
     def tokens(self, text: str, *, query: bool) -> Tokens:
         """A text's tokens."""
@@ -217,7 +224,7 @@ class Preparation:
         prompt = self.settings.prompts.get(QUERY if query else DOCUMENT)
         if prompt is None:
             prompt = self.settings.prompts.get(self.settings.default_prompt or "", "")
-        ids = self._cut(prompt + text, self.settings.max_tokens or self._context)
+        ids = self.cut(prompt + text, self.longest)
         return _attended(np.asarray(ids, np.int64))
 
     def _query(self, text: str) -> Tokens:
@@ -240,32 +247,32 @@ class Preparation:
     def _with_prefix(self, text: str, prefix: str, length: int) -> list[int]:
         """At most ``length`` tokens, the second of them the prefix."""
         if not prefix:
-            return self._cut(text, length)
-        token = self._tokenizer.token_id(prefix)
+            return self.cut(text, length)
+        token = self.tokenizer.token_id(prefix)
         if token is None:
             raise ArtifactError(
                 f"tokenizer.json: has no token {shown(prefix)}, which {retrieval.SETTINGS} names; bring back the files"
             )
-        ids = self._cut(text, length - 1)
+        ids = self.cut(text, length - 1)
         return [*ids[:1], token, *ids[1:]]
 
     def _expansion_token(self) -> int:
         """PyLate's choice: the mask token, else the one that ends a text, else padding."""
         for role in ("mask_token", "eos_token", "pad_token"):
-            token = self._tokenizer.token_id(self._tokenizer.special_tokens.get(role, ""))
+            token = self.tokenizer.token_id(self.tokenizer.special_tokens.get(role, ""))
             if token is not None:
                 return token
         raise ArtifactError("tokenizer_config.json: names no mask, eos or pad token to fill queries up with; add one")
 
-    def _cut(self, text: str, length: int) -> list[int]:
+    def cut(self, text: str, length: int) -> list[int]:
         """At most ``length`` tokens: special ones around a text stay, its end is lost."""
         length = min(length, self._context)
-        ids = self._tokenizer.encode(text)
+        ids = self.tokenizer.encode(text)
         if not ids:
             raise RunnerError("texts: a text has no token, and the tokenizer puts none in front; leave it out")
         if len(ids) <= length:
             return ids
-        bare = self._tokenizer.encode(text, add_special_tokens=False)
+        bare = self.tokenizer.encode(text, add_special_tokens=False)
         room = max(0, length - (len(ids) - len(bare)))
         front = next((at for at in range(len(ids) - len(bare) + 1) if ids[at : at + len(bare)] == bare), 0)
         return [*ids[:front], *bare[:room], *ids[front + len(bare) :]][:length]

@@ -12,13 +12,15 @@ from typing import Any
 
 from lfm2_export.backends import BACKENDS
 from lfm2_export.checkpoint import Checkpoint
-from lfm2_export.manifest import CheckpointRecord, Program
+from lfm2_export.manifest import ENCODER, CheckpointRecord, Program
 from lfm2_export.messages import one_line
 from lfm2_export.resources import human_bytes
 from lfm2_export.templating import fill_in
 
 _MARKUP = re.compile(r"[\\`*\[\]<>|#&~]")
 _NAME_LIMIT = 200
+_FIGURE_NAMES = ("Lowering: max error", "Lowering: KL", "Quantization: KL", "Same top token", "Perplexity")
+_ENCODER_FIGURE_NAMES = ("Lowering: max error", "Lowering: 1 - cosine", "Cosine to fp32, mean", "Least")
 
 
 def render(record: CheckpointRecord, programs: Sequence[Program], checkpoint: Checkpoint) -> str:
@@ -29,7 +31,7 @@ def render(record: CheckpointRecord, programs: Sequence[Program], checkpoint: Ch
     total, active = checkpoint.parameter_count, checkpoint.active_parameter_count
     licences = [path.name for path in checkpoint.files() if path.name.startswith("LICENSE")]
     values = {
-        "front_matter": _front_matter(record, licences),
+        "front_matter": _front_matter(record, checkpoint, licences),
         "record": record,
         "total": _millions(total),
         "active": None if active == total else _millions(active),
@@ -37,6 +39,7 @@ def render(record: CheckpointRecord, programs: Sequence[Program], checkpoint: Ch
         "how_to_run": [BACKENDS[name].how_to_run(own) for name, own in by_backend.items() if name in BACKENDS],
         "widths": [row for program in programs if (row := _widths(program))],
         "figures": [row for program in programs if (row := _figures(program))],
+        "figure_names": _FIGURE_NAMES if checkpoint.config.encoder is None else _ENCODER_FIGURE_NAMES,
         "licence": licences[0] if licences else None,
     }
     return fill_in("model_card.md", values, filters={"plain": _plain, "code": _code})
@@ -56,7 +59,7 @@ def _code(name: object) -> str:
     return f"`{one_line(str(name), _NAME_LIMIT).replace('`', chr(39)).replace('|', '/')}`"
 
 
-def _front_matter(record: CheckpointRecord, licences: Sequence[str]) -> str:
+def _front_matter(record: CheckpointRecord, checkpoint: Checkpoint, licences: Sequence[str]) -> str:
     """What the Hub reads, as YAML."""
     from huggingface_hub import ModelCardData
 
@@ -64,10 +67,18 @@ def _front_matter(record: CheckpointRecord, licences: Sequence[str]) -> str:
         license="other" if licences else None,
         base_model=record.name if record.revision else None,
         library_name="transformers.js",
-        pipeline_tag="text-generation",
+        pipeline_tag=_task(checkpoint),
         tags=["lfm2", "onnx"],
     )
     return data.to_yaml()
+
+
+def _task(checkpoint: Checkpoint) -> str:
+    """The Hub's name for what the model does."""
+    head = checkpoint.config.encoder
+    if head is None:
+        return "text-generation"
+    return "fill-mask" if head.masked_lm else "feature-extraction"
 
 
 def _row(program: Program) -> dict[str, Any]:
@@ -103,6 +114,8 @@ def _figures(program: Program) -> dict[str, Any] | None:
     lowering, cost = hops.get("lowering", {}), hops.get("quantization", {})
     if not lowering and not cost:
         return None
+    if program.kind == ENCODER:
+        return {"name": str(program), "cells": _encoder_cells(lowering, cost)}
     cells = (
         _figure(lowering, "max_abs_error", ".1e"),
         _figure(lowering, "kl", ".1e"),
@@ -111,6 +124,15 @@ def _figures(program: Program) -> dict[str, Any] | None:
         _figure(cost, "perplexity", ".2f"),
     )
     return {"name": str(program), "cells": cells}
+
+
+def _encoder_cells(lowering: Mapping[str, Any], cost: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        _figure(lowering, "max_abs_error", ".1e"),
+        _figure(lowering, "cosine_distance", ".1e"),
+        _figure(cost, "cosine", ".6f"),
+        _figure(cost, "least_cosine", ".6f"),
+    )
 
 
 def _figure(figures: Mapping[str, Any], name: str, form: str) -> str:

@@ -27,6 +27,10 @@ SUFFIX = ".gguf"
 WEIGHT_PATTERNS = ("config.json", "*.safetensors", "*.safetensors.index.json")
 DATA_PATTERNS = (*WEIGHT_PATTERNS, "*.json", "*.jinja", "LICENSE*", "tokenizer.model")
 
+# Of a retriever: the modules' own folders, which modules.json names (1_Pooling, 1_Dense).
+MODULES = "modules.json"
+MODULE_PATTERNS = ("[0-9]_*/config.json", "[0-9]_*/model.safetensors")
+
 
 def _nested_but(folder: str, last: str) -> tuple[str, ...]:
     """Patterns of everything in folders, but of what lies in ``folder`` itself and has a name that ends in ``last``.
@@ -142,21 +146,30 @@ def _snapshot(name: str, revision: str | None, offline: bool) -> Path:
     from huggingface_hub import snapshot_download  # 0.3 s that other sources need not pay
     from huggingface_hub.errors import IncompleteSnapshotError
 
-    def download(patterns: tuple[str, ...], local_files_only: bool) -> Path:
+    def download(
+        patterns: tuple[str, ...],
+        local_files_only: bool,
+        ignored: tuple[str, ...] = _IGNORED,
+        at: str | None = revision,
+    ) -> Path:
         return Path(
             snapshot_download(
                 name,
-                revision=revision,
+                revision=at,
                 allow_patterns=list(patterns),
-                ignore_patterns=list(_IGNORED),
+                ignore_patterns=list(ignored),
                 local_files_only=local_files_only,
             )
         )
 
     try:
-        return download(DATA_PATTERNS, offline)
+        folder = download(DATA_PATTERNS, offline)
     except IncompleteSnapshotError:
         return download(WEIGHT_PATTERNS, True)
+    if (folder / MODULES).is_file():
+        # Of the same commit, whatever a branch has become meanwhile.
+        download(MODULE_PATTERNS, offline, (), folder.name)
+    return folder
 
 
 def _hub_error(name: str, revision: str | None, offline: bool, error: Exception) -> Exception:

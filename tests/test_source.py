@@ -19,8 +19,10 @@ from huggingface_hub import constants
 from lfm2_export import paths, source, template_files
 from lfm2_export.checkpoint import open_checkpoint
 from lfm2_export.errors import CheckpointError, Lfm2ExportError, ResourceError
+from lfm2_export.manifest import CheckpointRecord
 from lfm2_export.source import resolve
 from tests.checkpoints import tiny_config, write_random_checkpoint
+from tests.encoder_checkpoints import COLBERT, write_encoder
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REFUSALS = {
@@ -216,6 +218,25 @@ def test_fetches_data_files_from_the_hub_and_nothing_else(hub: dict[str, bytes],
     assert checkpoint.shard_hashes()["model-00001-of-00002.safetensors"] == sha256(
         hub["model-00001-of-00002.safetensors"]
     )
+
+
+def test_a_retriever_comes_with_its_modules(
+    hub: dict[str, bytes], hub_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folders that modules.json names, online and off, and nothing else of what lies in folders."""
+    folder = write_encoder(tmp_path / "colbert", COLBERT)
+    hub.clear()
+    hub |= {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    hub |= {"onnx/model.safetensors": b"other", "1_Dense/pytorch_model.bin": b"evil", "2_X/y.py": b"evil"}
+    assert open_checkpoint("org/model").config.encoder == open_checkpoint(folder).config.encoder
+    snapshot = resolve("org/model").path
+    fetched = {p.relative_to(snapshot).as_posix() for p in snapshot.rglob("*") if p.is_file()}
+    assert fetched == set(hub) - {"onnx/model.safetensors", "1_Dense/pytorch_model.bin", "2_X/y.py"}
+    assert (
+        CheckpointRecord.of(open_checkpoint("org/model")).shards == CheckpointRecord.of(open_checkpoint(folder)).shards
+    )
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed_port()}")
+    assert open_checkpoint("org/model", offline=True).config.encoder is not None
 
 
 def test_what_is_cached_opens_offline(hub: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,14 +11,18 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from lfm2_export.errors import RunnerError
+from lfm2_export.manifest import Program
+from lfm2_export.messages import named
+
 
 @runtime_checkable
 class EncoderRunner(Protocol):
     """Runs one exported encoder. Safe for use by several threads at once."""
 
     @property
-    def outputs(self) -> tuple[str, ...]:
-        """The names of what ``run`` returns (``heads.py``)."""
+    def widths(self) -> Mapping[str, int]:
+        """The last axis of each output that ``run`` returns, by its name (``heads.py``), in the program's order."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -39,3 +43,22 @@ class EncoderRunner(Protocol):
             RunnerError: the runtime fails.
             ResourceError: the memory is too small.
         """
+
+
+def widths_of(program: Program) -> dict[str, int]:
+    """The last axis of each output, as an encoder's manifest says.
+
+    Raises:
+        RunnerError: one has no fixed size.
+    """
+    found = {spec.name: spec.shape[-1] if spec.shape else None for spec in program.outputs}
+    for name, width in found.items():
+        if not isinstance(width, int):
+            raise RunnerError(f"{program}: the manifest gives {named(name)} no size for its last axis; export again")
+    return {name: int(width) for name, width in found.items() if isinstance(width, int)}
+
+
+def vocab_size_of(program: Program) -> int:
+    """The tokens that an encoder's program knows, as its manifest says."""
+    size: int = program.options["vocab_size"]
+    return size

@@ -70,8 +70,12 @@ class Calibration:
 
         Raises:
             CalibrationError: the text or the file is not usable.
+            CheckpointError: the checkpoint is an encoder.
             ResourceError: the memory is too small to let the model write the text.
         """
+        for option, value in (("--calibrate", calibrate), ("--statistics", statistics)):
+            if value is not None:
+                checkpoint.check_decoder(option)
         kept = None if statistics is None else Path(texts.check_name(statistics, "statistics"))
         if calibrate is None:
             return None if kept is None else cls(checkpoint=checkpoint, source=None, text=None, kept=kept)

@@ -148,9 +148,10 @@ def measure(checkpoint: Checkpoint, space: Space, algorithm: Algorithm, text: st
     """What the units cost on a text.
 
     Raises:
-        Lfm2ExportError: the text cannot be read or is too short.
+        Lfm2ExportError: the text cannot be read or is too short, or the checkpoint is an encoder.
         ResourceError: the memory is too small for the model in float32.
     """
+    checkpoint.check_decoder("--measure")
     check_memory(4 * checkpoint.parameter_count, purpose="the model in float32 (--measure)", remedy="leave it out")
     context = checkpoint.config.max_position_embeddings
     sample = read_sample(checkpoint, text, max_tokens=TOKENS, context_length=context)

@@ -63,6 +63,7 @@ class QualityRequest:
 def measure(models: list[Path], source: CheckpointRequest, request: QualityRequest) -> QualityReport:
     """As ``measure_quality`` says."""
     opened = source.open()
+    opened.check_decoder("quality --checkpoint")
     subjects = [
         subject
         for model in models

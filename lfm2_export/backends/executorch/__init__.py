@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lfm2_export.backends import ExportOption
+from lfm2_export.manifest import DECODER
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,9 +56,20 @@ lfm2-export run . --backend executorch --prompt "What is C. elegans?"
 """
 
 
+_HOW_TO_EMBED = """## Run it
+
+```
+pip install "lfm2-export[executorch]"
+lfm2-export embed . --backend executorch --text "What is C. elegans?" --query
+```
+
+`forward` takes `input_ids` and `attention_mask`, int64 [1, tokens], and returns what the ONNX graphs do.
+"""
+
+
 def how_to_run(programs: Sequence[Program]) -> str:
     """The card's section on .pte programs."""
-    return _HOW_TO_RUN
+    return _HOW_TO_RUN if programs[0].kind == DECODER else _HOW_TO_EMBED
 
 
 def make_plan(config: ModelConfig, scheme: Scheme) -> WeightPlan:

@@ -7,11 +7,13 @@ each without its padding.
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from lfm2_export.backends.base import RunnerOptions
+from lfm2_export.backends.encoder import vocab_size_of, widths_of
 from lfm2_export.backends.executorch.runner import check_version
 from lfm2_export.backends.executorch.session import FORWARD, Session
 from lfm2_export.errors import RunnerError
@@ -31,21 +33,20 @@ class ExecutorchEncoder:
         check_version(folder, program)
         path = folder / program.graphs[MODEL]
         self._session = Session(path, threads=(options or RunnerOptions()).threads)
-        self._outputs = tuple(spec.name for spec in program.outputs)
+        self._widths = widths_of(program)
         self._context_length = program.context_length
-        size: int = program.options["vocab_size"]
-        self._vocab_size = size
+        self._vocab_size = vocab_size_of(program)
         self._lock = threading.Lock()
         found = len(self._session.input_shapes(FORWARD)), len(self._session.output_shapes(FORWARD))
-        if found != (2, len(self._outputs)):
+        if found != (2, len(self._widths)):
             raise RunnerError(
-                f"{path}: has {found[0]} inputs and {found[1]} outputs, 2 and {len(self._outputs)} expected; export "
+                f"{path}: has {found[0]} inputs and {found[1]} outputs, 2 and {len(self._widths)} expected; export "
                 "again"
             )
 
     @property
-    def outputs(self) -> tuple[str, ...]:
-        return self._outputs
+    def widths(self) -> Mapping[str, int]:
+        return self._widths
 
     @property
     def vocab_size(self) -> int:
@@ -57,7 +58,7 @@ class ExecutorchEncoder:
 
     def run(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> dict[str, np.ndarray]:
         rows = [self._row(ids, mask) for ids, mask in zip(input_ids, attention_mask, strict=True)]
-        return {name: np.stack([row[name] for row in rows]) for name in self._outputs}
+        return {name: np.stack([row[name] for row in rows]) for name in self._widths}
 
     def _row(self, ids: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
         """One row's outputs, 0 where it has padding."""
@@ -66,7 +67,7 @@ class ExecutorchEncoder:
         with self._lock:
             found = self._session.call(FORWARD, [ids[places][None], mask[places][None]])
         outputs = {}
-        for name, values in zip(self._outputs, found, strict=True):
+        for name, values in zip(self._widths, found, strict=True):
             if name == SENTENCE:
                 outputs[name] = values[0].copy()
                 continue

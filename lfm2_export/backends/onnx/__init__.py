@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lfm2_export.backends import ExportOption
+from lfm2_export.manifest import DECODER
 from lfm2_export.messages import one_line
 
 if TYPE_CHECKING:
@@ -92,9 +93,30 @@ const generator = await pipeline("text-generation", "<this folder or repository>
 """
 
 
+_HOW_TO_EMBED = """## Run it
+
+```
+pip install lfm2-export
+lfm2-export embed . --text "What is C. elegans?" --query
+```
+
+Inputs of the graphs: `input_ids` and `attention_mask`, int64 [batch, tokens], padded on either side; outputs, float32:
+{outputs}. `lfm2_export.sentence_transformers.load(".")` is a model of sentence-transformers. Transformers.js opens the
+folder as it is:
+
+```js
+import {{ pipeline }} from "@huggingface/transformers";
+const extract = await pipeline("feature-extraction", "<this folder or repository>", {{ dtype: "{dtype}" }});
+```
+"""
+
+
 def how_to_run(programs: Sequence[Program]) -> str:
     """The card's section on onnxruntime, onnxruntime-genai and Transformers.js."""
-    return _HOW_TO_RUN.format(dtype=one_line(programs[0].scheme).replace('"', "'"))
+    first = programs[0]
+    text = _HOW_TO_RUN if first.kind == DECODER else _HOW_TO_EMBED
+    outputs = ", ".join(f"`{one_line(output.name).replace('`', chr(39))}`" for output in first.outputs)
+    return text.format(dtype=one_line(first.scheme).replace('"', "'"), outputs=outputs)
 
 
 def make_plan(config: ModelConfig, scheme: Scheme) -> WeightPlan:
