@@ -48,6 +48,9 @@ def write_encoder(folder: Path, kind: str = EMBEDDING, *, seed: int = 0, **overr
     prefix = "lfm2." if kind == MASKED_LM else ""
     rng = np.random.default_rng(seed)
     tensors = {f"{prefix}{name}": value for name, value in _body(raw, rng).items()}
+    if kind == MASKED_LM and not raw["tie_word_embeddings"]:
+        head = rng.standard_normal((raw["vocab_size"], raw["hidden_size"]))
+        tensors["lm_head.weight"] = head.astype(np.float32)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     _write_tokenizer(folder)
     if kind == EMBEDDING:
