@@ -17,6 +17,7 @@ from filelock import FileLock
 
 import lfm2_export
 from tests.checkpoints import write_random_checkpoint
+from tests.encoder_checkpoints import write_encoder
 from tests.faults.forks import Forks
 
 # Of tests that open programs with onnxruntime alone; through the package it is off anyway.
@@ -91,6 +92,22 @@ def random_artifact(once: Once) -> Callable[..., Exported]:
             lfm2_export.export(folder / "checkpoint", scheme=schemes, output=folder / "artifact", **options)
 
         folder = once(f"random-{key}", make)
+        return Exported(checkpoint=folder / "checkpoint", artifact=folder / "artifact")
+
+    return exported
+
+
+@pytest.fixture(scope="session")
+def encoder(once: Once) -> Callable[..., Exported]:
+    """``encoder("colbert", ["fp32"])``: a random encoder, and what it was exported as; ``options`` are export's own.
+    Leave both unchanged."""
+
+    def exported(kind: str, schemes: Sequence[str] = ("fp32",), **options: Any) -> Exported:
+        def make(folder: Path) -> None:
+            write_encoder(folder / "checkpoint", kind)
+            lfm2_export.export(folder / "checkpoint", scheme=schemes, output=folder / "artifact", **options)
+
+        folder = once("-".join([kind, *schemes, *map(str, options.values())]), make)
         return Exported(checkpoint=folder / "checkpoint", artifact=folder / "artifact")
 
     return exported

@@ -32,8 +32,8 @@ CASES: dict[str, dict[str, Any]] = {
     "no_shared_heads": {"num_key_value_heads": 4},
     "wide_heads": {"head_dim": 24},
     "theta": {"rope_theta": 1e4},
-    "no_attention": {"layer_types": ["conv"] * 4},
-    "no_conv": {"layer_types": ["full_attention"] * 4},
+    "no_attention": {"layer_types": ["conv"] * 3},
+    "no_conv": {"layer_types": ["full_attention"] * 3},
 }
 
 
