@@ -41,3 +41,11 @@ class EncoderHead:
         """The names of what a program returns, in its order."""
         further = {SENTENCE: self.pooling, TOKENS: self.projection, LOGITS: self.masked_lm or None}
         return (HIDDEN, *(name for name, part in further.items() if part is not None))
+
+    def describe(self, hidden_size: int) -> str:
+        """In words, for reports."""
+        if self.pooling is not None:
+            return f"a vector of {hidden_size} for a text ({self.pooling} pooling)"
+        if self.projection is not None:
+            return f"a vector of {self.projection} for each token"
+        return "logits of masked tokens" if self.masked_lm else "hidden states"

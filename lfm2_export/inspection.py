@@ -63,6 +63,7 @@ def _checkpoint(name: str, revision: str | None, offline: bool, config_from: str
         "sliding_layers": len(config.sliding_layers),
         "sliding_window": config.sliding_window,
         "context_length": config.max_position_embeddings,
+        "encoder": None if config.encoder is None else config.encoder.describe(config.hidden_size),
     }
 
 
@@ -89,6 +90,8 @@ def _program(program: Program, artifact: Artifact) -> dict[str, Any]:
         "scheme": program.scheme,
         "graphs": dict(program.graphs),
         "here": artifact.is_here(program),
+        "kind": program.kind,
+        "outputs": [output.name for output in program.outputs],
         "bytes": sum(entry.bytes for entry in program.files.values()),
         "weights_by_dtype": dict(dtypes),
         "bits_per_weight": dict(program.options.get("bits_per_weight", {})),

@@ -50,13 +50,23 @@ def _print_checkpoint(found: dict[str, Any]) -> None:
         ),
         ("stored as", ", ".join(f"{dtype} ({n} tensors)" for dtype, n in found["dtypes"].items())),
         ("size", human_bytes(found["bytes"])),
-        ("state (fp32)", f"{found['state_bytes_per_token']:,} bytes per token and {found['state_bytes_fixed']:,} more"),
-        ("at 32k of context", human_bytes(found["state_bytes_at_32k"]) + (bounded if sliding else "")),
+        *_state_rows(found, bounded if sliding else ""),
         ("context", f"{found['context_length']:,} tokens"),
     ]
     console.print_table(found["name"], ("what", "value"), rows)
     parts = [(part, f"{v['parameters']:,}", human_bytes(v["bytes"])) for part, v in found["parts"].items()]
     console.print_table("parts", ("part", "parameters", "size"), parts)
+
+
+def _state_rows(found: dict[str, Any], bounded: str) -> list[tuple[str, str]]:
+    """What a decoder keeps; an encoder keeps nothing, and gives this."""
+    if found["encoder"]:
+        return [("gives", f"encoder: {found['encoder']}")]
+    per_token, fixed = found["state_bytes_per_token"], found["state_bytes_fixed"]
+    return [
+        ("state (fp32)", f"{per_token:,} bytes per token and {fixed:,} more"),
+        ("at 32k of context", human_bytes(found["state_bytes_at_32k"]) + bounded),
+    ]
 
 
 def _print_artifact(found: dict[str, Any]) -> None:
