@@ -136,6 +136,24 @@ def test_max_sim_takes_the_best_match_of_each_query_token() -> None:
     assert similarities(query, document)[0].tolist() == [0.6, 1.0, 0.0]
 
 
+def test_the_example_finds_the_document_itself(
+    encoder: Encoders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Random weights know no meaning, but a text is nearest to itself."""
+    from examples import colbert_search
+
+    documents = ["A dictionary maps keys.", "Lists hold items in order", "Nothing of that kind at all"]
+    (tmp_path / "documents.txt").write_text("\n".join(documents))
+    words = ["colbert_search.py", str(encoder(COLBERT).artifact), str(tmp_path / "documents.txt"), "--best", "2"]
+    monkeypatch.setattr("sys.argv", [*words, "--query", documents[1]])
+    colbert_search.main()
+    lines = capsys.readouterr().out.splitlines()
+    print(lines)
+    assert len(lines) == 2
+    assert lines[0].endswith(documents[1])
+    assert float(lines[0].split()[0]) > float(lines[1].split()[0])
+
+
 def test_rows_of_ids_give_every_output_without_padding(encoder: Encoders) -> None:
     made = encoder(MASKED_LM)
     rows = [[5, 6, 7], [9], list(range(3, 40))]
