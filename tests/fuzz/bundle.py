@@ -99,6 +99,6 @@ def _zeros(header: bytes) -> int:
     """Bytes of data that the entries of a safetensors header speak of."""
     try:
         ends = [entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"]
-        return max(0, min(max(ends, default=0), _MOST_ZEROS))
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+        return max(0, min(int(max(ends, default=0)), _MOST_ZEROS))
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError):
         return 0

@@ -26,6 +26,7 @@ from lfm2_export.calibration.statistics import Description, StatisticsLayout, ch
 from lfm2_export.manifest import FileEntry, Manifest, Program
 from tests import artifacts
 from tests.checkpoints import tiny_config, write_random_checkpoint
+from tests.encoder_checkpoints import COLBERT, EMBEDDING, TOKENIZER, write_encoder
 from tests.fuzz import bundle
 from tests.fuzz.bundle import Part
 from tests.fuzz.targets import FOLDER, statistics
@@ -77,6 +78,19 @@ def _header(shard: Path) -> bytes:
     return data[8 : 8 + int.from_bytes(data[:8], "little")].rstrip()
 
 
+def _write_encoders(scratch: Path) -> None:
+    """Retrievers with sentence-transformers' files; of weights the headers alone."""
+    for kind in (EMBEDDING, COLBERT):
+        folder = write_encoder(scratch / kind, kind, **_SMALL, **_TWO_LAYERS)
+        found = sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors"))
+        files = {
+            path.relative_to(folder).as_posix(): _header(path) if path.suffix == ".safetensors" else path.read_bytes()
+            for path in found
+            if path.name not in TOKENIZER
+        }
+        _put("checkpoint", kind, _bundle(files))
+
+
 def _write_gguf(scratch: Path) -> None:
     """A mixture, with numbers, blocks, a tokenizer and templates."""
     tokenizer = json.loads((FOLDER / "corpus" / "tokenizer" / "byte_level_bpe.json").read_bytes())
@@ -104,6 +118,7 @@ def _write_checkpoints(scratch: Path) -> None:
         }
         files = {"config.json": json.dumps(raw), **indexes, **shards}
         _put("checkpoint", name, _bundle(files if name == "dense" else {**files, **companions}))
+    _write_encoders(scratch)
     older = {**_config("lfm2", layer_types=None), "full_attn_idxs": [1], "rope_parameters": {"rope_type": "default"}}
     files = {"config.json": json.dumps(older), "model.safetensors": _header(scratch / "dense" / "model.safetensors")}
     _put("checkpoint", "older_names", _bundle(files))

@@ -30,10 +30,21 @@ _CONFIG_KEYS = (
     ),
     *("bos_token_id", "eos_token_id", "pad_token_id", "block_auto_adjust_ff_dim", "block_ff_dim", "block_multiple_of"),
     *("block_ffn_dim_multiplier", "quantization_config", "dtype", "torch_dtype", "auto_map", "text_config"),
+    *("Lfm2BidirectionalModel", "Lfm2BidirectionalForMaskedLM"),
+)
+
+_MODULE_KEYS = (
+    *("type", "path", "sentence_transformers.models.Transformer", "sentence_transformers.models.Pooling", "1_Pooling"),
+    *("pylate.models.Dense.Dense", "1_Dense", "pooling_mode", "cls", "mean", "in_features", "out_features", "bias"),
+    *("activation_function", "use_residual", "prompts", "default_prompt_name", "max_seq_length", "query_prefix"),
+    *("query_length", "document_length", "do_query_expansion", "attend_to_expansion_tokens", "skiplist_words"),
 )
 
 mutate = bundle_mutator(
     {
+        "modules.json": json_mutator(*_MODULE_KEYS),
+        "1_*/config.json": json_mutator(*_MODULE_KEYS),
+        "*sentence_*.json": json_mutator(*_MODULE_KEYS),
         "*.index.json": json_mutator("weight_map", "metadata", "model.safetensors", "model-00001-of-00002.safetensors"),
         "config.json": json_mutator(*_CONFIG_KEYS),
         "*.json": json_mutator("eos_token_id", "temperature", "chat_template", "added_tokens_decoder"),
@@ -41,7 +52,15 @@ mutate = bundle_mutator(
         "*.jinja": mutate_template,
         "*": mutate_bytes,
     },
-    ("LICENSE", "chat_template.jinja", "generation_config.json", "tokenizer_config.json", "model.safetensors"),
+    (
+        "modules.json",
+        "1_Dense/config.json",
+        "LICENSE",
+        "chat_template.jinja",
+        "generation_config.json",
+        "tokenizer_config.json",
+        "model.safetensors",
+    ),
 )
 
 
