@@ -60,9 +60,7 @@ def measure(path: Path, source: CheckpointRequest, request: ParityRequest) -> Pa
     sample = read_sample(opened, request.text, max_tokens=request.max_tokens, context_length=context_length)
     check_memory(_memory_needed(opened, programs, sample), purpose="parity")
     if opened.config.encoder is not None:
-        model, measured = encoder.measure(
-            artifact.path, programs, opened, sample, request.threads, request.progress
-        )
+        model, measured = encoder.measure(artifact.path, programs, opened, sample, request.threads, request.progress)
     else:
         model, measured = _measure_decoder(artifact, programs, opened, sample, request)
     return ParityReport(
