@@ -173,7 +173,7 @@ REMEDIES: dict[str, tuple[str, Changes, str, list[Changes]]] = {
     ),
 }
 # What is no file's to correct: the model is of another kind.
-WITHOUT = ["is {other}; only decoders of text are exported"]
+WITHOUT = ["is {other}; only decoders and encoders of text are exported"]
 ONLY = {
     "block_dim": 1,
     "conv_dim_out": 1,
