@@ -15,7 +15,7 @@ TOKENS = "token_embeddings"
 LOGITS = "logits"
 
 # What an attention mask says of a position. An expansion is a token that the convolutions and its own query see, and
-# no other token attends to: ColBERT's queries are filled up with such (``RetrieverFiles.expansion``).
+# no other token attends to: ColBERT's queries are filled up with such (``retrieval.TextSettings``).
 PADDING, ATTENDED, EXPANSION = 0, 1, 2
 
 

@@ -171,6 +171,8 @@ class _Reader:
             mode = chosen[0] if len(chosen) == 1 else chosen or "mean"
         if mode not in list(Pooling):
             raise self._refusal(place, "pooling_mode", mode, " or ".join(Pooling))
+        if mode == Pooling.MEAN and found.get("include_prompt") is False:  # the first token is pooled in any case
+            raise self._refusal(place, "include_prompt", False, "true with mean pooling")
         return Pooling(mode)
 
     def _dense(self, path: str) -> Dense:

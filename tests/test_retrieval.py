@@ -100,6 +100,11 @@ HOSTILE: dict[str, tuple[str, Change, str]] = {
         edit(POOLING, pooling_mode_max_tokens=True),
         "pooling_mode=['cls', 'max'] is not supported",
     ),
+    "a mean without the prompt": (
+        EMBEDDING,
+        text(POOLING, '{"pooling_mode": "mean", "include_prompt": false}'),
+        "include_prompt=False is not supported; expected true with mean pooling",
+    ),
     "an activation": (
         COLBERT,
         edit(DENSE, activation_function="torch.nn.modules.activation.Tanh"),

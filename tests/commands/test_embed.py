@@ -139,4 +139,10 @@ def test_the_model_card_says_how_to_run_it(encoder: Encoders) -> None:
     assert "pipeline_tag: feature-extraction" in card
     assert 'lfm2-export embed . --text "What is C. elegans?" --query' in card
     assert "`last_hidden_state`, `sentence_embedding`" in card
+    assert "sentence_transformers.load" in card
     assert "genai" not in card
+    card = (encoder(MASKED_LM).artifact / "README.md").read_text()
+    assert "pipeline_tag: fill-mask" in card
+    assert "load_encoder" in card
+    assert "embed ." not in card
+    assert "max_sim" in (encoder(COLBERT).artifact / "README.md").read_text()

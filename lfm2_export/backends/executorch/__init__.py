@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lfm2_export.backends import ExportOption
+from lfm2_export.heads import SENTENCE, TOKENS
 from lfm2_export.manifest import DECODER
 
 if TYPE_CHECKING:
@@ -60,16 +61,22 @@ _HOW_TO_EMBED = """## Run it
 
 ```
 pip install "lfm2-export[executorch]"
-lfm2-export embed . --backend executorch --text "What is C. elegans?" --query
+{command}
 ```
 
 `forward` takes `input_ids` and `attention_mask`, int64 [1, tokens], and returns what the ONNX graphs do.
 """
+_EMBED = 'lfm2-export embed . --backend executorch --text "What is C. elegans?" --query'
+_LOAD = "python -c 'import lfm2_export; print(lfm2_export.load_encoder(\".\").run([[1, 2, 3]]))'"
 
 
 def how_to_run(programs: Sequence[Program]) -> str:
     """The card's section on .pte programs."""
-    return _HOW_TO_RUN if programs[0].kind == DECODER else _HOW_TO_EMBED
+    first = programs[0]
+    if first.kind == DECODER:
+        return _HOW_TO_RUN
+    has_vectors = {SENTENCE, TOKENS} & {output.name for output in first.outputs}
+    return _HOW_TO_EMBED.format(command=_EMBED if has_vectors else _LOAD)
 
 
 def make_plan(config: ModelConfig, scheme: Scheme) -> WeightPlan:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lfm2_export.backends import ExportOption
+from lfm2_export.heads import SENTENCE, TOKENS
 from lfm2_export.manifest import DECODER
 from lfm2_export.messages import one_line
 
@@ -97,26 +98,36 @@ _HOW_TO_EMBED = """## Run it
 
 ```
 pip install lfm2-export
-lfm2-export embed . --text "What is C. elegans?" --query
+{command}
 ```
 
 Inputs of the graphs: `input_ids` and `attention_mask`, int64 [batch, tokens], padded on either side; outputs, float32:
-{outputs}. `lfm2_export.sentence_transformers.load(".")` is a model of sentence-transformers. Transformers.js opens the
-folder as it is:
+{outputs}.{more} Transformers.js opens the folder as it is:
 
 ```js
 import {{ pipeline }} from "@huggingface/transformers";
 const extract = await pipeline("feature-extraction", "<this folder or repository>", {{ dtype: "{dtype}" }});
 ```
 """
+_EMBED = 'lfm2-export embed . --text "What is C. elegans?" --query'
+_LOAD = "python -c 'import lfm2_export; print(lfm2_export.load_encoder(\".\").run([[1, 2, 3]]))'"
+_POOLED = ' `lfm2_export.sentence_transformers.load(".")` is a model of sentence-transformers.'
+_BY_TOKEN = " Vectors of tokens are compared by `lfm2_export.max_sim`, as by PyLate."
 
 
 def how_to_run(programs: Sequence[Program]) -> str:
     """The card's section on onnxruntime, onnxruntime-genai and Transformers.js."""
     first = programs[0]
-    text = _HOW_TO_RUN if first.kind == DECODER else _HOW_TO_EMBED
-    outputs = ", ".join(f"`{one_line(output.name).replace('`', chr(39))}`" for output in first.outputs)
-    return text.format(dtype=one_line(first.scheme).replace('"', "'"), outputs=outputs)
+    dtype = one_line(first.scheme).replace('"', "'")
+    if first.kind == DECODER:
+        return _HOW_TO_RUN.format(dtype=dtype)
+    names = [output.name for output in first.outputs]
+    return _HOW_TO_EMBED.format(
+        dtype=dtype,
+        command=_EMBED if {SENTENCE, TOKENS} & set(names) else _LOAD,
+        outputs=", ".join(f"`{one_line(name).replace('`', chr(39))}`" for name in names),
+        more=_POOLED if SENTENCE in names else _BY_TOKEN if TOKENS in names else "",
+    )
 
 
 def make_plan(config: ModelConfig, scheme: Scheme) -> WeightPlan:
