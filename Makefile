@@ -48,7 +48,9 @@ $(OLDEST)/.installed: pyproject.toml oldest.txt
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest -n 2 --dist worksteal -q
 
+# setuptools takes up what an earlier build left.
 wheels: $(STAMP)
+	rm -rf build/lib integrations/*/build
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist . integrations/lfm2-export-demo
 
 lint: $(STAMP)

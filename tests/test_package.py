@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -66,14 +67,20 @@ assert code == 2, code
     assert "pip install 'lfm2-export[export]'" in done.stderr
 
 
-COMPANION = ROOT / "integrations" / "lfm2-export-demo"
+COMPANION = "integrations/lfm2-export-demo"
 
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The wheels of this project by their distribution's name, built as ``make wheels`` builds them."""
-    folder = tmp_path_factory.mktemp("wheels")
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(ROOT), str(COMPANION)]
+    """The wheels of this project by their distribution's name, built as ``make wheels`` builds them, but of a copy:
+    setuptools would leave its work in the checkout, and take up what lies there."""
+    folder, copy = tmp_path_factory.mktemp("wheels"), tmp_path_factory.mktemp("source")
+    for name in ("lfm2_export", "integrations"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "build", "*.egg-info"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, copy)
+    sources = (copy, copy / COMPANION)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), *map(str, sources)]
     done = subprocess.run(command, capture_output=True, text=True)
     if "No matching distribution found for setuptools" in done.stderr:
         pytest.skip("setuptools, which builds the wheels, cannot be had here")
