@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lfm2_export.backends.base import Mark, Runner, Snapshot, TokenRows, check_rows, check_tokens
-from lfm2_export.backends.guard import guarded
+from lfm2_export.backends.guard import guard_of, guarded
 from lfm2_export.cache import CacheSpec
 from lfm2_export.errors import RunnerError
 from lfm2_export.speculation.controller import Controller, Report
@@ -92,6 +92,8 @@ class SpeculativeRunner:
     @property
     def report(self) -> Report:
         """What speculation did so far."""
+        with guard_of(self).lock:
+            self.settle()
         return self._controller.report
 
     @property
