@@ -4,8 +4,8 @@
     python -m benchmarks.speculative texts ARTIFACT         prompt lookup along given answers, beside plain decoding
     python -m benchmarks.speculative differing ARTIFACT     greedy tokens that differ from plain decoding's
 
-``texts`` decodes answers that stand in speculative_texts.py, token by token, whatever the program makes of them: what is
-proposed and accepted is that of a model that gives these answers, the speed that of the program, random weights too.
+``texts`` decodes answers that stand in speculative_texts.py, token by token, whatever the program makes of them: what
+is proposed and accepted is that of a model that gives these answers, the speed that of the program, random weights too.
 Everything alternates within one process, and figures are medians of rounds; on a machine that others use, too, only the
 ratios mean something. ``differing`` is for programs that need --speculate-inexact.
 """
