@@ -43,6 +43,7 @@ from lfm2_export.transformers_options import (
     refuse,
     served_dtype,
 )
+from lfm2_export.transformers_speculation import speculating, take_request
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class ExportedModelForCausalLM(ProgramModule, GenerationMixin):
     main_input_name = "input_ids"
     base_model_prefix = "model"
     input_modalities = ("text",)
-    # A conv state cannot go back: transformers then refuses assisted generation by itself.
+    # transformers' own assisted generation cuts caches back; ours is behind the runner (transformers_speculation.py).
     _is_stateful = True
 
     def __init__(
@@ -154,7 +155,10 @@ class ExportedModelForCausalLM(ProgramModule, GenerationMixin):
 
         Args:
             inputs: token ids [B, T], or a BatchEncoding (any mapping) with input_ids and attention_mask.
-            args, kwargs: as in transformers; it refuses what it does not know by name.
+            args, kwargs: as in transformers; it refuses what it does not know by name. ``prompt_lookup_num_tokens``
+                (how many at most) and ``assistant_model`` (another model of this class with the same vocabulary) change
+                the speed alone; ``speculate_inexact=True`` allows them where tokens may differ: on all but q4
+                and q8 on our operators.
         """
         kwargs.pop("trust_remote_code", None)
         if isinstance(kwargs.get("custom_generate"), str):
@@ -165,8 +169,11 @@ class ExportedModelForCausalLM(ProgramModule, GenerationMixin):
         if isinstance(inputs, Mapping):
             if both := sorted(inputs.keys() & kwargs.keys()):
                 raise GenerationError(f"generate: {', '.join(both)} was given twice; pass it once")
-            return super().generate(None, *args, **inputs, **kwargs)
-        return super().generate(inputs, *args, **kwargs)
+            kwargs, inputs = {**inputs, **kwargs}, None
+        if args and isinstance(args[0], GenerationConfig):
+            kwargs["generation_config"], args = args[0], args[1:]
+        with speculating(self._desk, take_request(kwargs, self.generation_config)):
+            return super().generate(inputs, *args, **kwargs)
 
     # Traced, it would be slower: what there is to compile is compiled.
     @torch.compiler.disable(reason="an exported program is compiled already; leave torch.compile out")

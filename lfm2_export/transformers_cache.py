@@ -35,14 +35,19 @@ class StateDesk:
         """Makes the runner's state that of ``cache``; an unused cache starts with ``batch_size`` empty rows."""
         if self.holds(cache):
             return
-        if (holder := self._holder() if self._holder else None) is not None:
-            holder.parked = self.runner.snapshot()
+        self.put_away()
         self._holder = weakref.ref(cache)
         if cache.parked is None:
             self.runner.reset(batch_size)
         else:
             self.runner.restore(cache.parked)
             cache.parked = None
+
+    def put_away(self) -> None:
+        """Copies the state out, so that the runner may be used for something else."""
+        if (holder := self._holder() if self._holder else None) is not None:
+            holder.parked = self.runner.snapshot()
+        self._holder = None
 
     def borrow(self) -> ExportedCache:
         """A cache for one call, for a forward pass that keeps no state."""
@@ -124,7 +129,9 @@ class ExportedCache(Cache):
             )
 
     def activate_past_recording(self) -> None:
-        raise GenerationError("a conv state cannot be rewound, so assisted generation is not possible")
+        raise GenerationError(
+            "a cache does not record its past here; generate's prompt_lookup_num_tokens and assistant_model need none"
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExportedCache:
         """A cache that goes its own way from here on."""

@@ -15,7 +15,8 @@ import pytest
 
 import lfm2_export
 from lfm2_export.backends.base import Mark, Snapshot, check_fits, check_indices, check_rows
-from lfm2_export.errors import ContextLimitError, GenerationError
+from lfm2_export.backends.onnx import variants
+from lfm2_export.errors import ContextLimitError, GenerationError, RunnerError
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -431,7 +432,6 @@ def test_masks_and_batches_must_agree_with_the_cache(ours):
     [
         ({"bogus_option": 1}, "bogus_option"),
         ({"cache_implementation": "static"}, "cache_implementation='static'"),
-        ({"prompt_lookup_num_tokens": 3}, "stateful"),
         ({"custom_generate": "someone/recipe"}, "custom_generate"),
         ({"custom_generate": "someone/recipe", "trust_remote_code": True}, "custom_generate"),
         ({"cache_implementation": "paged"}, "paged"),
@@ -569,3 +569,65 @@ def test_logits_of_an_exported_program(program, eager, tokenizer, side):
     padded = found[~mask]
     assert len(padded) > 0
     assert not padded.any()
+
+
+@pytest.fixture(scope="module")
+def exact(artifact) -> ExportedModelForCausalLM:
+    if variants.own_library() is None:
+        pytest.skip("no compiler for our operators")
+    return ExportedModelForCausalLM.from_pretrained(artifact("tiny-dense"), scheme="q4", threads=1)
+
+
+REPEATED = "The files are a.txt, b.txt, c.txt. Say it again: The files are a.txt, b.txt,"
+
+
+def generated(model, tokenizer, **options) -> list[int]:
+    ids = torch.tensor([tokenizer(REPEATED)["input_ids"]])
+    return model.generate(ids, max_new_tokens=60, **options)[0].tolist()
+
+
+@pytest.mark.parametrize("sampled", [{"do_sample": False}, {"do_sample": True, "temperature": 0.7}])
+def test_proposals_change_no_token(exact, artifact, tokenizer, caplog, sampled):
+    def tokens(**options):
+        torch.manual_seed(3)
+        with caplog.at_level("INFO"):
+            return generated(exact, tokenizer, **sampled, **options)
+
+    plain = tokens()
+    assert tokens(prompt_lookup_num_tokens=5) == plain
+    assert "speculation, lookup: " in caplog.text
+    assistant = ExportedModelForCausalLM.from_pretrained(artifact("tiny-dense"), scheme="q8", threads=1)
+    kept = assistant(torch.tensor([[1, 2, 3]])).past_key_values
+    want = assistant(torch.tensor([[4]]), past_key_values=copy.deepcopy(kept)).logits
+    assert tokens(assistant_model=assistant) == plain
+    assert torch.equal(assistant(torch.tensor([[4]]), past_key_values=kept).logits, want)  # its own state came back
+    stop = exact.config.eos_token_id
+    config = transformers.GenerationConfig(prompt_lookup_num_tokens=4, max_new_tokens=60, eos_token_id=stop)
+    assert tokens(generation_config=config) == plain
+    assert config.prompt_lookup_num_tokens == 4
+    assert tokens() == plain
+
+
+def test_several_rows_are_decoded_plainly_and_that_is_said(exact, tokenizer, caplog):
+    ids = torch.tensor([tokenizer(REPEATED)["input_ids"]] * 2)
+    plain = exact.generate(ids, max_new_tokens=8, do_sample=False)
+    assert torch.equal(exact.generate(ids, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3), plain)
+    beams = exact.generate(ids[:1], max_new_tokens=8, do_sample=False, num_beams=2)
+    found = exact.generate(ids[:1], max_new_tokens=8, do_sample=False, num_beams=2, prompt_lookup_num_tokens=3)
+    assert torch.equal(found, beams)
+    assert caplog.text.count("speculation is for one row; 2 are decoded plainly") >= 1
+
+
+def test_proposals_that_cannot_be_verified_are_refused(ours, exact, artifact, tokenizer):
+    with pytest.raises(GenerationError, match="were both given"):
+        generated(exact, tokenizer, prompt_lookup_num_tokens=3, assistant_model=ours)
+    with pytest.raises(GenerationError, match="is the model itself"):
+        generated(exact, tokenizer, assistant_model=exact)
+    with pytest.raises(GenerationError, match=r"assistant_model is a Linear; open an artifact"):
+        generated(exact, tokenizer, assistant_model=torch.nn.Linear(1, 1))
+    with pytest.raises(RunnerError, match="give a number from 1 to 64"):
+        generated(exact, tokenizer, prompt_lookup_num_tokens=0)
+    stock = ExportedModelForCausalLM.from_pretrained(artifact("tiny-dense"), scheme="q4", kernels="stock", threads=1)
+    with pytest.raises(RunnerError, match="may change tokens here"):
+        generated(stock, tokenizer, prompt_lookup_num_tokens=3)
+    assert len(generated(stock, tokenizer, prompt_lookup_num_tokens=3, speculate_inexact=True)) > 20

@@ -13,7 +13,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -131,7 +131,7 @@ class RunnerBase(ABC):
     @short_of_memory("verify")
     def verify(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         check_one_row(self.batch_size)
-        (row,) = self._check_new([tokens])  # type: ignore[list-item]
+        (row,) = self._check_new(cast("TokenRows", [tokens]))
         if len(row) > _FEW:  # asking for the memory takes as long as a small model's step
             check_logits_fit([row], self.vocab_size)
         length = int(self.lengths[0])
@@ -227,7 +227,7 @@ class RunnerBase(ABC):
         """The same; returns float32 [T_b, V] for each row."""
 
     def _verify(self, tokens: np.ndarray) -> tuple[np.ndarray, Any]:
-        """``_prefill_scored`` of int64 [T] in one piece, and what ``_accept`` needs to go back into the middle of it."""
+        """``_prefill_scored`` of int64 [T] in one piece, and what ``_accept`` needs to go back into it."""
         place = Mark(lengths=self.lengths, conv=self._copy_fixed()), self._place()
         return self._prefill_scored([tokens], len(tokens))[0], place
 

@@ -66,8 +66,8 @@ def add_speculation(parser: argparse.ArgumentParser) -> None:
         "--speculate",
         metavar="lookup|DIR",
         type=given,
-        help="verify several tokens at once that are proposed by what stood in the text before (lookup), or by a smaller "
-        "artifact of the same vocabulary; turns itself off where that does not pay",
+        help="verify several tokens at once that are proposed by what stood in the text before (lookup), or by a "
+        "smaller artifact of the same vocabulary; turns itself off where that does not pay",
     )
     parser.add_argument(
         "--draft-tokens", type=int, metavar="N", help=f"proposals at once, at most (default: {DEFAULT_DRAFT_TOKENS})"

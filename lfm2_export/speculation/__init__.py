@@ -1,10 +1,10 @@
 """Speculative decoding: tokens that something cheap proposes are verified in one pass of the program, which reads its
 weights once for all of them.
 
-In: a runner and a drafter. Out: a runner whose ``decode`` gives what the plain one gives, most of the time without a pass
-of its own. The loop that chooses tokens does not change: a proposal counts as accepted when the token that was chosen
-is the one that was proposed. Proposals are certain (a drafter says one token, no distribution), so this is rejection
-sampling against the settings' own distribution (Leviathan et al. 2023), and with a seed it draws the same tokens.
+In: a runner and a drafter. Out: a runner whose ``decode`` gives what the plain one gives, most of the time without a
+pass of its own. The loop that chooses tokens does not change: a proposal counts as accepted when the token that was
+chosen is the one that was proposed. Proposals are certain (a drafter says one token, no distribution), so this is
+rejection sampling against the settings' own distribution (Leviathan et al. 2023), and a seed draws the same tokens.
 """
 
 from lfm2_export.speculation.controller import Controller as Controller

@@ -2,11 +2,11 @@
 
 In: how long steps took, which proposals were accepted. Out: a number for the next step, 0 for a plain one.
 
-Two rules. The number is the one with the most tokens a second, by the acceptance of proposals of that kind so far and the
-time of passes of each width. And there is a credit, in seconds: what speculation may lose before it has to have gained
-something. Plain steps add a small share of their time to it, verified ones what they were faster or slower than plain ones
-would have been. So a text in which nothing is guessed right takes hardly longer than without all this, and after a
-stretch of such text it is tried again from time to time.
+Two rules. The number is the one with the most tokens a second, by the acceptance of proposals of that kind so far and
+the time of passes of each width. And there is a credit, in seconds: what speculation may lose before it has to have
+gained something. Plain steps add a small share of their time to it, verified ones what they were faster or slower than
+plain ones would have been. So a text in which nothing is guessed right takes hardly longer than without all this, and
+after a stretch of such text it is tried again from time to time.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class Report:
         if not self.drafted:
             return f"{self.drafter}: nothing to verify"
         return (
-            f"{self.drafter}: {self.accepted} of {self.drafted} proposals accepted, {self.tokens_per_step:.1f} tokens a "
-            f"step, about {self.gain:.2f} times plain decoding"
+            f"{self.drafter}: {self.accepted} of {self.drafted} proposals accepted, {self.tokens_per_step:.1f} tokens "
+            f"a step, about {self.gain:.2f} times plain decoding"
         )
 
 

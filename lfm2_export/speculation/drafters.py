@@ -9,8 +9,8 @@ from typing import Protocol
 
 @dataclass(frozen=True, kw_only=True)
 class Draft:
-    """``tokens``: what may come next, in order. ``kind``: how they came about; acceptance is counted for each kind apart,
-    and how many are worth verifying depends on it."""
+    """``tokens``: what may come next, in order. ``kind``: how they came about; acceptance is counted for each kind
+    apart, and how many are worth verifying depends on it."""
 
     tokens: tuple[int, ...] = ()
     kind: str = ""

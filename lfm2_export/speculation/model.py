@@ -13,6 +13,7 @@ from lfm2_export.backends.base import Mark, Runner
 from lfm2_export.sampling import softmax
 from lfm2_export.speculation.drafters import Draft
 
+
 class ModelDrafter:
     """A Drafter on a runner, which belongs to it: always its likeliest token, and none that it finds less likely than
     ``least``."""
@@ -23,6 +24,7 @@ class ModelDrafter:
     def __init__(self, runner: Runner, name: str = "model"):
         self.name = name
         self._runner = runner
+        runner.reset()
         self._held: list[int] = []
         # Places within the last proposal to come back to, by the number of tokens before them.
         self._places: list[tuple[int, Mark]] = []

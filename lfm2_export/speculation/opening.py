@@ -55,7 +55,7 @@ def _model(folder: Path, tokenizer: Tokenizer, options: RunnerOptions | None) ->
     program = artifact.program(None, None)
     if Tokenizer.from_dir(folder).vocabulary() != tokenizer.vocabulary():
         raise ArtifactError(
-            f"{paths.shown(folder)}: has another vocabulary than the model that it is to draft for; name an artifact of "
-            "the same family, or lookup"
+            f"{paths.shown(folder)}: has another vocabulary than the model that it is to draft for; name an artifact "
+            "of the same family, or lookup"
         )
     return ModelDrafter(open_runner(artifact, program, options or RunnerOptions()), str(program))

@@ -10,6 +10,7 @@ Shape suffixes: T tokens of a pass, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -18,11 +19,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from lfm2_export.backends.base import Mark, Runner, Snapshot, TokenRows, check_rows, check_tokens
-from lfm2_export.backends.guard import guarded
+from lfm2_export.backends.guard import guard_of, guarded
 from lfm2_export.cache import CacheSpec
 from lfm2_export.errors import RunnerError
 from lfm2_export.speculation.controller import Controller, Report
 from lfm2_export.speculation.drafters import Draft, Drafter
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_DRAFT_TOKENS = 8
 _MOST_DRAFT_TOKENS = 64
@@ -81,13 +84,16 @@ class SpeculativeRunner:
         self._runner, self._drafter, self._clock = runner, drafter, clock
         self._controller = controller or Controller(most=draft_tokens, report=Report(drafter=drafter.name))
         self._block: _Block | None = None
-        self._tokens: list[int] | None = []  # of the only row; None: unknown, or several rows
+        is_empty = runner.batch_size == 1 and not runner.lengths.any()
+        self._tokens: list[int] | None = [] if is_empty else None  # of the only row; None: unknown, or several rows
         self._marked: weakref.WeakKeyDictionary[Mark, list[int] | None] = weakref.WeakKeyDictionary()
         self._copied: weakref.WeakKeyDictionary[Snapshot, list[int] | None] = weakref.WeakKeyDictionary()
 
     @property
     def report(self) -> Report:
         """What speculation did so far."""
+        with guard_of(self).lock:
+            self.settle()
         return self._controller.report
 
     @property
@@ -124,21 +130,23 @@ class SpeculativeRunner:
         return self._runner.verifies_exactly
 
     def reset(self, batch_size: int = 1) -> None:
-        self._settle()
+        self.settle()
         self._runner.reset(batch_size)
         self._tokens = [] if batch_size == 1 else None
+        if batch_size != 1:
+            logger.warning("speculation is for one row; %d are decoded plainly", batch_size)
 
     def prefill(self, input_ids: TokenRows, *, chunk_size: int | None = None) -> np.ndarray:
         rows = check_rows(input_ids, self.batch_size, self.vocab_size)
         if len(rows) == 1 and len(rows[0]) == 1 and self.lengths.any():
             return self.decode(rows[0])
-        self._settle()
+        self.settle()
         logits_BV = self._runner.prefill(input_ids, chunk_size=chunk_size)
         self._append(input_ids)
         return logits_BV
 
     def prefill_scored(self, input_ids: TokenRows, *, chunk_size: int | None = None) -> list[np.ndarray]:
-        self._settle()
+        self.settle()
         logits = self._runner.prefill_scored(input_ids, chunk_size=chunk_size)
         self._append(input_ids)
         return logits
@@ -152,7 +160,7 @@ class SpeculativeRunner:
             block.served += 1
             self._tokens.append(token)
             return block.logits_TV[block.served - 1][None].copy()
-        self._settle(rejected=block is not None and block.served <= len(block.draft.tokens))
+        self.settle(rejected=block is not None and block.served <= len(block.draft.tokens))
         logits_BV = self._step(token)
         self._tokens.append(token)
         return logits_BV
@@ -188,8 +196,8 @@ class SpeculativeRunner:
             draft = Draft(tokens=draft.tokens[: controller.width(draft.kind)], kind=draft.kind)
         return draft
 
-    def _settle(self, rejected: bool = False) -> None:
-        """Takes back what was proposed and not chosen."""
+    def settle(self, rejected: bool = False) -> None:
+        """Takes back what was proposed and not chosen: the runner behind this one then holds what ``lengths`` says."""
         block, self._block = self._block, None
         if block is None:
             return
@@ -203,46 +211,47 @@ class SpeculativeRunner:
             seconds=block.seconds + self._clock() - started,
         )
 
-    def _append(self, rows: TokenRows | Sequence[np.ndarray]) -> None:
+    def _append(self, rows: TokenRows) -> None:
         if self._tokens is not None:
             self._tokens.extend(int(token) for token in rows[0])
 
     def verify(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-        self._settle()
+        self.settle()
         logits_TV = self._runner.verify(tokens)
-        self._append([tokens])
+        if self._tokens is not None:
+            self._tokens.extend(int(token) for token in tokens)
         return logits_TV
 
     def accept(self, count: int) -> None:
-        self._settle()
+        self.settle()
         self._runner.accept(count)
         if self._tokens is not None:
             del self._tokens[int(self._runner.lengths[0]) :]
 
     def score(self, input_ids: TokenRows, *, chunk_size: int | None = None) -> np.ndarray:
-        self._settle()
+        self.settle()
         return self._runner.score(input_ids, chunk_size=chunk_size)
 
     def snapshot(self) -> Snapshot:
-        self._settle()
+        self.settle()
         snapshot = self._runner.snapshot()
         self._copied[snapshot] = None if self._tokens is None else list(self._tokens)
         return snapshot
 
     def restore(self, snapshot: Snapshot) -> None:
-        self._settle()
+        self.settle()
         self._runner.restore(snapshot)
         tokens = self._copied.get(snapshot)
         self._tokens = None if tokens is None else list(tokens)
 
     def mark(self) -> Mark:
-        self._settle()
+        self.settle()
         mark = self._runner.mark()
         self._marked[mark] = None if self._tokens is None else list(self._tokens)
         return mark
 
     def rewind(self, mark: Mark) -> None:
-        self._settle()
+        self.settle()
         self._runner.rewind(mark)
         tokens = self._marked.get(mark)
         self._tokens = None if tokens is None else list(tokens)
@@ -251,7 +260,7 @@ class SpeculativeRunner:
         return self._runner.is_valid(mark)
 
     def reorder(self, indices: Sequence[int] | np.ndarray) -> None:
-        self._settle()
+        self.settle()
         self._runner.reorder(indices)
         if self.batch_size != 1:
             self._tokens = None

@@ -1,8 +1,9 @@
 """The kernels for ONNX Runtime's weights against float64 arithmetic, and against each other.
 
-Sums are added up in another order for every instruction set, so they do not give the same bits; those of one are the same
-on any number of threads, and for a token whatever the others are. What feeds the last matrix of a feed-forward is rounded to int8 once more, where a sum that
-differs in its last bit may go to the next code: few tokens meet that, and their error is bounded apart.
+Sums are added up in another order for every instruction set, so they do not give the same bits; those of one are the
+same on any number of threads, and for a token whatever the others are. What feeds the last matrix of a feed-forward is
+rounded to int8 once more, where a sum that differs in its last bit may go to the next code: few tokens meet that, and
+their error is bounded apart.
 """
 
 from __future__ import annotations

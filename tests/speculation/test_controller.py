@@ -1,4 +1,4 @@
-"""How many proposals are verified: on a clock of the test's own, where a pass of n further tokens takes so much longer."""
+"""How many proposals are verified: on a clock of the test's own, where a pass takes so much longer for each token."""
 
 from __future__ import annotations
 

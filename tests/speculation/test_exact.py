@@ -35,7 +35,9 @@ def speculative(runner: Runner, drafter: Drafter) -> SpeculativeRunner:
     return SpeculativeRunner(runner, drafter, controller=Always(most=7, report=Report(drafter=drafter.name)))
 
 
-def compared(runner: Runner, prompts: list[list[int]], make: Callable[[], Drafter], **settings: object) -> tuple[int, int]:
+def compared(
+    runner: Runner, prompts: list[list[int]], make: Callable[[], Drafter], **settings: object
+) -> tuple[int, int]:
     """Tokens compared, and proposals accepted."""
     tokens = accepted = 0
     for prompt in prompts:

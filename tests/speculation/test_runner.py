@@ -1,5 +1,5 @@
-"""Speculative decoding gives the tokens of plain decoding: on a runner whose logits are a hash of the whole row, so that
-any token too many or too few in its state changes everything that follows.
+"""Speculative decoding gives the tokens of plain decoding: on a runner whose logits are a hash of the whole row, so
+that any token too many or too few in its state changes everything that follows.
 """
 
 from __future__ import annotations

@@ -167,7 +167,8 @@ class OnnxRunner(RunnerBase):
 
     def _accept(self, kept: np.ndarray, length: int, place: Any) -> None:
         if not isinstance(place, dict):
-            return super()._accept(kept, length, place)
+            super()._accept(kept, length, place)
+            return
         count = len(kept)
         conv = {t.past_name: place[t.window_name][:, count : count + int(t.shape[1])] for t in self._cache.conv}
         self._state.set_place(np.array([length + count]), conv)

@@ -1,5 +1,5 @@
 """On our operators a token's logits are the same bits whatever other tokens are in the call: alone, in a block that is
-verified, in a prompt in one piece or in chunks. The condition for exact speculation and for chunks that change no answer.
+verified, in a prompt in one piece or in chunks. The condition for exact speculation and for chunks that change nothing.
 """
 
 from __future__ import annotations
@@ -75,10 +75,11 @@ def folders(random_artifact: Callable[..., Exported]) -> Callable[[str], Path]:
 def test_a_tokens_logits_do_not_depend_on_the_others(
     folders: Callable[[str], Path], name: str, scheme: str, cache: str
 ):
+    first = open_runner(folders(name), scheme, cache)
+    ids = tokens_of(first, TOKENS)
+    want = singly(first, ids)
     for threads in THREADS:
         runner = open_runner(folders(name), scheme, cache, threads)
-        ids = tokens_of(runner, TOKENS)
-        want = singly(runner, ids) if threads == THREADS[0] else want
         wrong = {size: differing(chunked(runner, ids, size), want) for size in (*CHUNKS, TOKENS)}
         runner.reset()
         pieces = [runner.prefill_scored([piece])[0] for piece in ragged(ids, seed=threads)]

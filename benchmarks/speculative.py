@@ -1,0 +1,162 @@
+"""Speculative decoding: what verifying costs, what prompt lookup gains on texts, and how often tokens differ.
+
+    python -m benchmarks.speculative cost ARTIFACT          a pass over T tokens beside a step, all logits
+    python -m benchmarks.speculative texts ARTIFACT         prompt lookup along given answers, beside plain decoding
+    python -m benchmarks.speculative differing ARTIFACT     greedy tokens that differ from plain decoding's
+
+``texts`` decodes answers that stand in speculative_texts.py, token by token, whatever the program makes of them: what
+is proposed and accepted is that of a model that gives these answers, the speed that of the program, random weights too.
+Everything alternates within one process, and figures are medians of rounds; on a machine that others use, too, only the
+ratios mean something. ``differing`` is for programs that need --speculate-inexact.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.speculative_texts import TEXTS, Text
+from lfm2_export.backends.base import Runner
+from lfm2_export.errors import Lfm2ExportError
+from lfm2_export.generation import complete
+from lfm2_export.generation_config import GenerationConfig
+from lfm2_export.runners import load_runner
+from lfm2_export.source import ASSETS
+from lfm2_export.speculation import PromptLookup, Report, SpeculativeRunner
+from lfm2_export.speculation.controller import Always
+from lfm2_export.text import Tokenizer
+
+WIDTHS = (1, 2, 3, 4, 5, 8, 9, 12, 16)
+CONTEXT, NEW_TOKENS = 256, 128
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = build_parser().parse_args(arguments)
+    try:
+        runner = load_runner(
+            options.artifact,
+            backend=options.backend,
+            scheme=options.scheme,
+            kernels=options.kernels,
+            threads=options.threads,
+        )
+        found = MEASURES[options.measure](runner, options)
+    except Lfm2ExportError as error:
+        print(f"speculative: {error}", file=sys.stderr)
+        return error.exit_code
+    load = [round(value, 1) for value in os.getloadavg()] if hasattr(os, "getloadavg") else []
+    print(json.dumps({"measure": options.measure, "load": load, **found}, indent=1))
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speculative",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("measure", choices=sorted(MEASURES))
+    parser.add_argument("artifact", help="a folder that `lfm2-export export` wrote")
+    parser.add_argument("--backend")
+    parser.add_argument("--scheme")
+    parser.add_argument("--kernels")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=9)
+    return parser
+
+
+def cost(runner: Runner, options: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of a step, and of passes over T tokens as shares of it."""
+    rng = np.random.default_rng(0)
+    runner.prefill([rng.integers(0, runner.vocab_size, CONTEXT)])
+    mark = runner.mark()
+    times: dict[int, list[float]] = {0: [], **{width: [] for width in WIDTHS}}
+    for _ in range(options.rounds + 1):
+        for width in times:
+            tokens = rng.integers(0, runner.vocab_size, max(1, width))
+            started = time.perf_counter()
+            if width:
+                runner.verify(tokens)
+                runner.accept(width // 2)
+            else:
+                runner.decode(tokens)
+            times[width].append(time.perf_counter() - started)
+            runner.rewind(mark)
+    medians = {width: statistics.median(values[1:]) for width, values in times.items()}
+    shares = {str(width): round(medians[width] / medians[0], 2) for width in WIDTHS}
+    return {"step_ms": round(1e3 * medians[0], 2), "pass_over_step": shares}
+
+
+def texts(runner: Runner, options: argparse.Namespace) -> dict[str, Any]:
+    """Times as fast as plain decoding, and what was accepted, of each text."""
+    tokenizer = Tokenizer.from_dir(ASSETS / "tiny-dense")
+    return {"texts": {text.name: _along(runner, tokenizer, text, options.rounds) for text in TEXTS}}
+
+
+def _along(runner: Runner, tokenizer: Tokenizer, text: Text, rounds: int) -> dict[str, Any]:
+    prompt = tokenizer.encode(text.prompt)
+    answer = tokenizer.encode(text.answer, add_special_tokens=False)
+    ratios, plain_ms = [], []
+    report = Report(drafter="")
+    for _ in range(rounds):
+        plain = _seconds(runner, prompt, answer)
+        ours = SpeculativeRunner(runner, PromptLookup(), inexact=True)
+        ratios.append(plain / _seconds(ours, prompt, answer))
+        plain_ms.append(1e3 * plain / len(answer))
+        report = ours.report
+    return {
+        "tokens": len(answer),
+        "plain_ms": round(statistics.median(plain_ms), 2),
+        "times_plain": round(statistics.median(ratios), 2),
+        "spread": [round(min(ratios), 2), round(max(ratios), 2)],
+        "acceptance": round(report.acceptance, 2),
+        "tokens_per_step": round(report.tokens_per_step, 2),
+    }
+
+
+def _seconds(runner: Runner, prompt: list[int], answer: list[int]) -> float:
+    """Of decoding ``answer`` behind ``prompt``; its prefill is not counted."""
+    runner.reset()
+    runner.prefill([prompt])
+    started = time.perf_counter()
+    for token in answer:
+        runner.decode([token])
+    return time.perf_counter() - started
+
+
+def differing(runner: Runner, options: argparse.Namespace) -> dict[str, Any]:
+    """Of greedy answers with proposals: up to where they are those of plain decoding, and how often they part."""
+    folder = Path(options.artifact)
+    tokenizer, config = Tokenizer.from_dir(folder), GenerationConfig(max_new_tokens=NEW_TOKENS)
+    compared = parted = 0
+    prompts = [(tokenizer.encode(text.prompt + text.answer), start) for text in TEXTS for start in (0, 40, 80, 120)]
+    for tokens, start in prompts:
+        prompt = tokens[start : start + 200]
+        (plain,) = complete(runner, [prompt], config)
+        controller = Always(most=7, report=Report(drafter="lookup"))
+        ours = SpeculativeRunner(runner, PromptLookup(), inexact=True, controller=controller)
+        (found,) = complete(ours, [prompt], config)
+        same = _same(plain.tokens, found.tokens)
+        compared += same + (same < len(plain.tokens))
+        parted += same < len(plain.tokens)
+    return {"tokens": compared, "differing": parted, "share": parted / compared, "exact": runner.verifies_exactly}
+
+
+def _same(a: list[int], b: list[int]) -> int:
+    """How many tokens are the same before the first that is not."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+MEASURES = {"cost": cost, "texts": texts, "differing": differing}
+
+if __name__ == "__main__":
+    sys.exit(main())
