@@ -61,9 +61,12 @@ def one_row(model: AnyNet) -> Perturbation:
 
 
 def one_norm(model: AnyNet) -> Perturbation:
-    """The middle layer's first norm."""
-    layer = model.config.num_hidden_layers // 2
-    return Perturbation(name=f"model.layers.{layer}.operator_norm.weight", row=None, steps=NORM_STEPS)
+    """The middle layer's first norm; where another one follows the operator, that one, which would undo a scale."""
+    config = model.config
+    layer = config.num_hidden_layers // 2
+    names = get_family(config.model_type).tensors(config)
+    after, before = (f"model.layers.{layer}.{norm}.weight" for norm in ("post_operator_norm", "operator_norm"))
+    return Perturbation(name=after if after in names else before, row=None, steps=NORM_STEPS)
 
 
 def find_control(
