@@ -25,12 +25,14 @@ from lfm2_export.errors import CheckpointError
 from lfm2_export.families import find_family
 from lfm2_export.families.tensors import EMBEDDING, HEAD, PROJECTION, PROJECTION_BIAS, ModelTensor, Part
 from lfm2_export.gguf import open_gguf
-from lfm2_export.gguf.blocks import Codes
-from lfm2_export.gguf.weights import GgufShard, exact_formats, published_tensors
+from lfm2_export.gguf import weights as gguf_weights
+from lfm2_export.gguf.weights import GgufShard, published_tensors
 from lfm2_export.hashing import sha256_files
 from lfm2_export.matching import match_tensors, with_prefix
 from lfm2_export.messages import listed, shown
-from lfm2_export.quant.formats import IntFormat
+from lfm2_export.packed import KEY as QUANTIZATION
+from lfm2_export.packed import PackedTensor, PackedWeights, exact, read_quantization
+from lfm2_export.quant.formats import Codes, IntFormat
 from lfm2_export.safetensors_file import Shard, TensorInfo, read_shard
 from lfm2_export.source import Source, resolve
 from lfm2_export.weight_files import open_weights
@@ -112,8 +114,8 @@ class Checkpoint:
     """One checkpoint. ``tensors`` (where each lies) and ``model_tensors`` (what each is) are keyed by published names;
     reads are safe from several threads.
 
-    ``revision`` is the commit of a Hub snapshot; ``raw_config`` is config.json as it stands, ``config`` its meaning.
-    ``retriever``: sentence-transformers' files of an encoder that has them.
+    ``revision`` is the commit of a Hub snapshot; ``raw_config`` is config.json as it stands, but for what it says of
+    packed weights, ``config`` its meaning. ``retriever``: sentence-transformers' files of an encoder that has them.
     """
 
     def __init__(self, name: str, source: Source, companions: Path | None = None):
@@ -123,13 +125,18 @@ class Checkpoint:
         self.path = source.path if self._gguf is None else self._gguf.folder
         self.revision = source.revision
         self.raw_config = _read_config(self.path)
-        self.family = find_family(self.raw_config, paths.shown(self.path / "config.json"))
+        place = paths.shown(self.path / "config.json")
+        self.family = find_family(self.raw_config, place)
+        self._quantization = None if self._gguf else read_quantization(self.raw_config, place)
+        if self._quantization is not None:
+            del self.raw_config[QUANTIZATION]
         self.config: ModelConfig = self.family.parse_config(self.raw_config)
         head = self.config.encoder
         self.retriever = None if head is None or head.masked_lm else retrieval.read(self.path)
         if self.retriever is not None:
             self.config = self.retriever.completed(self.config)
         self._shards: dict[Path, Shard | GgufShard]
+        self._packed: PackedWeights | None = None
         stored = self._open_weights()
         self._settle_head(stored)
         self.model_tensors: Mapping[str, ModelTensor] = self.family.tensors(self.config)
@@ -152,10 +159,13 @@ class Checkpoint:
         if self._gguf is not None:
             self._shards = {self._gguf.shard.path: self._gguf.shard}
             return published_tensors(self._gguf.shard, self.config)
-        shards = open_weights(self.path)
-        self._shards = {shard.path: shard for shard in shards}
-        stored = with_prefix({name: info for shard in shards for name, info in shard.tensors.items()})
-        return stored | self._open_projection()
+        shards = {shard.path: shard for shard in open_weights(self.path)}
+        self._shards = {**shards}
+        if self._quantization is None:
+            stored = {name: info for shard in shards.values() for name, info in shard.tensors.items()}
+        else:
+            stored, self._packed = self._quantization.open(shards)
+        return with_prefix(stored) | self._open_projection()
 
     def _open_projection(self) -> dict[str, TensorInfo]:
         """ColBERT's Dense, which has a file of its own."""
@@ -171,8 +181,19 @@ class Checkpoint:
     @cached_property
     def exact_formats(self) -> Mapping[str, IntFormat]:
         """The tensors that are quantized already on a grid of ours, by published name: an artifact in this format (or
-        with wider scales) holds the very same values. Empty for safetensors."""
-        return {} if self._gguf is None else exact_formats(self.tensors)
+        with wider scales) holds the very same values. Empty where nothing is quantized.
+
+        Raises:
+            CheckpointError: a file changed or cannot be read.
+        """
+        if self._packed is not None:
+            return exact.exact_formats(self.tensors, self.model_tensors, self._packed)
+        return {} if self._gguf is None else gguf_weights.exact_formats(self.tensors)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it is of a format that other libraries read otherwise, if at all: GGUF, or packed safetensors."""
+        return self._gguf is not None or self._packed is not None
 
     def read_code_blocks(self, name: str, rows: slice | None, block_rows: int) -> Iterator[Codes]:
         """Codes and scales of a tensor that has an exact format, in blocks of ``block_rows`` rows.
@@ -180,12 +201,12 @@ class Checkpoint:
         Raises:
             CheckpointError: the file changed or cannot be read, or a scale is not finite.
         """
-        info = self.tensors[name].rows(rows)
-        shard = self._shards[info.file]
-        assert isinstance(shard, GgufShard)
-        for block in shard.code_blocks(info, block_rows):
+        info, form = self.tensors[name].rows(rows), self.exact_formats[name]
+        reader = self._reader(info)
+        assert not isinstance(reader, Shard)
+        for block in reader.code_blocks(info, block_rows):
             check_finite(f"{name}: scales", block.scale)
-            yield block
+            yield block.in_groups_of(form.group_size)
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         """A tensor, or a range of its first axis, as float32.
@@ -210,7 +231,7 @@ class Checkpoint:
             CheckpointError: the file changed or cannot be read.
         """
         info = self.tensors[name].rows(rows)
-        return self._shards[info.file].row_blocks(info, block_rows)
+        return self._reader(info).row_blocks(info, block_rows)
 
     @property
     def parameter_count(self) -> int:
@@ -347,10 +368,16 @@ class Checkpoint:
         return np.array_equal(self._part(left, None), self._part(right, None))
 
     def _raw(self, info: TensorInfo) -> np.ndarray:
-        return self._shards[info.file].stored(info)
+        return self._reader(info).stored(info)
 
     def _part(self, info: TensorInfo, rows: slice | None) -> np.ndarray:
-        return self._shards[info.file].float32(info.rows(rows))
+        return self._reader(info).float32(info.rows(rows))
+
+    def _reader(self, info: TensorInfo) -> Shard | GgufShard | PackedWeights:
+        if isinstance(info, PackedTensor):
+            assert self._packed is not None
+            return self._packed
+        return self._shards[info.file]
 
 
 def check_finite(name: str, array: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""What is quantized already stays as it is: a scheme's choices for a checkpoint that came from GGUF.
+"""What is quantized already stays as it is: a scheme's choices for a GGUF file or a checkpoint of packed weights.
 
 In: a checkpoint with exact formats, and a scheme. Out: the scheme, with those formats for the tensors that have them;
 all other tensors get the scheme's own, from the values that the file stands for.
@@ -39,6 +39,8 @@ def taken_over(checkpoint: Checkpoint, scheme: Scheme, *, requantize_table: bool
     choices, again = {}, []
     for name, there in checkpoint.exact_formats.items():
         tensor = checkpoint.model_tensors[name]
+        if not isinstance(scheme.format_for(tensor).format, IntFormat):
+            continue  # its values are stored as the numbers that they are
         if tensor.kind is TensorClass.EMBEDDING and requantize_table:
             continue
         if (form := _format(scheme, tensor, there)) is None:
@@ -59,8 +61,11 @@ def taken_over(checkpoint: Checkpoint, scheme: Scheme, *, requantize_table: bool
 def _format(scheme: Scheme, tensor: ModelTensor, there: IntFormat) -> IntFormat | None:
     """The format in which the scheme's operators hold a tensor of another one exactly; None where they cannot."""
     own = scheme.format_for(tensor).format
-    if not isinstance(own, IntFormat) or (own.symmetric and not own.signed_scale):
+    assert isinstance(own, IntFormat)
+    if own.symmetric and not own.signed_scale:
         return None  # XNNPACK takes no negative scales, which every second group of llama.cpp's has
+    if tensor.kind is TensorClass.EXPERTS and not there.symmetric and scheme.activation_dtype == "float16":
+        return None  # WebGPU's QMoE takes no zero points
     dtypes: list[ScaleDtype] = [own.scale_dtype, "float32"] if scheme.activation_dtype == "float32" else ["float16"]
     found = (replace(there, scale_dtype=dtype) for dtype in dtypes)
     return next((form for form in found if form.holds(there)), None)

@@ -73,7 +73,7 @@ class ExportCommand:
         parser.add_argument(
             "--requantize-table",
             action="store_true",
-            help="of a GGUF file: quantize its token table again, in the scheme's format, instead of taking it over",
+            help="of a quantized checkpoint: quantize its token table again, as the scheme does, not taking it over",
         )
         add_source(parser)
         add_json(parser)

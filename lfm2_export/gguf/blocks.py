@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from lfm2_export.quant.formats import ByteArray, FloatArray, IntFormat
+from lfm2_export.quant.formats import ByteArray, Codes, FloatArray, IntFormat
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
@@ -76,13 +76,6 @@ def to_float32(name: str, rows: ByteArray) -> FloatArray:
         return np.asarray(quants.dequantize(rows, _kind(name)), np.float32)
 
 
-class Codes(NamedTuple):
-    """``qdata`` uint8 [rows, columns], a code a byte; ``scale`` float32 [rows, groups]."""
-
-    qdata: ByteArray
-    scale: FloatArray
-
-
 def exact_format(name: str) -> IntFormat | None:
     """The format of ours that holds every value of a type, bit for bit; None where there is none."""
     return _EXACT[name][0] if name in _EXACT else None
@@ -92,7 +85,7 @@ def codes(name: str, rows: ByteArray) -> Codes:
     """The codes of rows of blocks, uint8 [rows, bytes], in ``exact_format(name)``; scales may be zero or not finite."""
     values, nbytes = _block(name)
     with np.errstate(all="ignore"):
-        qdata, scale = _EXACT[name][1](rows.reshape(-1, nbytes))
+        qdata, scale, _ = _EXACT[name][1](rows.reshape(-1, nbytes))
     columns = rows.shape[1] // nbytes * values
     return Codes(qdata.reshape(-1, columns), scale.reshape(len(rows), -1))
 

@@ -22,10 +22,9 @@ from lfm2_export.errors import CheckpointError
 from lfm2_export.families import get_family
 from lfm2_export.families.tensors import HEAD, ModelTensor, Part, TensorClass
 from lfm2_export.gguf import blocks
-from lfm2_export.gguf.blocks import Codes
 from lfm2_export.gguf.header import Entry, Header, read_header
 from lfm2_export.messages import named, shown
-from lfm2_export.quant.formats import IntFormat
+from lfm2_export.quant.formats import Codes, IntFormat
 from lfm2_export.safetensors_file import TensorInfo, file_identity, read_blocks, read_float32, read_stored
 
 _BLOCK_BYTES = 1 << 19

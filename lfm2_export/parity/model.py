@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -110,14 +110,15 @@ def _theirs(checkpoint: Checkpoint, ids: Tensor) -> _Theirs:
 
 
 def _their_model(checkpoint: Checkpoint, reference: ReferenceConfig | None) -> Any:
-    """As transformers loads it; what a GGUF file holds, which it does not read for every family, is given to it."""
+    """As transformers loads it; what a quantized checkpoint stands for, which it does not read or rounds, is given to
+    it."""
     _check_known(checkpoint.config.model_type)
     options: dict[str, Any] = {"dtype": torch.float32, "experts_implementation": "eager"}
-    if not checkpoint.source.is_gguf:
+    if not checkpoint.is_quantized:
         if reference is not None:
-            options["config"] = _their_config(reference)
+            options["config"] = _their_config(reference.raw)
         return transformers.AutoModelForCausalLM.from_pretrained(checkpoint.path, local_files_only=True, **options)
-    config = transformers.AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    config = _their_config(reference.raw if reference is not None else checkpoint.raw_config)
     model = transformers.AutoModelForCausalLM.from_config(config, **options)
     state = {name: torch.from_numpy(checkpoint.read(name)) for name in checkpoint.tensors}
     for fused_name, fused in checkpoint.family.fused_tensors(checkpoint.config).items():
@@ -139,8 +140,8 @@ def _check_known(model_type: str) -> None:
         )
 
 
-def _their_config(reference: ReferenceConfig) -> Any:
-    fields = copy.deepcopy(dict(reference.raw))  # the constructor writes into nested objects
+def _their_config(raw: Mapping[str, Any]) -> Any:
+    fields = copy.deepcopy(dict(raw))  # the constructor writes into nested objects
     return transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 

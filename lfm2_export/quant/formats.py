@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -176,6 +176,26 @@ class QuantizedTensor:
             np.subtract(part.qdata.reshape(groups.shape), zero_point, out=groups, dtype=np.float32)
             np.multiply(groups, part.scale[..., None].astype(np.float32), out=groups)
         return out
+
+
+class Codes(NamedTuple):
+    """What a file that is quantized already holds of a matrix.
+
+    ``qdata`` uint8 [rows, columns], a code a byte; ``scale`` float32 [rows, groups], which may be zero or not finite;
+    ``zero_point`` uint8 [rows, groups], None where it is the middle code.
+    """
+
+    qdata: ByteArray
+    scale: FloatArray
+    zero_point: ByteArray | None = None
+
+    def in_groups_of(self, size: int) -> Codes:
+        """The same values in groups that each group is a whole number of."""
+        times = self.qdata.shape[1] // (self.scale.shape[1] * size)
+        if times == 1:
+            return self
+        zero_point = None if self.zero_point is None else np.repeat(self.zero_point, times, axis=1)
+        return Codes(self.qdata, np.repeat(self.scale, times, axis=1), zero_point)
 
 
 @dataclass(frozen=True, kw_only=True)

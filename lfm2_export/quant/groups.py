@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2_export.errors import QuantizationError
-from lfm2_export.quant.formats import FloatArray, IntFormat, QuantizedTensor, StorageError
+from lfm2_export.quant.formats import Codes, FloatArray, IntFormat, QuantizedTensor, StorageError
 from lfm2_export.resources import usable_cores
 
 CHUNK_WEIGHTS = 1 << 18  # float32: 1 MB a buffer, four buffers a thread
@@ -94,18 +94,19 @@ class Scratch:
             raise QuantizationError(f"{fqn}: row {row if rows is None else rows[row]} {error}") from None
         return chunk
 
-    def take_over(self, qdata: npt.NDArray[np.uint8], scale: FloatArray, format: IntFormat) -> Chunk:
-        """A chunk of what is quantized already: codes [rows, in_features], a code a byte, and scales [rows, groups],
-        finite and exact in the format's dtype. Its values are theirs, so it has no error.
+    def take_over(self, codes: Codes, format: IntFormat) -> Chunk:
+        """A chunk of what is quantized already, in the format's groups, its scales finite and exact in the format's
+        dtype. Its values are theirs, so it has no error.
 
         A scale of zero, which no kernel need bear, becomes a small one of zeros.
         """
-        chunk = self._chunk(format, scale.size)
-        is_zero_C = scale.reshape(-1) == 0
-        np.copyto(chunk.codes_GC, qdata.reshape(-1, format.group_size).T)
-        chunk.codes_GC[:, is_zero_C] = format.middle_code
-        chunk.scale_C[:] = np.where(is_zero_C, format.representable_scale(np.ones_like(chunk.scale_C)), scale.ravel())
-        chunk.zero_point_C[:] = format.middle_code
+        chunk = self._chunk(format, codes.scale.size)
+        is_zero_C = codes.scale.reshape(-1) == 0
+        np.copyto(chunk.codes_GC, codes.qdata.reshape(-1, format.group_size).T)
+        chunk.zero_point_C[:] = format.middle_code if codes.zero_point is None else codes.zero_point.reshape(-1)
+        chunk.codes_GC[:, is_zero_C] = chunk.zero_point_C[is_zero_C]
+        small_C = format.representable_scale(np.ones_like(chunk.scale_C))
+        chunk.scale_C[:] = np.where(is_zero_C, small_C, codes.scale.reshape(-1))
         np.subtract(chunk.codes_GC, chunk.zero_point_C, out=chunk.values_GC)
         np.multiply(chunk.values_GC, chunk.scale_C, out=chunk.values_GC)
         return chunk

@@ -32,6 +32,7 @@ from tests.fuzz.bundle import Part
 from tests.fuzz.targets import FOLDER, statistics
 from tests.fuzz.targets.manifest import FILES
 from tests.gguf.written import write as write_gguf
+from tests.packed import written as packed_weights
 
 _SMALL = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64}
 _TWO_LAYERS = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "vocab_size": 64}
@@ -48,6 +49,7 @@ def write_all() -> None:
         _write_checkpoints(Path(scratch))
         _write_exported(Path(scratch))
         _write_gguf(Path(scratch))
+        _write_packed(Path(scratch))
     _write_pte()
     _write_manifests()
     _write_tokenizers()
@@ -97,6 +99,29 @@ def _write_gguf(scratch: Path) -> None:
     folder = write_random_checkpoint(scratch / "for_gguf", _config("lfm2_moe"), seed=0)
     path = write_gguf(scratch / "moe.gguf", folder, tokenizer=tokenizer, settings=_GGUF_TEXTS)
     _put("gguf", "moe", path.read_bytes())
+
+
+def _write_packed(scratch: Path) -> None:
+    """Experts with zero points by compressed-tensors, a dense model by GPTQ."""
+    grid = packed_weights.Grid(symmetric=False)
+    small = {"num_hidden_layers": 1, "layer_types": ["full_attention"], "vocab_size": 16, "intermediate_size": 32}
+    ways = {
+        "compressed_tensors": (
+            "lfm2_moe",
+            packed_weights.compressed_tensors_section,
+            packed_weights.as_compressed_tensors,
+        ),
+        "gptq": ("lfm2", packed_weights.gptq_section, packed_weights.as_gptq),
+    }
+    for name, (family, section, arrange) in ways.items():
+        experts = {"num_dense_layers": 0} if family == "lfm2_moe" else {}
+        original = write_random_checkpoint(scratch / f"for_{name}", _config(family, **small, **experts), seed=0)
+        folder = scratch / f"packed_{name}"
+        packed_weights.write(folder, original, section(grid), arrange, grid, least_zero=1)
+        shard = folder / "model.safetensors"
+        data = shard.read_bytes()[8 + int.from_bytes(shard.read_bytes()[:8], "little") :]
+        config = (folder / "config.json").read_bytes()
+        _put("packed", name, _bundle({"config.json": config, "header.json": _header(shard), "data": data}))
 
 
 def _write_checkpoints(scratch: Path) -> None:

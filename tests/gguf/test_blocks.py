@@ -38,7 +38,7 @@ def test_codes_and_scales_are_the_values_bit_for_bit(kind: Type) -> None:
     assert np.array_equal(form.representable_scale(codes.scale[codes.scale != 0]), codes.scale[codes.scale != 0])
     assert np.array_equal(blocks.to_float32(kind.name, stored), expected)
 
-    chunk = Scratch().take_over(codes.qdata, codes.scale, form)
+    chunk = Scratch().take_over(codes, form)
     assert chunk.storage_error().squared_error == 0
     taken = ((chunk.codes_GC - chunk.zero_point_C) * chunk.scale_C).T.reshape(5, -1)
     assert np.array_equal(taken, expected)

@@ -175,7 +175,7 @@ class WeightStream:
         there = self.checkpoint.exact_formats.get(source)
         if there is not None and form.holds(there):
             for codes in self.checkpoint.read_code_blocks(source, piece.rows, rows_per_chunk(columns)):
-                yield scratch.take_over(codes.qdata, codes.scale, form)
+                yield scratch.take_over(codes, form)
             return
         algorithm = self._algorithm(piece.weight, source)
         for stored in self._blocks(source, piece.rows, algorithm.rows_per_chunk(columns)):

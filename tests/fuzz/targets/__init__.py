@@ -23,6 +23,7 @@ TARGETS = (
     "gguf",
     "manifest",
     "onnx_graph",
+    "packed",
     "pte",
     "safetensors",
     "statistics",
