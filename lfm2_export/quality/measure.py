@@ -24,6 +24,7 @@ from lfm2_export.parity.lowering import score
 from lfm2_export.parity.sample import Sample, Window, read_sample
 from lfm2_export.quality.kld_file import Base, read_base, write_base
 from lfm2_export.quality.report import Quality, QualityReport
+from lfm2_export.quality.routing import Chosen, agreement, chosen_experts
 from lfm2_export.quality.subjects import Subject, find_subjects
 from lfm2_export.resources import check_memory
 
@@ -33,12 +34,14 @@ _MOST_CHUNKS = 4096
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Reference:
-    """Windows with the checkpoint's logits (or log probabilities, which serve as well) from ``first`` on."""
+    """Windows with the checkpoint's logits (or log probabilities, which serve as well) from ``first`` on, and the
+    experts that its routers choose."""
 
     description: str
     windows: tuple[Window, ...]
     logits: tuple[np.ndarray, ...]
     first: int
+    experts: Chosen
 
     def compare(self, runner: Runner) -> list[Divergence]:
         """A model's divergence in each window."""
@@ -76,9 +79,9 @@ def measure(models: list[Path], source: CheckpointRequest, request: QualityReque
     found = []
     for subject in subjects:
         request.progress(subject.name)
-        found.append(
-            Quality.of(subject.name, subject.kind, reference.compare(subject.open()), subject.size, subject.errors)
-        )
+        windows = reference.compare(subject.open())
+        same_experts = _same_experts(reference, subject)
+        found.append(Quality.of(subject.name, subject.kind, windows, subject.size, subject.errors, same_experts))
     own = Divergence.joined(
         [
             compare(logits, logits, window.targets[reference.first :])
@@ -93,6 +96,13 @@ def measure(models: list[Path], source: CheckpointRequest, request: QualityReque
         models=tuple(found),
         versions=recorded_versions(),
     )
+
+
+def _same_experts(reference: _Reference, subject: Subject) -> dict[int, float]:
+    """Empty for a dense model, whose weights are not read."""
+    if not reference.experts:
+        return {}
+    return agreement(reference.experts, chosen_experts(load_model(subject.weights()), reference.windows))
 
 
 def _check_memory(checkpoint: Checkpoint, max_tokens: int, subjects: Sequence[Subject]) -> None:
@@ -117,10 +127,14 @@ def _reference_of(checkpoint: Checkpoint, request: QualityRequest, context_lengt
 
 
 def _computed(checkpoint: Checkpoint, sample: Sample) -> _Reference:
-    eager = EagerRunner(load_model(checkpoint))
-    logits = tuple(score(eager, window) for window in sample.windows)
+    model = load_model(checkpoint)
+    eager = EagerRunner(model)
     return _Reference(
-        description=f"{sample.tokens} tokens of {sample.description}", windows=sample.windows, logits=logits, first=0
+        description=f"{sample.tokens} tokens of {sample.description}",
+        windows=sample.windows,
+        logits=tuple(score(eager, window) for window in sample.windows),
+        first=0,
+        experts=chosen_experts(model, sample.windows),
     )
 
 
@@ -136,11 +150,13 @@ def _from_base(base: Base, checkpoint: Checkpoint, max_tokens: int, context: int
     rows = base.tokens[:count].copy()
     if (bos := checkpoint.config.bos_token_id) is not None:
         rows[:, 0] = bos
+    windows = tuple(Window(inputs=row[:-1], targets=row[1:]) for row in rows)
     return _Reference(
         description=f"{count} chunks of {length} tokens of {base.path.name}",
-        windows=tuple(Window(inputs=row[:-1], targets=row[1:]) for row in rows),
+        windows=windows,
         logits=tuple(islice(base.log_probabilities(), count)),
         first=base.first,
+        experts=chosen_experts(load_model(checkpoint), windows) if checkpoint.config.moe_layers else {},
     )
 
 

@@ -7,7 +7,7 @@ numbers with a JSON form.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,8 @@ class Size:
 class Quality:
     """One model. ``kl`` in nats is the mean over positions, ``kl_error`` its standard error, from the means of windows
     (positions next to each other are not independent), ``kl_p99`` the 99th percentile. ``errors``: of each stored
-    tensor relative to the checkpoint's, where its record says so."""
+    tensor relative to the checkpoint's, where its record says so. ``same_experts``: by layer of a mixture, the share of
+    tokens that its router, with the stored weights in fp32, sends to the same experts as the checkpoint's."""
 
     name: str
     kind: str
@@ -48,10 +49,17 @@ class Quality:
     perplexity: float
     size: Size
     errors: Mapping[str, float]
+    same_experts: Mapping[int, float] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, name: str, kind: str, windows: Sequence[Divergence], size: Size, errors: Mapping[str, float] | None = None
+        cls,
+        name: str,
+        kind: str,
+        windows: Sequence[Divergence],
+        size: Size,
+        errors: Mapping[str, float] | None = None,
+        same_experts: Mapping[int, float] | None = None,
     ) -> Quality:
         whole = Divergence.joined(windows)
         return cls(
@@ -64,7 +72,13 @@ class Quality:
             perplexity=whole.perplexity,
             size=size,
             errors=errors or {},
+            same_experts=same_experts or {},
         )
+
+    @property
+    def mean_same_experts(self) -> float | None:
+        """Over the layers; None for a dense model."""
+        return sum(self.same_experts.values()) / len(self.same_experts) if self.same_experts else None
 
 
 def _standard_error(windows: Sequence[Divergence]) -> float:

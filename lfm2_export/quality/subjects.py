@@ -18,7 +18,7 @@ from lfm2_export.checkpoint import Checkpoint, open_checkpoint
 from lfm2_export.errors import ArtifactError, CheckpointError
 from lfm2_export.families.tensors import EMBEDDING, TensorClass
 from lfm2_export.manifest import Program
-from lfm2_export.models.loading import load_model
+from lfm2_export.models.loading import WeightSource, load_model
 from lfm2_export.parity.hops import check_origin
 from lfm2_export.quality.report import Size
 from lfm2_export.source import SUFFIX
@@ -26,13 +26,15 @@ from lfm2_export.source import SUFFIX
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """``errors`` of stored tensors by name, relative to the checkpoint's."""
+    """``weights``: what it computes with, dequantized. ``errors`` of stored tensors by name, relative to the
+    checkpoint's."""
 
     name: str
     kind: str
     size: Size
     context_length: int
     open: Callable[[], Runner]
+    weights: Callable[[], WeightSource]
     errors: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -57,15 +59,15 @@ def find_subjects(
 
 
 def _of_program(artifact: Artifact, program: Program, checkpoint: Checkpoint, threads: int | None) -> Subject:
-    def opened() -> Runner:
-        return get_backend(program.backend).load_runner(artifact.path, program, RunnerOptions(threads=threads))
+    backend = get_backend(program.backend)
 
     return Subject(
         name=f"{artifact.path.name} {program.scheme}",
         kind=program.backend,
         size=_program_size(program, checkpoint),
         context_length=program.context_length,
-        open=opened,
+        open=lambda: backend.load_runner(artifact.path, program, RunnerOptions(threads=threads)),
+        weights=lambda: backend.stored_weights(artifact.path, program, checkpoint.config),
         errors={tensor.name: tensor.error for tensor in program.tensors if tensor.error},
     )
 
@@ -98,6 +100,7 @@ def _of_gguf(path: Path, checkpoint: Checkpoint, config_from: str | Path | None)
         size=stored_size(opened),
         context_length=opened.config.max_position_embeddings,
         open=lambda: EagerRunner(load_model(opened)),
+        weights=lambda: opened,
     )
 
 

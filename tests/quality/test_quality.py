@@ -22,6 +22,7 @@ from lfm2_export.parity.sample import read_sample
 from lfm2_export.quality import Quality, measure_quality
 from lfm2_export.quality.page import render
 from lfm2_export.quality.report import QualityReport, Size
+from lfm2_export.quality.routing import agreement, chosen_experts
 from tests.checkpoints import tiny_config, write_random_checkpoint
 from tests.gguf.written import write
 
@@ -62,6 +63,34 @@ def test_more_bits_lose_less(report: QualityReport) -> None:
     assert found["tiny-dense fp32"].size.file_bits == pytest.approx(32, rel=0.1)
     assert found["tiny-dense-Q4_0"].kl > found["tiny-dense q8"].kl
     assert 4.5 < found["tiny-dense-Q4_0"].size.file_bits < 6
+
+
+def test_routers_send_tokens_to_the_same_experts_as_far_as_the_weights_are_the_same(
+    artifact: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """All of them with weights as they were, fewer with fewer bits; with other weights hardly any."""
+    gguf_file = write(tmp_path / "tiny-moe-Q4_0.gguf", "tiny-moe")
+    found = measure_quality([artifact("tiny-moe"), gguf_file], "tiny-moe", max_tokens=TOKENS, threads=1)
+    shares = {model.name: model.mean_same_experts or 0.0 for model in found.models}
+    print(shares, found.models[0].same_experts)
+    assert shares["tiny-moe fp32"] == 1
+    assert 0.8 < shares["tiny-moe q4"] < shares["tiny-moe q8"] < 1
+    assert 0.7 < shares["tiny-moe-Q4_0"] < 1
+    checkpoint = open_checkpoint("tiny-moe")
+    model, windows = (
+        load_model(checkpoint),
+        read_sample(checkpoint, None, max_tokens=TOKENS, context_length=512).windows,
+    )
+    expected = chosen_experts(model, windows)
+    assert tuple(expected) == checkpoint.config.moe_layers
+    for name, parameter in model.named_parameters():
+        if name.endswith("gate.weight"):
+            parameter.data = parameter.data.roll(1, 0)
+    control = agreement(expected, chosen_experts(model, windows))
+    print(control)
+    assert max(control.values()) < 0.5
+    assert "tokens that go to the same experts" in render(found)
+    assert json.loads(json.dumps(found.to_json()))["models"][0]["same_experts"]
 
 
 def test_the_command_writes_a_page_a_base_file_and_a_verdict(
