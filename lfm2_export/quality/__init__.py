@@ -36,8 +36,9 @@ def measure_quality(
 ) -> QualityReport:
     """Compares every program of every artifact, and every GGUF file, with the checkpoint in fp32.
 
-    An artifact runs in its runtime, activations and all. A GGUF file's weights are computed with in fp32: what
-    llama.cpp's kernels lose beyond that is not in its figures.
+    An artifact runs in its runtime, activations and all, and so does a GGUF file where llama-cpp-python is installed.
+    Where it is not, the file's weights are computed with in fp32: what llama.cpp's kernels lose beyond that is not in
+    its figures.
 
     Args:
         models: folders of artifacts, and .gguf files.

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from lfm2_export.backends.base import Runner
 from lfm2_export.backends.eager import EagerRunner
 from lfm2_export.checkpoint import Checkpoint, CheckpointRequest
 from lfm2_export.errors import Lfm2ExportError
@@ -25,7 +24,7 @@ from lfm2_export.parity.sample import Sample, Window, read_sample
 from lfm2_export.quality.kld_file import Base, read_base, write_base
 from lfm2_export.quality.report import Quality, QualityReport
 from lfm2_export.quality.routing import Chosen, agreement, chosen_experts
-from lfm2_export.quality.subjects import Subject, find_subjects
+from lfm2_export.quality.subjects import Scorer, Subject, find_subjects
 from lfm2_export.resources import check_memory
 
 _MEMORY_BASE = 1 << 30
@@ -43,10 +42,10 @@ class _Reference:
     first: int
     experts: Chosen
 
-    def compare(self, runner: Runner) -> list[Divergence]:
+    def compare(self, logits_of: Scorer) -> list[Divergence]:
         """A model's divergence in each window."""
         return [
-            compare(logits, score(runner, window)[self.first :], window.targets[self.first :])
+            compare(logits, logits_of(window)[self.first :], window.targets[self.first :])
             for window, logits in zip(self.windows, self.logits, strict=True)
         ]
 

@@ -1,18 +1,22 @@
-"""What is compared: programs of artifacts in their runtimes, and the weights of GGUF files in the eager model.
+"""What is compared: programs of artifacts in their runtimes, and GGUF files in llama.cpp or, where that is not
+installed, their weights in the eager model.
 
-In: folders and files. Out: ``Subject``s, opened one at a time: a name, a runner, its bytes.
+In: folders and files. Out: ``Subject``s, opened one at a time: a name, what scores windows, its bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from lfm2_export import paths
 from lfm2_export.artifact import Artifact
 from lfm2_export.backends import get_backend
-from lfm2_export.backends.base import Runner, RunnerOptions
+from lfm2_export.backends.base import RunnerOptions
 from lfm2_export.backends.eager import EagerRunner
 from lfm2_export.checkpoint import Checkpoint, open_checkpoint
 from lfm2_export.errors import ArtifactError, CheckpointError
@@ -20,8 +24,15 @@ from lfm2_export.families.tensors import EMBEDDING, TensorClass
 from lfm2_export.manifest import Program
 from lfm2_export.models.loading import WeightSource, load_model
 from lfm2_export.parity.hops import check_origin
+from lfm2_export.parity.lowering import score
+from lfm2_export.parity.sample import Window
+from lfm2_export.quality.llama import LlamaModel
+from lfm2_export.quality.llama import is_installed as llama_is_installed
 from lfm2_export.quality.report import Size
 from lfm2_export.source import SUFFIX
+
+# Logits of every position of a window, float32 [T, V].
+Scorer = Callable[[Window], np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +44,7 @@ class Subject:
     kind: str
     size: Size
     context_length: int
-    open: Callable[[], Runner]
+    open: Callable[[], Scorer]
     weights: Callable[[], WeightSource]
     errors: Mapping[str, float] = field(default_factory=dict)
 
@@ -48,7 +59,7 @@ def find_subjects(
         CheckpointError: a GGUF file is damaged or of another shape than the checkpoint.
     """
     if model.suffix.lower() == SUFFIX:
-        return [_of_gguf(model, checkpoint, config_from)]
+        return [_of_gguf(model, checkpoint, config_from, threads)]
     artifact = Artifact.open(model, verify=False)
     check_origin(artifact, checkpoint)
     programs = [artifact.present(program) for program in artifact.programs if artifact.is_here(program)]
@@ -66,7 +77,7 @@ def _of_program(artifact: Artifact, program: Program, checkpoint: Checkpoint, th
         kind=program.backend,
         size=_program_size(program, checkpoint),
         context_length=program.context_length,
-        open=lambda: backend.load_runner(artifact.path, program, RunnerOptions(threads=threads)),
+        open=lambda: partial(score, backend.load_runner(artifact.path, program, RunnerOptions(threads=threads))),
         weights=lambda: backend.stored_weights(artifact.path, program, checkpoint.config),
         errors={tensor.name: tensor.error for tensor in program.tensors if tensor.error},
     )
@@ -87,19 +98,23 @@ def _program_size(program: Program, checkpoint: Checkpoint) -> Size:
     )
 
 
-def _of_gguf(path: Path, checkpoint: Checkpoint, config_from: str | Path | None) -> Subject:
+def _of_gguf(path: Path, checkpoint: Checkpoint, config_from: str | Path | None, threads: int | None) -> Subject:
     opened = open_checkpoint(path, config_from=config_from)
     shapes = {name: tensor.shape for name, tensor in opened.model_tensors.items()}
     if shapes != {name: tensor.shape for name, tensor in checkpoint.model_tensors.items()}:
         raise CheckpointError(
             f"{paths.shown(path)}: is of another shape than {checkpoint.name}; give the checkpoint that it was made of"
         )
+
+    def in_llama() -> Scorer:
+        return LlamaModel(path, vocab_size=opened.config.vocab_size, threads=threads).logits
+
     return Subject(
         name=path.stem,
-        kind="gguf, weights alone",
+        kind="gguf, llama.cpp" if llama_is_installed() else "gguf, weights alone",
         size=stored_size(opened),
         context_length=opened.config.max_position_embeddings,
-        open=lambda: EagerRunner(load_model(opened)),
+        open=in_llama if llama_is_installed() else lambda: partial(score, EagerRunner(load_model(opened))),
         weights=lambda: opened,
     )
 

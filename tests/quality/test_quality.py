@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from lfm2_export.models.loading import load_model
 from lfm2_export.parity.divergence import Divergence, compare
 from lfm2_export.parity.lowering import score
 from lfm2_export.parity.sample import read_sample
-from lfm2_export.quality import Quality, measure_quality
+from lfm2_export.quality import Quality, measure_quality, subjects
 from lfm2_export.quality.page import render
 from lfm2_export.quality.report import QualityReport, Size
 from lfm2_export.quality.routing import agreement, chosen_experts
@@ -27,6 +27,14 @@ from tests.checkpoints import tiny_config, write_random_checkpoint
 from tests.gguf.written import write
 
 TOKENS = 1024
+
+
+@pytest.fixture(scope="module", autouse=True)
+def weights_alone() -> Iterator[None]:
+    """GGUF files as they are compared where llama-cpp-python is not installed; for the rest there is test_llama.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subjects, "llama_is_installed", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="module")
