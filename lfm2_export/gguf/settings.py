@@ -14,6 +14,8 @@ from lfm2_export.messages import shown
 
 # general.architecture -> model_type and the class that config.json names.
 ARCHITECTURES = {"lfm2": ("lfm2", "Lfm2ForCausalLM"), "lfm2moe": ("lfm2_moe", "Lfm2MoeForCausalLM")}
+# Exported from safetensors alone: gguf 0.19 and the llama.cpp of llama-cpp-python 0.3.36 have no architecture for it.
+_WITHOUT_GGUF = ("lfm3",)
 _SIGMOID = 2  # of gguf's ExpertGatingFuncType
 # Of these families' tokens, those that llama.cpp takes for the end of a reply by their text.
 _ENDS = ("<|im_end|>", "<|endoftext|>")
@@ -26,6 +28,11 @@ class Settings:
     def __init__(self, settings: Mapping[str, Any], place: str):
         self._settings, self.place = settings, place
         architecture = settings.get("general.architecture")
+        if architecture in _WITHOUT_GGUF:
+            raise CheckpointError(
+                f"{place}: general.architecture={shown(architecture)}: neither the gguf package nor llama.cpp has such "
+                "an architecture, so what the file means is not known; export the safetensors checkpoint"
+            )
         if architecture not in ARCHITECTURES:
             raise CheckpointError(
                 f"{place}: general.architecture={shown(architecture)} is not supported; known: "

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import MODEL_ARCH_NAMES
 from gguf import GGMLQuantizationType as Type
 
 import lfm2_export
@@ -163,6 +164,7 @@ def test_a_pte_says_what_its_grid_costs(small: Path, tmp_path: Path) -> None:
     ("settings", "words"),
     [
         ({"general.architecture": "llama"}, "general.architecture='llama' is not supported; known: lfm2, lfm2moe"),
+        ({"general.architecture": "lfm3"}, "neither the gguf package nor llama.cpp has such an architecture"),
         ({"split.count": 3}, "is one of 3 files; join them first"),
         ({"lfm2.block_count": 0}, "block_count=0"),
         ({"lfm2.block_count": 3}, "head_count_kv"),
@@ -184,6 +186,12 @@ def test_what_is_not_supported_is_refused_by_name(
     assert words in line
     assert len(line) < 400
     assert not (tmp_path / "out").exists()
+
+
+def test_the_gguf_package_still_knows_no_lfm3() -> None:
+    """Once it does, such files can be read, and are no longer to be refused."""
+    assert "lfm3" not in MODEL_ARCH_NAMES.values()
+    assert "lfm2" in MODEL_ARCH_NAMES.values()
 
 
 def test_widths_that_are_there_are_not_chosen_again(files: dict[str, Path], tmp_path: Path) -> None:
