@@ -1,12 +1,15 @@
-"""A checkpoint as a .gguf of float32, for llama-quantize to read, and what it made of it back under published names.
+"""A checkpoint as a .gguf of float32, for llama.cpp's tools to read, and what they made of it under published names.
 
-In: a checkpoint. Out: a .gguf without a vocabulary; or the values that a .gguf's tensors stand for, by our own reader,
-and their bits.
+In: a checkpoint. Out: a .gguf with its vocabulary, where it has one; or the values that a .gguf's tensors stand for, by
+our own reader, and their bits.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -35,6 +38,7 @@ def write_gguf(path: Path, checkpoint: Checkpoint) -> Path:
     config = checkpoint.config
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type]])
     add_settings(writer, config)
+    _add_vocabulary(writer, checkpoint)
     for name, tensors in stacks(checkpoint).items():
         values = [checkpoint.read(tensor.name).astype(np.float32).squeeze() for tensor in tensors]
         writer.add_tensor(name, values[0] if tensors[0].expert is None else np.stack(values))
@@ -43,6 +47,38 @@ def write_gguf(path: Path, checkpoint: Checkpoint) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
+    path, config = checkpoint.path / "tokenizer.json", checkpoint.config
+    if not path.is_file():
+        writer.add_tokenizer_model("no_vocab")
+        return
+    add_tokenizer(writer, json.loads(path.read_text(encoding="utf-8")))
+    if config.bos_token_id is not None:
+        writer.add_bos_token_id(config.bos_token_id)
+    if config.eos_token_id:
+        writer.add_eos_token_id(config.eos_token_id[0])
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Mapping[str, Any]) -> None:
+    """A tokenizer.json's vocabulary as conversion writes it."""
+    vocabulary = dict(tokenizer["model"]["vocab"])
+    added = {one["content"]: one for one in tokenizer["added_tokens"]}
+    ids = {index: token for token, index in vocabulary.items()} | {one["id"]: text for text, one in added.items()}
+    tokens = [ids[index] for index in range(max(ids) + 1)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("lfm2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([_kind(added.get(token)) for token in tokens])
+    merges = tokenizer["model"]["merges"]
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+
+
+def _kind(added: Mapping[str, Any] | None) -> gguf.TokenType:
+    if added is None:
+        return gguf.TokenType.NORMAL
+    return gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
 
 
 def dequantized(path: Path) -> dict[str, FloatArray]:

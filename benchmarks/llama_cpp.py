@@ -1,7 +1,8 @@
-"""llama.cpp as a rival: builds its ``llama-bench`` and runs it.
+"""llama.cpp as a rival: builds its ``llama-bench`` and the tools that quantize, and runs them.
 
 In: a version of llama-cpp-python, whose source distribution on the package index contains llama.cpp. Out: a
-``LlamaBench``, kept in the user's cache folder by version, compiler and flags, so that it is built once.
+``LlamaBench`` or ``LlamaTools``, kept in the user's cache folder by version, compiler and flags, so that each is built
+once.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from benchmarks.toolchain import Compiler, find_cmake
 from lfm2_export.hashing import cache_folder
 
 PACKAGE, VERSION = "llama-cpp-python", "0.3.36"
-_BINARY, _QUANTIZE, _RECORD = "llama-bench", "llama-quantize", "build.json"
+_BINARY, _RECORD = "llama-bench", "build.json"
+_TOOLS = ("llama-quantize", "llama-imatrix")
 _OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DGGML_NATIVE=ON",
@@ -101,59 +103,82 @@ def get_llama_bench(compiler: Compiler, version: str = VERSION) -> LlamaBench:
         flags=compiler.flags,
     )
     if not built.path.is_file():
-        _build(built.path, find_cmake(), compiler, version)
+        _build(built.path.parent, [_BINARY], find_cmake(), compiler, version)
     return built
 
 
-def get_llama_quantize(compiler: Compiler, version: str = VERSION) -> Path:
-    """The cached ``llama-quantize``, or a new one, as ``get_llama_bench``.
+@dataclass(frozen=True, kw_only=True)
+class LlamaTools:
+    """``llama-quantize`` and ``llama-imatrix`` in one folder."""
+
+    folder: Path
+
+    def quantize(self, source: Path, target: Path, type: str, importance: Path | None = None) -> Path:
+        """Writes ``target``: ``source`` as ``llama-quantize`` stores it under a type such as Q4_K_M, with an importance
+        matrix where one is given.
+
+        Raises:
+            BenchmarkError: it fails; the message is its last line about an error.
+        """
+        weighted = [] if importance is None else ["--imatrix", str(importance)]
+        command = [str(self.folder / _TOOLS[0]), *weighted, str(source), str(target), type, "1"]
+        _run(command, f"quantizing {source.name} to {type}")
+        return target
+
+    def importance(self, source: Path, target: Path, text: Path, *, chunks: int) -> Path:
+        """Writes ``target``: what ``llama-imatrix`` measures of ``source`` on the first chunks, of 512 tokens, of a
+        text.
+
+        Raises:
+            BenchmarkError: as ``quantize``.
+        """
+        command = [str(self.folder / _TOOLS[1]), "-m", str(source), "-f", str(text), "-o", str(target)]
+        _run([*command, "-c", "512", "--chunks", str(chunks), "-t", "1"], f"measuring {source.name} on {text.name}")
+        if not target.is_file():
+            raise BenchmarkError(f"{_TOOLS[1]} wrote nothing for {source.name}; {PACKAGE} {VERSION} is known to")
+        return target
+
+
+def get_llama_tools(compiler: Compiler, version: str = VERSION) -> LlamaTools:
+    """The cached programs, or new ones, as ``get_llama_bench``.
 
     Raises:
         BenchmarkError: the index, cmake or the compiler is missing or fails.
     """
-    path = _cached(compiler, version, program=_QUANTIZE) / _QUANTIZE
-    if not path.is_file():
-        _build(path, find_cmake(), compiler, version)
-    return path
+    folder = _cached(compiler, version, *_TOOLS)
+    if not all((folder / program).is_file() for program in _TOOLS):
+        _build(folder, _TOOLS, find_cmake(), compiler, version)
+    return LlamaTools(folder=folder)
 
 
-def quantize_gguf(program: Path, source: Path, target: Path, type: str) -> Path:
-    """Writes ``target``: ``source`` as ``llama-quantize`` stores it under a type such as Q4_K_M.
-
-    Raises:
-        BenchmarkError: it fails; the message is its last line about an error.
-    """
-    _run([str(program), str(source), str(target), type, "1"], f"quantizing {source.name} to {type}")
-    return target
-
-
-def _cached(compiler: Compiler, version: str, program: str = "") -> Path:
-    key = json.dumps([version, compiler.name, compiler.cxx, compiler.flags, _OPTIONS, *filter(None, [program])])
+def _cached(compiler: Compiler, version: str, *programs: str) -> Path:
+    key = json.dumps([version, compiler.name, compiler.cxx, compiler.flags, _OPTIONS, *programs])
     return cache_folder() / "llama.cpp" / f"{version}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
-def _build(path: Path, cmake: str, compiler: Compiler, version: str) -> None:
-    target, program, package = path.parent, path.name, f"{PACKAGE} {version}"
+def _build(target: Path, programs: Sequence[str], cmake: str, compiler: Compiler, version: str) -> None:
+    package = f"{PACKAGE} {version}"
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="building-") as name:
         scratch = Path(name)
         source = unpack(download(scratch / "download", version), scratch / "source")
         flags = " ".join(compiler.flags)
         languages = {"C": compiler.c, "CXX": compiler.cxx}
-        chosen = [f"-DCMAKE_{language}_COMPILER={program}" for language, program in languages.items()]
+        chosen = [f"-DCMAKE_{language}_COMPILER={one}" for language, one in languages.items()]
         chosen += [f"-DCMAKE_{language}_FLAGS={flags}" for language in languages]
         _run([cmake, "-S", str(source), "-B", str(scratch / "build"), *_OPTIONS, *chosen], "configuring llama.cpp")
         jobs = str(os.cpu_count() or 1)
         _run(
-            [cmake, "--build", str(scratch / "build"), "--target", program, "--config", "Release", "-j", jobs],
+            [cmake, "--build", str(scratch / "build"), "--target", *programs, "--config", "Release", "-j", jobs],
             "building llama.cpp",
         )
-        made = next((p for p in (scratch / "build").rglob(program) if p.is_file()), None)
-        if made is None:
-            raise BenchmarkError(f"building llama.cpp left no {program}; {PACKAGE} {VERSION} is known to")
         ready = scratch / "ready"
         ready.mkdir()
-        shutil.copy(made, ready / program)
+        for program in programs:
+            made = next((p for p in (scratch / "build").rglob(program) if p.is_file()), None)
+            if made is None:
+                raise BenchmarkError(f"building llama.cpp left no {program}; {PACKAGE} {VERSION} is known to")
+            shutil.copy(made, ready / program)
         record: dict[str, Any] = {"package": package, "compiler": compiler.name, "flags": compiler.flags}
         (ready / _RECORD).write_text(json.dumps(record, indent=1) + "\n")
         with contextlib.suppress(OSError):  # another process was faster

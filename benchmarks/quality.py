@@ -5,8 +5,9 @@
 In: checkpoints. Out: a table and JSON: the KL divergence from the unquantized model (mean and standard error over
 windows of held-out text), bits a weight of the file and of what a decode step reads. Both sides are computed by the
 same eager model in float32 with the weights that each file would hold, so that only the rounding of weights differs.
-llama-quantize, without an importance matrix, is built from the sources that llama-bench is built from, unless
---quantize names one; --ours leaves it out.
+llama-quantize runs without an importance matrix and with one, which llama-imatrix measures on the text that --calibrate
+default takes; both are built from the sources that llama-bench is built from, unless --tools names a folder that has
+them. --ours leaves them out.
 """
 
 from __future__ import annotations
@@ -22,22 +23,30 @@ from tempfile import TemporaryDirectory
 import torch
 
 from benchmarks.gguf_checkpoint import dequantized, stored_bits, write_gguf
-from benchmarks.llama_cpp import get_llama_quantize
+from benchmarks.llama_cpp import LlamaTools, get_llama_tools
+from benchmarks.random_gguf import tensors
 from benchmarks.sensitivity import TOKENS as SEEN
 from benchmarks.sensitivity import rows_of
 from benchmarks.toolchain import find_compiler
 from lfm2_export.backends.onnx.plan import make_plan
 from lfm2_export.backends.weights.plan import WeightPlan
 from lfm2_export.backends.weights.widths import Counted, counted_bytes
+from lfm2_export.calibration.request import Calibration
+from lfm2_export.calibration.statistics import Statistics
+from lfm2_export.calibration.text import DEFAULT, DEFAULT_TEXT
+from lfm2_export.calibration.text import TOKENS as CALIBRATION_TOKENS
 from lfm2_export.checkpoint import Checkpoint, open_checkpoint
 from lfm2_export.mixing import MixRequest, mix
+from lfm2_export.mixing.budget import Budget
 from lfm2_export.mixing.measured import Meter
-from lfm2_export.quant.algorithms import DEFAULT_ALGORITHM, get_algorithm
+from lfm2_export.progress import Progress
+from lfm2_export.quant.algorithms import DEFAULT_ALGORITHM, Algorithm, get_algorithm
 from lfm2_export.quant.formats import FloatArray, IntFormat
 from lfm2_export.quant.schemes import Scheme, get_scheme
 
-LLAMA_TYPES = ("Q4_0", "Q4_K_M", "Q5_K_S")
+LLAMA_TYPES = ("Q4_0", "IQ4_XS", "Q4_K_M", "Q5_0", "Q5_K_S")
 TOKENS = 8192
+CALIBRATED = "gptq"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +75,10 @@ def measure(meter: Meter, name: str, weights: Mapping[str, FloatArray], bits: tu
     )
 
 
-def ours(meter: Meter, name: str, scheme: Scheme, *, algorithm: str = DEFAULT_ALGORITHM) -> Quality:
-    """A scheme, its choices included, as the plan of an ONNX program stores it."""
+def ours(meter: Meter, name: str, scheme: Scheme, statistics: Statistics | None = None) -> Quality:
+    """A scheme, its choices included, as the plan of an ONNX program stores it; with statistics, calibrated."""
     plan = make_plan(meter.checkpoint.config, scheme)
-    return measure(meter, name, plan_weights(meter.checkpoint, plan, algorithm), plan_bits(plan))
+    return measure(meter, name, plan_weights(meter.checkpoint, plan, statistics), plan_bits(plan))
 
 
 def plan_bits(plan: WeightPlan) -> tuple[float, float]:
@@ -77,11 +86,18 @@ def plan_bits(plan: WeightPlan) -> tuple[float, float]:
     return 8 * file[0] / file[1], 8 * step[0] / step[1]
 
 
-def plan_weights(checkpoint: Checkpoint, plan: WeightPlan, algorithm: str) -> dict[str, FloatArray]:
+def plan_weights(
+    checkpoint: Checkpoint, plan: WeightPlan, statistics: Statistics | None = None
+) -> dict[str, FloatArray]:
     """What a program computes with, by published name."""
-    quantize = get_algorithm(algorithm)
+
+    def algorithm(source: str) -> Algorithm:
+        if statistics is None:
+            return get_algorithm(DEFAULT_ALGORITHM)
+        return get_algorithm(CALIBRATED).fitted(statistics.of(source))
+
     return {
-        source: quantize(checkpoint.read(source), weight.format, fqn=source).dequantize()
+        source: algorithm(source)(checkpoint.read(source), weight.format, fqn=source).dequantize()
         for weight in plan.values()
         if weight.same_bytes_as is None and isinstance(weight.format, IntFormat)
         for source in weight.sources
@@ -95,25 +111,41 @@ def our_schemes(checkpoint: Checkpoint) -> Iterator[tuple[str, Scheme]]:
         yield f"q4, groups of {size}", q4.with_group_size(size)
 
 
-def llama(meter: Meter, quantize: Path) -> Iterator[Quality]:
-    """What llama-quantize makes of the same checkpoint, without an importance matrix."""
-    from benchmarks.llama_cpp import quantize_gguf
+def calibrated(meter: Meter) -> Iterator[Quality]:
+    """The default mix, and one in the bytes of llama.cpp's Q4_0, fitted as ``--calibrate default`` does."""
+    checkpoint, q4 = meter.checkpoint, get_scheme("q4")
+    calibration = Calibration.asked(checkpoint, DEFAULT, None)
+    assert calibration is not None
+    stored = tensors(checkpoint.raw_config)
+    q4_0 = Budget(bits=8 * sum(one.nbytes for one in stored) / sum(one.count for one in stored))
+    with TemporaryDirectory() as folder:
+        statistics = calibration.collected(Path(folder), Progress())
+        for title, budget in (("q4, calibrated", None), ("q4, calibrated, Q4_0's bytes", q4_0)):
+            scheme = mix(checkpoint, q4, make_plan, MixRequest(budget=budget))
+            yield ours(meter, title, scheme, statistics)
 
+
+def llama(meter: Meter, tools: LlamaTools) -> Iterator[Quality]:
+    """What llama-quantize makes of the same checkpoint, without an importance matrix and with one."""
     with TemporaryDirectory() as folder:
         source = write_gguf(Path(folder) / "source.gguf", meter.checkpoint)
+        importance = Path(folder) / "importance.gguf"
+        tools.importance(source, importance, DEFAULT_TEXT, chunks=CALIBRATION_TOKENS // 512)
         for name in LLAMA_TYPES:
-            made = quantize_gguf(quantize, source, Path(folder) / f"{name}.gguf", name)
-            yield measure(meter, f"llama.cpp {name}", dequantized(made), stored_bits(made))
+            for title, given in ((name, None), (f"{name}, imatrix", importance)):
+                made = tools.quantize(source, Path(folder) / "made.gguf", name, given)
+                yield measure(meter, f"llama.cpp {title}", dequantized(made), stored_bits(made))
 
 
-def qualities(name: str, quantize: Path | None) -> Iterator[Quality]:
+def qualities(name: str, tools: LlamaTools | None) -> Iterator[Quality]:
     """Every row of a checkpoint's table."""
     checkpoint = open_checkpoint(name)
     meter = Meter(checkpoint, rows_of(checkpoint, None, first=SEEN, count=TOKENS))
     for title, scheme in our_schemes(checkpoint):
         yield ours(meter, title, scheme)
-    if quantize is not None:
-        yield from llama(meter, quantize)
+    yield from calibrated(meter)
+    if tools is not None:
+        yield from llama(meter, tools)
 
 
 def table(found: Sequence[Quality]) -> str:
@@ -131,13 +163,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("checkpoints", nargs="+")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--ours", action="store_true", help="leave llama.cpp out")
-    parser.add_argument("--quantize", type=Path, help="a llama-quantize that is there already")
+    parser.add_argument("--tools", type=Path, help="a folder with a llama-quantize and a llama-imatrix")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    quantize = None if options.ours else options.quantize or get_llama_quantize(find_compiler())
+    tools = None if options.ours else LlamaTools(folder=options.tools) if options.tools else None
+    if tools is None and not options.ours:
+        tools = get_llama_tools(find_compiler())
     found = []
     for name in options.checkpoints:
-        for one in qualities(name, quantize):
+        for one in qualities(name, tools):
             print(one, flush=True)
             found.append(one)
     options.output.write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n")

@@ -91,6 +91,7 @@ def write_random_gguf(path: Path, raw_config: Mapping[str, Any], *, seed: int) -
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     writer = gguf.GGUFWriter(unfinished, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type]])
     add_settings(writer, config)
+    writer.add_tokenizer_model("no_vocab")
     chosen = tensors(raw_config)
     for tensor in chosen:
         shape = tensor.shape if tensor.type is Type.F32 else gguf.quant_shape_to_byte_shape(tensor.shape, tensor.type)
@@ -114,7 +115,6 @@ def add_settings(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
     writer.add_name("random weights")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)

@@ -147,3 +147,33 @@ def test_a_failed_build_leaves_nothing_in_the_cache(tmp_path: Path, monkeypatch:
     with pytest.raises(BenchmarkError, match=r"configuring llama\.cpp failed: "):
         llama_cpp.get_llama_bench(Compiler(c="cc", cxx="c++", name="gcc 14.1.0"), "0.1")
     assert list((tmp_path / "lfm2-export/llama.cpp").iterdir()) == []
+
+
+def program(folder: Path, name: str, script: str) -> None:
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+def test_the_tools_are_given_the_files_and_the_matrix(tmp_path: Path) -> None:
+    program(tmp_path, "llama-quantize", f'echo "$@" > {tmp_path}/asked')
+    program(tmp_path, "llama-imatrix", f'echo "$@" > {tmp_path}/asked; touch {tmp_path}/matrix')
+    tools = llama_cpp.LlamaTools(folder=tmp_path)
+    source, target, text = tmp_path / "source.gguf", tmp_path / "target.gguf", tmp_path / "text"
+    matrix = tools.importance(source, tmp_path / "matrix", text, chunks=40)
+    expected = f"-m {source} -f {text} -o {matrix} -c 512 --chunks 40 -t 1"
+    assert (tmp_path / "asked").read_text().strip() == expected
+    assert tools.quantize(source, target, "Q4_K_M", matrix) == target
+    assert (tmp_path / "asked").read_text().strip() == f"--imatrix {matrix} {source} {target} Q4_K_M 1"
+    tools.quantize(source, target, "Q4_0")
+    assert (tmp_path / "asked").read_text().strip() == f"{source} {target} Q4_0 1"
+
+
+def test_tools_that_fail_or_write_nothing_are_named(tmp_path: Path) -> None:
+    program(tmp_path, "llama-quantize", "echo 'error: no such type'; exit 1")
+    program(tmp_path, "llama-imatrix", "true")
+    tools = llama_cpp.LlamaTools(folder=tmp_path)
+    with pytest.raises(BenchmarkError, match=r"quantizing a\.gguf to X failed: error: no such type"):
+        tools.quantize(Path("a.gguf"), Path("b.gguf"), "X")
+    with pytest.raises(BenchmarkError, match=r"llama-imatrix wrote nothing for a\.gguf"):
+        tools.importance(Path("a.gguf"), tmp_path / "none", Path("text"), chunks=1)

@@ -11,6 +11,8 @@ from benchmarks.quality import Quality, table
 from benchmarks.sensitivity import prior
 from lfm2_export.checkpoint import Checkpoint, open_checkpoint
 from lfm2_export.families.tensors import TensorClass
+from lfm2_export.source import ASSETS
+from lfm2_export.text import Tokenizer
 from tests.checkpoints import tiny_config, write_random_checkpoint
 from tests.gguf.written import write as write_quantized
 
@@ -57,6 +59,15 @@ def test_a_gguf_holds_every_tensor_of_the_checkpoint(checkpoint: Checkpoint, tmp
     for name, tensors in sources.items():
         expected = np.concatenate([checkpoint.read(tensor.name).ravel() for tensor in tensors])
         assert np.array_equal(found[name].data.ravel(), expected), name
+
+
+def test_a_gguf_has_the_vocabulary_that_calibration_texts_are_read_with(tmp_path: Path) -> None:
+    original = open_checkpoint("tiny-dense")
+    found = open_checkpoint(write_gguf(tmp_path / "made.gguf", original))
+    text = (ASSETS / "calibration.txt").read_text(encoding="utf-8")[:4000]
+    ours, theirs = (Tokenizer.from_dir(one.path) for one in (original, found))
+    assert ours.encode(text) == theirs.encode(text)
+    assert found.config.bos_token_id == original.config.bos_token_id
 
 
 def test_unquantized_tensors_are_not_dequantized(checkpoint: Checkpoint, tmp_path: Path) -> None:

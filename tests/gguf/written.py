@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
+from benchmarks.gguf_checkpoint import add_tokenizer
 from lfm2_export.checkpoint import Checkpoint, open_checkpoint
 from lfm2_export.families.tensors import ModelTensor, Part, TensorClass
 
@@ -134,18 +135,3 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
             writer.add_string(key, value)
         case _:
             writer.add_array(key, value)
-
-
-def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Mapping[str, Any]) -> None:
-    """A tokenizer.json's vocabulary as conversion writes it."""
-    vocabulary = dict(tokenizer["model"]["vocab"])
-    added = {one["content"]: one for one in tokenizer["added_tokens"]}
-    ids = {index: token for token, index in vocabulary.items()} | {one["id"]: text for text, one in added.items()}
-    tokens = [ids[index] for index in range(max(ids) + 1)]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("lfm2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([(3 if added[token]["special"] else 4) if token in added else 1 for token in tokens])
-    writer.add_token_merges(
-        [merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["model"]["merges"]]
-    )
