@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -28,12 +28,14 @@ FinishReason = Literal["stop", "length", "context"]
 class TokenEvent:
     """One chosen token of one row; ``finish_reason`` is set on the row's last one.
 
-    "stop": it is a stop token. "length": ``max_new_tokens`` reached. "context": the context is full.
+    "stop": it is a stop token. "length": ``max_new_tokens`` reached. "context": the context is full. ``logits``,
+    float32 [V]: what it was chosen from, before penalties and temperature.
     """
 
     row: int
     token: int
     finish_reason: FinishReason | None = None
+    logits: np.ndarray | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,8 +145,8 @@ def _steps(
             _finish_reason(token, step, int(held), runner.context_length, config)
             for token, held in zip(tokens, lengths, strict=True)
         ]
-        for row, token, reason in zip(active, tokens, reasons, strict=True):
-            yield TokenEvent(row=first_row + row, token=token, finish_reason=reason)
+        for row, token, reason, logits in zip(active, tokens, reasons, logits_BV, strict=True):
+            yield TokenEvent(row=first_row + row, token=token, finish_reason=reason, logits=logits)
         going_on = [i for i, reason in enumerate(reasons) if reason is None]
         if not going_on:
             return

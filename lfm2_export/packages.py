@@ -39,6 +39,8 @@ PACKAGES = (
     Package(name="numpy", module="numpy", recorded=True, listed=True),
     Package(name="executorch", module="executorch", extra="executorch", recorded=True, listed=True),
     Package(name="torchao", module="torchao", extra="executorch", recorded=True),
+    Package(name="starlette", module="starlette", extra="serve"),
+    Package(name="uvicorn", module="uvicorn", extra="serve"),
 )
 
 

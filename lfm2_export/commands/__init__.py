@@ -8,6 +8,7 @@ from lfm2_export.commands.demo import DemoCommand
 from lfm2_export.commands.embed import EmbedCommand
 from lfm2_export.commands.export import ExportCommand
 from lfm2_export.commands.quality import QualityCommand
+from lfm2_export.commands.serve import ServeCommand
 from lfm2_export.commands.show import InspectCommand, SupportCommand
 from lfm2_export.commands.talk import ChatCommand, RunCommand
 
@@ -16,6 +17,7 @@ COMMANDS: tuple[Command, ...] = (
     RunCommand(),
     ChatCommand(),
     EmbedCommand(),
+    ServeCommand(),
     ParityCommand(),
     QualityCommand(),
     BenchCommand(),

@@ -1,0 +1,104 @@
+"""``lfm2-export serve``: programs behind an OpenAI-compatible HTTP server."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from lfm2_export import chat_template, console
+from lfm2_export.artifact import Artifact
+from lfm2_export.commands.base import add_machine, add_program_choice, given, runner_options
+from lfm2_export.commands.talk import generation_settings
+from lfm2_export.errors import ConfigError
+from lfm2_export.runners import open_runner
+from lfm2_export.server.limits import Limits
+from lfm2_export.server.served import Model, Models
+from lfm2_export.text import Tokenizer
+
+KEY_VARIABLE = "LFM2_EXPORT_API_KEY"
+_MB = 1 << 20
+_DEFAULTS = Limits()
+
+
+class ServeCommand:
+    name = "serve"
+    help = "answer OpenAI's API over HTTP: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "artifacts",
+            metavar="DIR...",
+            nargs="+",
+            type=given,
+            help="folders that `lfm2-export export` wrote; a folder's name is its model's",
+        )
+        add_program_choice(parser)
+        parser.add_argument(
+            "--host", type=given, default="127.0.0.1", help="address (default: 127.0.0.1, this machine)"
+        )
+        parser.add_argument("--port", type=int, default=8000, metavar="N", help="0: any that is free (default: 8000)")
+        parser.add_argument(
+            "--api-key", type=given, metavar="KEY", help=f"what clients must send (default: {KEY_VARIABLE}, or none)"
+        )
+        parser.add_argument(
+            "--allow-origin",
+            action="append",
+            default=[],
+            type=given,
+            metavar="ORIGIN",
+            help="a web page's origin that may ask, such as http://localhost:3000, or * (default: none)",
+        )
+        add_limits(parser)
+        add_machine(parser)
+
+    def run(self, options: argparse.Namespace) -> int:
+        from lfm2_export.server.access import Access
+        from lfm2_export.server.listening import bind, is_loopback, serve, url_of
+
+        limits = _limits(options)
+        key = options.api_key or os.environ.get(KEY_VARIABLE) or None
+        bound = bind(options.host, options.port)
+        chat_template.prepare()
+        models = Models([_open(Path(folder), options) for folder in options.artifacts], limits)
+        access = Access(key=key, origins=tuple(options.allow_origin), local=is_loopback(bound))
+        if not access.local and key is None:
+            console.note(f"{options.host}: anyone who reaches this machine can ask; --api-key KEY lets only some")
+        serve(bound, models, limits, access, ready=lambda: console.note(f"{url_of(bound)}/v1   Ctrl-C: end"))
+        return 0
+
+
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    for name, metavar, default, what in (
+        ("--max-body", "MB", _DEFAULTS.body // _MB, "the largest request"),
+        ("--max-tokens", "N", _DEFAULTS.tokens, "the longest answer"),
+        ("--max-queue", "N", _DEFAULTS.queue, "requests that may wait for a program"),
+        ("--cache-memory", "MB", _DEFAULTS.cache_bytes // _MB, "kept states of prompts, for each program; 0: none"),
+    ):
+        parser.add_argument(name, type=int, default=default, metavar=metavar, help=f"{what} (default: {default})")
+
+
+def _limits(options: argparse.Namespace) -> Limits:
+    return Limits(
+        body=options.max_body * _MB,
+        tokens=options.max_tokens,
+        queue=options.max_queue,
+        cache_bytes=options.cache_memory * _MB,
+    )
+
+
+def _open(folder: Path, options: argparse.Namespace) -> Model:
+    artifact = Artifact.open(folder, verify=False)
+    program = artifact.program(options.backend, options.scheme)
+    with console.busy(f"loading {program}"):
+        runner = open_runner(artifact, program, runner_options(options))
+        tokenizer = Tokenizer.from_dir(artifact.path)
+    console.note(f"{_name(folder)}: {program}")
+    return Model(name=_name(folder), runner=runner, tokenizer=tokenizer, settings=generation_settings(artifact.path))
+
+
+def _name(folder: Path) -> str:
+    name = folder.resolve().name
+    if not name:
+        raise ConfigError(f"{folder}: has no name to serve it by; give a folder with one")
+    return name

@@ -1,0 +1,13 @@
+"""An OpenAI-compatible server over HTTP on exported programs.
+
+In: artifacts' programs with their runners, and requests. Out: answers, whole or streamed. One file for each subject,
+from the runner to the socket:
+
+``prefixes`` snapshots of prompts that were seen; ``generating`` one answer on a runner; ``engine`` the queue and the
+thread of a program; ``fields``, ``sampling_request``, ``chat_request`` and ``completion_request`` what a body asks
+for; ``chat_answer`` and ``completion_answer`` what goes back, ``logprobs`` within it; ``errors``; ``metrics``;
+``access`` who may ask; ``answering`` whole and streamed, until a client goes away; ``app`` the paths; ``listening``
+socket and signals.
+
+Only ``access``, ``answering``, ``app`` and ``listening`` know the web framework (the extra ``serve``).
+"""

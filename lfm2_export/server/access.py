@@ -1,0 +1,76 @@
+"""Who may ask: by the key, and by the page that a browser has open.
+
+In: a request's headers. Out: nothing, or a 401 or 403. A page of the web can reach a server on this machine in two
+ways: it sends a request from its own origin (then the browser says so in Origin), or its name is made to point to this
+machine (then Host is that name). Neither is answered unless it was allowed.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Collection
+from dataclasses import dataclass
+from ipaddress import ip_address
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from lfm2_export.messages import shown
+from lfm2_export.server.errors import ApiError
+
+ANY = "*"
+_OPEN = ("/health",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """``key`` None: none is asked for. ``origins``: of pages that may ask, ``*`` any. ``local``: the server is bound to
+    this machine alone, so that only its own names are its Host."""
+
+    key: str | None = None
+    origins: Collection[str] = ()
+    local: bool = True
+
+    def check(self, path: str, headers: Headers) -> None:
+        """Raises: ApiError."""
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if self.local and not _is_local(host):
+            raise ApiError(403, f"Host {shown(host, 60)} is no name of this machine; ask 127.0.0.1 or localhost")
+        is_own = origin in (None, f"http://{host}", f"https://{host}")
+        if not is_own and origin not in self.origins and ANY not in self.origins:
+            raise ApiError(403, f"Origin {shown(origin, 60)} may not ask; start the server with --allow-origin")
+        if self.key is not None and path not in _OPEN and not _has_key(headers, self.key):
+            raise ApiError(401, "no API key, or another one; send Authorization: Bearer KEY", code="invalid_api_key")
+
+
+def _is_local(host: str) -> bool:
+    name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
+    if name.lower() == "localhost":
+        return True
+    try:
+        return ip_address(name.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _has_key(headers: Headers, key: str) -> bool:
+    kind, _, given = headers.get("authorization", "").partition(" ")
+    same = hmac.compare_digest(given.strip().encode(), key.encode())
+    return kind.lower() == "bearer" and same
+
+
+class Guarded:
+    """The application behind ``access``."""
+
+    def __init__(self, app: ASGIApp, access: Access):
+        self._app, self._access = app, access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                self._access.check(scope["path"], Headers(scope=scope))
+            except ApiError as error:
+                await JSONResponse(error.to_json(), status_code=error.status)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
