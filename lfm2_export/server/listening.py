@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 # For answers that are under way when the end is asked for, and then for their last event.
 _GRACE_S, _LAST_S = 5, 3
 _BACKLOG = 128
+_LAST_PORT = 65535
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -33,6 +34,8 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         ConfigError: there is no such address, or it is taken.
     """
+    if not 0 <= port <= _LAST_PORT:  # getaddrinfo takes it modulo 65536
+        raise ConfigError(f"--port {port}: is no port; give one from 1 to {_LAST_PORT}, or 0 for any that is free")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
@@ -43,7 +46,7 @@ def bind(host: str, port: int) -> socket.socket:
         except OSError:
             bound.close()
             raise
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"--host {host} --port {port}: cannot be listened on ({reason}); choose others") from error
     return bound
