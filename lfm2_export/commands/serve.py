@@ -10,8 +10,11 @@ from lfm2_export import chat_template, console
 from lfm2_export.artifact import Artifact
 from lfm2_export.commands.base import add_machine, add_program_choice, given, runner_options
 from lfm2_export.commands.talk import generation_settings
+from lfm2_export.encoders import Encoder, load_encoder
 from lfm2_export.errors import ConfigError
+from lfm2_export.manifest import ENCODER
 from lfm2_export.runners import open_runner
+from lfm2_export.server.embeddings import EncoderQueue
 from lfm2_export.server.limits import Limits
 from lfm2_export.server.served import Model, Models
 from lfm2_export.text import Tokenizer
@@ -23,7 +26,7 @@ _DEFAULTS = Limits()
 
 class ServeCommand:
     name = "serve"
-    help = "answer OpenAI's API over HTTP: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics"
+    help = "answer OpenAI's API over HTTP: /v1/chat/completions, /v1/completions, /v1/embeddings, /metrics"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
@@ -60,7 +63,12 @@ class ServeCommand:
         key = options.api_key or os.environ.get(KEY_VARIABLE) or None
         bound = bind(options.host, options.port)
         chat_template.prepare()
-        models = Models([_open(Path(folder), options) for folder in options.artifacts], limits)
+        opened = [_open(Path(folder), options) for folder in options.artifacts]
+        models = Models(
+            [one for one in opened if isinstance(one, Model)],
+            limits,
+            [EncoderQueue(*one, queue_limit=limits.queue) for one in opened if not isinstance(one, Model)],
+        )
         access = Access(key=key, origins=tuple(options.allow_origin), local=is_loopback(bound))
         if not access.local and key is None:
             console.note(f"{options.host}: anyone who reaches this machine can ask; --api-key KEY lets only some")
@@ -87,14 +95,26 @@ def _limits(options: argparse.Namespace) -> Limits:
     )
 
 
-def _open(folder: Path, options: argparse.Namespace) -> Model:
-    artifact = Artifact.open(folder, verify=False)
+def _open(folder: Path, options: argparse.Namespace) -> Model | tuple[str, Encoder]:
+    """A model that generates text, or an encoder with its name."""
+    artifact, name = Artifact.open(folder, verify=False), _name(folder)
     program = artifact.program(options.backend, options.scheme)
     with console.busy(f"loading {program}"):
-        runner = open_runner(artifact, program, runner_options(options))
-        tokenizer = Tokenizer.from_dir(artifact.path)
-    console.note(f"{_name(folder)}: {program}")
-    return Model(name=_name(folder), runner=runner, tokenizer=tokenizer, settings=generation_settings(artifact.path))
+        if program.kind == ENCODER:
+            opened: Model | tuple[str, Encoder] = (name, _encoder(artifact, options))
+        else:
+            opened = Model(
+                name=name,
+                runner=open_runner(artifact, program, runner_options(options)),
+                tokenizer=Tokenizer.from_dir(artifact.path),
+                settings=generation_settings(artifact.path),
+            )
+    console.note(f"{name}: {program}")
+    return opened
+
+
+def _encoder(artifact: Artifact, options: argparse.Namespace) -> Encoder:
+    return load_encoder(artifact, backend=options.backend, scheme=options.scheme, threads=options.threads)
 
 
 def _name(folder: Path) -> str:

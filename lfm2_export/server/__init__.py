@@ -5,7 +5,8 @@ from the runner to the socket:
 
 ``prefixes`` snapshots of prompts that were seen; ``generating`` one answer on a runner; ``engine`` the queue and the
 thread of a program; ``fields``, ``sampling_request``, ``chat_request`` and ``completion_request`` what a body asks
-for; ``chat_answer`` and ``completion_answer`` what goes back, ``logprobs`` within it; ``errors``; ``metrics``;
+for; ``chat_answer`` and ``completion_answer`` what goes back, ``logprobs`` within it;
+``embeddings`` of encoders; ``errors``; ``metrics``;
 ``access`` who may ask; ``answering`` whole and streamed, until a client goes away; ``app`` the paths; ``listening``
 socket and signals.
 

@@ -25,6 +25,7 @@ from lfm2_export.server.access import Access, Guarded
 from lfm2_export.server.answering import respond
 from lfm2_export.server.chat_request import parse_chat
 from lfm2_export.server.completion_request import parse_completion
+from lfm2_export.server.embeddings import parse_embedding, to_json
 from lfm2_export.server.errors import ApiError, translated
 from lfm2_export.server.limits import Limits
 from lfm2_export.server.served import Models
@@ -43,6 +44,7 @@ def create_app(models: Models, limits: Limits, access: Access) -> Starlette:
         "/v1/models/{name:path}": (paths.show_model, "GET"),
         "/v1/chat/completions": (paths.chat, "POST"),
         "/v1/completions": (paths.completion, "POST"),
+        "/v1/embeddings": (paths.embedding, "POST"),
     }
     made = [Route(path, _told(handler, path, models), methods=[method]) for path, (handler, method) in routes.items()]
     middleware = [Middleware(Guarded, access=access)]
@@ -109,10 +111,10 @@ class _Paths:
         return PlainTextResponse(text, headers={"Content-Type": metrics.CONTENT_TYPE})
 
     async def list_models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [served.to_json() for served in self._models.all()]})
+        return JSONResponse({"object": "list", "data": self._models.to_json()})
 
     async def show_model(self, request: Request) -> Response:
-        return JSONResponse(self._models.find(request.path_params["name"]).to_json())
+        return JSONResponse(self._models.show(request.path_params["name"]))
 
     async def chat(self, request: Request) -> Response:
         asked_for = parse_chat(await self._body(request))
@@ -125,6 +127,12 @@ class _Paths:
         served = self._models.find(asked_for.model)
         asked, answer = await run_in_threadpool(completion_answer.prepare, served.model, asked_for, self._limits)
         return await respond(request, served.engine, asked, answer, stream=asked_for.sampling.stream)
+
+    async def embedding(self, request: Request) -> Response:
+        asked_for = parse_embedding(await self._body(request))
+        encoder = self._models.find_encoder(asked_for.model)
+        embedded = await encoder.embed(asked_for)
+        return JSONResponse(to_json(encoder.name, embedded, as_base64=asked_for.base64))
 
     async def _body(self, request: Request) -> dict[str, Any]:
         """The request's JSON object, of a size that is allowed."""

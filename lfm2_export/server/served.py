@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from lfm2_export.backends.base import Runner
 from lfm2_export.errors import ConfigError
 from lfm2_export.generation_config import GenerationConfig
 from lfm2_export.messages import listed, shown
+from lfm2_export.server.embeddings import EncoderQueue
 from lfm2_export.server.engine import Engine
 from lfm2_export.server.errors import ApiError
 from lfm2_export.server.limits import Limits
 from lfm2_export.server.metrics import Metrics
 from lfm2_export.text import Tokenizer
+
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,19 +50,20 @@ class Served:
 
 
 class Models:
-    """Starts an engine for each model.
+    """Starts an engine for each model, and knows the encoders.
 
     Raises:
         ConfigError: two have the same name, or there is none.
     """
 
-    def __init__(self, models: Iterable[Model], limits: Limits):
-        models = list(models)
-        names = [model.name for model in models]
+    def __init__(self, models: Iterable[Model], limits: Limits, encoders: Iterable[EncoderQueue] = ()):
+        models, encoders = list(models), list(encoders)
+        names = [model.name for model in models] + [encoder.name for encoder in encoders]
         if len(set(names)) < len(names) or not names:
             raise ConfigError(f"models {listed(names)}: each needs a name of its own; rename a folder")
-        self.metrics = Metrics(names)
+        self.metrics = Metrics([model.name for model in models])
         self._served = {model.name: Served(model=model, engine=self._engine(model, limits)) for model in models}
+        self._encoders = {encoder.name: encoder for encoder in encoders}
 
     def _engine(self, model: Model, limits: Limits) -> Engine:
         return Engine(
@@ -72,21 +76,29 @@ class Models:
         )
 
     def all(self) -> list[Served]:
+        """Those that generate text."""
         return list(self._served.values())
 
+    def to_json(self) -> list[dict[str, Any]]:
+        served = [served.to_json() for served in self._served.values()]
+        return served + [encoder.to_json() for encoder in self._encoders.values()]
+
+    def show(self, name: str) -> dict[str, Any]:
+        """Raises: ApiError."""
+        if name in self._encoders:
+            return self._encoders[name].to_json()
+        return _found(name, self._served, self._encoders, "").to_json()
+
     def find(self, name: str | None) -> Served:
-        """The one of that name; without one the only model.
+        """The one of that name; without one the only model that generates text.
 
         Raises: ApiError.
         """
-        if name is None and len(self._served) == 1:
-            return next(iter(self._served.values()))
-        if name is None:
-            raise ApiError(400, f"model: is missing; give one of {listed(self._served)}", param="model")
-        if name not in self._served:
-            message = f"model: there is no {shown(name)}, only {listed(self._served)}"
-            raise ApiError(404, message, param="model", code="model_not_found")
-        return self._served[name]
+        return _found(name, self._served, self._encoders, "is an encoder; use /v1/embeddings")
+
+    def find_encoder(self, name: str | None) -> EncoderQueue:
+        """Likewise. Raises: ApiError."""
+        return _found(name, self._encoders, self._served, "gives no embeddings; use /v1/chat/completions")
 
     def stop(self) -> None:
         """Ends every answer that is under way or waits, without waiting for it."""
@@ -97,3 +109,18 @@ class Models:
         """``stop``, and waits."""
         for served in self._served.values():
             served.engine.close()
+        for encoder in self._encoders.values():
+            encoder.close()
+
+
+def _found(name: str | None, kind: Mapping[str, Kind], others: Mapping[str, object], why_not: str) -> Kind:
+    if name is None and len(kind) == 1:
+        return next(iter(kind.values()))
+    if name is None and kind:
+        raise ApiError(400, f"model: is missing; give one of {listed(kind)}", param="model")
+    if name is None or name in others:
+        raise ApiError(400, f"model: {listed([name] if name else others)} {why_not}", param="model")
+    if name not in kind:
+        message = f"model: there is no {shown(name)}, only {listed({**kind, **others})}"
+        raise ApiError(404, message, param="model", code="model_not_found")
+    return kind[name]

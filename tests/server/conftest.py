@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,11 @@ from lfm2_export.backends.base import Runner
 from lfm2_export.generation_config import GenerationConfig
 from lfm2_export.server.access import Access
 from lfm2_export.server.app import create_app
+from lfm2_export.server.embeddings import EncoderQueue
 from lfm2_export.server.limits import Limits
 from lfm2_export.server.listening import bind, url_of
 from lfm2_export.server.served import Model, Models
 from lfm2_export.text import Tokenizer
-from tests.conftest import Once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +52,13 @@ def serve() -> Iterator[Serve]:
     """``serve(model, limits=..., access=...)``."""
     with ExitStack() as stack:
 
-        def started(*models: Model, limits: Limits | None = None, access: Access | None = None) -> Running:
-            return stack.enter_context(
-                _running(Models(models, limits or Limits()), limits or Limits(), access or Access())
-            )
+        def started(
+            *models: Model,
+            limits: Limits = Limits(),  # noqa: B008 (frozen)
+            access: Access = Access(),  # noqa: B008 (frozen)
+            encoders: Sequence[EncoderQueue] = (),
+        ) -> Running:
+            return stack.enter_context(_running(Models(models, limits, encoders), limits, access))
 
         yield started
 
@@ -89,6 +92,3 @@ def opened(folder: Path, name: str = "tiny-dense", **options: object) -> Model:
 def server(serve: Serve, folder: Path) -> Running:
     """q4 of tiny-dense, on our kernels where they can be had."""
     return serve(opened(folder))
-
-
-__all__ = ["Once"]
