@@ -62,7 +62,7 @@ class Load:
         options: dict[str, Any] = {"model": self.model, "messages": messages, "max_tokens": new, "stream": True}
         with self.client.chat.completions.create(**options) as stream:
             for chunk in stream:
-                if not pieces and chunk.choices[0].delta.content:
+                if not any(pieces) and chunk.choices[0].delta.content:
                     self.firsts.append(time.monotonic() - started)
                 pieces.append(chunk.choices[0].delta.content or "")
                 if leave and len(pieces) > 3:

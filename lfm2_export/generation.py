@@ -16,6 +16,7 @@ import numpy as np
 from lfm2_export.backends.arguments import check_fits, check_rows
 from lfm2_export.backends.base import Runner, TokenRows
 from lfm2_export.backends.guard import guard_of
+from lfm2_export.constraints import Constraint
 from lfm2_export.errors import GenerationError
 from lfm2_export.generation_config import GenerationConfig
 from lfm2_export.messages import shown
@@ -90,17 +91,23 @@ def continue_from(
     config: GenerationConfig,
     *,
     first_row: int = 0,
+    constraint: Constraint | None = None,
 ) -> Iterator[TokenEvent]:
     """The decode loop alone: chooses from ``logits_BV``, what the runner returned last for its present rows.
 
     ``histories``: all tokens of each row so far, for the repetition penalty. The last token of each row is chosen but
     not fed to the runner. Where several rows end at different times, the runner keeps the rows that ended last.
+    ``constraint``: of a single row, which tokens may come next.
 
     Raises:
         GenerationError: while it is iterated over, where the runner was used for something else meanwhile, in this
             thread or another.
     """
-    return _steps(runner, logits_BV, histories, config, first_row, _Turn(runner))
+    samplers = [
+        Sampler(config, runner.vocab_size, history, row, constraint)
+        for row, history in enumerate(histories, start=first_row)
+    ]
+    return _steps(runner, logits_BV, samplers, config, first_row, _Turn(runner))
 
 
 class _Turn:
@@ -128,14 +135,11 @@ class _Turn:
 def _steps(
     runner: Runner,
     logits_BV: np.ndarray,
-    histories: TokenRows,
+    samplers: Sequence[Sampler],
     config: GenerationConfig,
     first_row: int,
     turn: _Turn,
 ) -> Iterator[TokenEvent]:
-    samplers = [
-        Sampler(config, runner.vocab_size, history, row) for row, history in enumerate(histories, start=first_row)
-    ]
     active = list(range(len(samplers)))
     for step in range(1, config.max_new_tokens + 1):
         with turn.held():

@@ -41,6 +41,7 @@ PACKAGES = (
     Package(name="torchao", module="torchao", extra="executorch", recorded=True),
     Package(name="starlette", module="starlette", extra="serve"),
     Package(name="uvicorn", module="uvicorn", extra="serve"),
+    Package(name="llguidance", module="llguidance", extra="serve"),
 )
 
 

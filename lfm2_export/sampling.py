@@ -19,6 +19,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from lfm2_export.constraints import Constraint
 from lfm2_export.errors import GenerationError
 from lfm2_export.exclusions import Exclusions, exclude_any
 from lfm2_export.generation_config import GenerationConfig
@@ -36,10 +37,19 @@ class Sampler:
         vocab_size: V.
         history: the prompt's tokens, which count as repeated, as they do in transformers.
         row: the row's number in its batch.
+        constraint: which tokens may come next; None: all.
     """
 
-    def __init__(self, config: GenerationConfig, vocab_size: int, history: Iterable[int] = (), row: int = 0):
+    def __init__(
+        self,
+        config: GenerationConfig,
+        vocab_size: int,
+        history: Iterable[int] = (),
+        row: int = 0,
+        constraint: Constraint | None = None,
+    ):
         self._config = config
+        self._constraint = constraint
         history = list(history)
         self._exclusions = Exclusions(config, vocab_size, history) if exclude_any(config) else None
         self._seen_V = np.zeros(vocab_size, dtype=bool)
@@ -61,6 +71,8 @@ class Sampler:
         scores_V = penalize(logits_V, self._seen_V, self._config.repetition_penalty)
         if self._exclusions is not None:
             scores_V = exclude(scores_V, self._exclusions.ids())
+        if self._constraint is not None and (allowed_V := self._constraint.allowed()) is not None:
+            scores_V = exclude(scores_V, np.flatnonzero(~allowed_V))
         if not self._config.greedy:
             token = draw(*candidates(scores_V, self._config), self._random)
         else:
@@ -68,6 +80,8 @@ class Sampler:
         self._seen_V[token] = True
         if self._exclusions is not None:
             self._exclusions.add(token)
+        if self._constraint is not None:
+            self._constraint.accept(token)
         return token
 
 
@@ -83,8 +97,8 @@ def exclude(scores_V: np.ndarray, ids: np.ndarray) -> np.ndarray:
     scores_V[ids] = -np.inf
     if scores_V.max() == -np.inf:
         raise GenerationError(
-            "the settings exclude every token (suppress_tokens, bad_words_ids, no_repeat_ngram_size, min_new_tokens); "
-            "relax one of them"
+            "the settings exclude every token (suppress_tokens, bad_words_ids, no_repeat_ngram_size, min_new_tokens, "
+            "a schema); relax one of them"
         )
     return scores_V
 

@@ -106,6 +106,10 @@ class Tokenizer:
         """Every token and its id, the added ones included."""
         return self._backend.get_vocab(with_added_tokens=True)
 
+    def to_json(self) -> str:
+        """tokenizer.json as it is opened: with the tokens that other files add."""
+        return self._backend.to_str()
+
     def token_id(self, token: str) -> int | None:
         return self._backend.token_to_id(token)
 

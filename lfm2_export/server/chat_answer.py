@@ -5,8 +5,10 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable
 
+from lfm2_export.constraints import After, Constraint
+from lfm2_export.errors import GenerationError
 from lfm2_export.replies import Called, Event, ReplyParser, Said, Thought, ToolCall, Tools, for_template, opens_thinking
-from lfm2_export.replies.reply import LFM2
+from lfm2_export.replies.reply import END_THINK, LFM2
 from lfm2_export.server import logprobs
 from lfm2_export.server.answer import Envelope, Json, room
 from lfm2_export.server.chat_request import ChatRequest
@@ -40,6 +42,7 @@ def prepare(model: Model, request: ChatRequest, limits: Limits) -> tuple[Asked, 
         config=request.sampling.config(model.settings, allowed),
         stops=request.sampling.stops,
         top_logprobs=request.top_logprobs,
+        constraint=_constraint(model, request, thinking),
     )
     return asked, ChatAnswer(model.name, parser, include_usage=request.sampling.include_usage)
 
@@ -61,6 +64,16 @@ def _forced_beginning(tokenizer: Tokenizer, request: ChatRequest, thinking: bool
             "tool_choice", "a call cannot be forced on this model; leave it at auto", code="unsupported_value"
         )
     return f"{LFM2.start}[" + (f"{request.forced}(" if request.forced else "")
+
+
+def _constraint(model: Model, request: ChatRequest, thinking: bool) -> Constraint | None:
+    if request.schema is None:
+        return None
+    try:
+        of_schema = model.grammars.of_schema(request.schema)
+    except GenerationError as error:
+        raise invalid("response_format", str(error)) from error
+    return After(END_THINK, of_schema, model.tokenizer) if thinking else of_schema
 
 
 class ChatAnswer:

@@ -18,7 +18,7 @@ _MOST_TOOLS = 128
 @dataclass(frozen=True, kw_only=True)
 class ChatRequest:
     """``tools`` as OpenAI's objects; ``forced``: the tool that must be called, "" any of them, None none must be.
-    ``variables``: more names for the chat template."""
+    ``variables``: more names for the chat template. ``schema``: of the JSON that the answer must be."""
 
     model: str | None
     messages: list[dict[str, Any]]
@@ -28,6 +28,7 @@ class ChatRequest:
     parallel_calls: bool
     top_logprobs: int | None
     variables: Mapping[str, Any]
+    schema: Mapping[str, Any] | None
     sampling: Sampling
 
 
@@ -35,6 +36,9 @@ def parse_chat(body: Body) -> ChatRequest:
     """Raises: ApiError."""
     tools = _tools(body)
     choice, forced = _tool_choice(body, [tool["function"]["name"] for tool in tools])
+    schema = _schema(body)
+    if schema is not None and tools and choice != "none":
+        raise invalid("response_format", "tools could not be called in this form; leave one of the two out")
     return ChatRequest(
         model=text(body, "model"),
         messages=_messages(body),
@@ -44,6 +48,7 @@ def parse_chat(body: Body) -> ChatRequest:
         parallel_calls=flag(body, "parallel_tool_calls", True),
         top_logprobs=_top_logprobs(body),
         variables=_variables(body),
+        schema=schema,
         sampling=parse_sampling(body),
     )
 
@@ -121,3 +126,17 @@ def _variables(body: Body) -> Mapping[str, Any]:
     if variables is not None and not isinstance(variables, dict):
         raise invalid("chat_template_kwargs", f"{shown(variables, 40)} is not usable; give an object")
     return variables or {}
+
+
+def _schema(body: Body) -> Mapping[str, Any] | None:
+    """None: any text."""
+    form = body.get("response_format")
+    kind = form.get("type") if isinstance(form, dict) else None
+    if form is None or kind == "text":
+        return None
+    if kind == "json_object":
+        return {"type": "object"}
+    described = form.get("json_schema") if isinstance(form, dict) and kind == "json_schema" else None
+    if not isinstance(described, dict) or not isinstance(described.get("schema"), dict):
+        raise invalid("response_format", f"{shown(form, 60)} is not text, json_object, or json_schema with its schema")
+    return described["schema"]

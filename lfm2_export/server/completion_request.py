@@ -27,6 +27,7 @@ def parse_completion(body: Body) -> CompletionRequest:
     refuse_unless(body, "echo", (False,), "the prompt is not repeated")
     refuse_unless(body, "suffix", ("",), "text is continued only")
     refuse_unless(body, "best_of", (1,), "one answer a request is given")
+    refuse_unless(body, "response_format", ({"type": "text"},), "use /v1/chat/completions")
     return CompletionRequest(
         model=text(body, "model"),
         prompt=_prompt(body),

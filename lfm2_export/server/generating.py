@@ -15,6 +15,7 @@ import numpy as np
 
 from lfm2_export.backends.base import Runner
 from lfm2_export.backends.runner_base import DEFAULT_CHUNK_SIZE
+from lfm2_export.constraints import Constraint
 from lfm2_export.generation import continue_from
 from lfm2_export.generation_config import GenerationConfig
 from lfm2_export.replies import StopStrings
@@ -28,12 +29,14 @@ _WORTH_KEEPING = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What is to be generated. ``top_logprobs``: None, or how many beside the chosen token's."""
+    """What is to be generated. ``top_logprobs``: None, or how many beside the chosen token's.
+    ``constraint``: a fresh one, or None."""
 
     prompt: Sequence[int]
     config: GenerationConfig
     stops: tuple[str, ...] = ()
     top_logprobs: int | None = None
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +67,7 @@ def answer(runner: Runner, tokenizer: Tokenizer, prefixes: PrefixCache, asked: A
     count, reason = 0, "length"
     decoder = StreamDecoder(tokenizer, stop_tokens=asked.config.stop_tokens)
     stops, reply = StopStrings(asked.stops), list[int]()
-    for event in continue_from(runner, prefill.logits, [asked.prompt], asked.config):
+    for event in continue_from(runner, prefill.logits, [asked.prompt], asked.config, constraint=asked.constraint):
         count += 1
         reply.append(event.token)
         logprobs = _logprobs(event.token, event.logits, asked, tokenizer)

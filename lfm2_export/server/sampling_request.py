@@ -75,7 +75,6 @@ def _refuse_unsupported(body: Body) -> None:
     for name in ("frequency_penalty", "presence_penalty"):
         refuse_unless(body, name, (0,), "use repetition_penalty")
     refuse_unless(body, "logit_bias", ({},), _LEAVE_OUT)
-    refuse_unless(body, "response_format", ({"type": "text"},), "text is given only: say in a message what form it has")
 
 
 def _seed(body: Body) -> int | None:

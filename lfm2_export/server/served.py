@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 from lfm2_export.backends.base import Runner
+from lfm2_export.constraints import Grammars
 from lfm2_export.errors import ConfigError
 from lfm2_export.generation_config import GenerationConfig
 from lfm2_export.messages import listed, shown
@@ -23,12 +25,16 @@ Kind = TypeVar("Kind")
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """What is to be served: ``settings`` are those that came with the checkpoint."""
+    """What is to be served: ``settings`` are those that came with the checkpoint. ``grammars`` are made of the rest."""
 
     name: str
     runner: Runner
     tokenizer: Tokenizer
     settings: GenerationConfig
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        return Grammars(self.tokenizer, self.runner.vocab_size, self.settings.stop_token_ids)
 
 
 @dataclass(frozen=True, kw_only=True)
