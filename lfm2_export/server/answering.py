@@ -7,6 +7,7 @@ it waits in the queue or is being answered.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 
@@ -40,7 +41,7 @@ class _Outputs:
         queue = self._queue
 
         def deliver(output: Output) -> None:
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it who waited
                 loop.call_soon_threadsafe(queue.put_nowait, output)
 
         self._job = Job(asked=asked, deliver=deliver)

@@ -92,7 +92,8 @@ def _error(error: Exception) -> Response:
 async def _no_path(request: Request, error: Exception) -> Response:
     """Unknown paths, and known ones with another method."""
     assert isinstance(error, HTTPException)
-    told = ApiError(error.status_code, f"{request.method} {request.url.path}: there is no such path here")
+    fault = "takes another method" if error.status_code == 405 else "there is no such path here"
+    told = ApiError(error.status_code, f"{request.method} {request.url.path}: {fault}")
     return JSONResponse(told.to_json(), status_code=told.status, headers=error.headers)
 
 

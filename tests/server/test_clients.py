@@ -249,5 +249,7 @@ def test_a_body_that_is_too_large_is_a_413_however_it_is_sent(server: Running) -
 
 def test_other_paths_and_methods_are_told_as_json(server: Running) -> None:
     assert server.http().get("/v1/nowhere").json()["error"]["message"] == "GET /v1/nowhere: there is no such path here"
-    assert server.http().get(CHAT).status_code == 405
+    wrong = server.http().get(CHAT)
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
+    assert wrong.json()["error"]["message"] == f"GET {CHAT}: takes another method"
     assert server.http().get("/v1/models/none").status_code == 404
