@@ -7,9 +7,12 @@ under way have had some seconds to end.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 
 import uvicorn
@@ -68,6 +71,20 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, models: Models):
         super().__init__(config)
         self._models = models
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """uvicorn takes SIGINT and SIGTERM; a terminal that goes ends the server likewise, unless that is ignored."""
+        with super().capture_signals():
+            before = signal.getsignal(signal.SIGHUP) if hasattr(signal, "SIGHUP") else signal.SIG_IGN
+            if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+                yield
+                return
+            signal.signal(signal.SIGHUP, self.handle_exit)
+            try:
+                yield
+            finally:
+                signal.signal(signal.SIGHUP, before)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         late = asyncio.get_running_loop().call_later(_GRACE_S, self._models.stop)

@@ -39,7 +39,7 @@ def running(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.Po
         process.communicate()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_lets_an_answer_end_and_then_ends_the_server(folder: Path, number: signal.Signals, code: int) -> None:
     with running(str(folder), "--threads", "1", LFM2_EXPORT_API_KEY="secret") as (process, url):
         assert httpx.get(f"{url}/models").status_code == 401
