@@ -132,7 +132,7 @@ def _misfit(library: Path) -> str:
 
 def _fastest(library: Path) -> str:
     """The best kernels that this processor runs."""
-    names = ctypes.CDLL(str(library)).lfm2_runnable_row_kernels
+    names = ctypes.CDLL(str(library)).lfm2_runnable_kernels
     names.restype = ctypes.POINTER(ctypes.c_char_p)
     return names()[0].decode()
 
