@@ -18,7 +18,7 @@ import numpy as np
 
 from lfm2_export.artifact import Artifact
 from lfm2_export.backends import get_backend
-from lfm2_export.backends.base import Runner, RunnerOptions
+from lfm2_export.backends.base import Runner, RunnerOptions, kernels_of
 from lfm2_export.backends.profile import Profile
 from lfm2_export.errors import GenerationError
 from lfm2_export.runners import open_runner
@@ -55,13 +55,15 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchResult:
-    """``load_s`` from the call to a runner that is ready; rates in tokens per second, medians over ``rounds``.
+    """``kernels``: whose run here, and for which instructions. ``load_s`` from the call to a runner that is ready;
+    rates in tokens per second, medians over ``rounds``.
 
     ``first_token_s``: load, prefill of the prompt and one token. ``peak_memory_bytes``: the most that this process
     held, Python included. ``artifact_bytes``: the program's files. ``profile``: None where none was asked for.
     """
 
     program: str
+    kernels: str
     threads: int | None
     prompt_tokens: int
     new_tokens: int
@@ -105,6 +107,7 @@ def measure(
     prefill_s, decode_s = (statistics.median(column) for column in zip(*times, strict=True))
     result = BenchResult(
         program=str(program),
+        kernels=kernels_of(runner),
         threads=options.threads,
         prompt_tokens=workload.prompt_tokens,
         new_tokens=workload.new_tokens,

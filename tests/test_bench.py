@@ -26,6 +26,7 @@ def test_profile_as_json(capsys: pytest.CaptureFixture[str], artifact) -> None:
     out, _ = run(capsys, "bench", artifact("tiny-moe"), "--scheme", "q4", "--profile", "--json", *FEW)
     found = json.loads(out)
     assert found["decode_tps"] > 0
+    assert found["kernels"].split()[0] in {"lfm2", "onnxruntime"}
     assert found["profile"].keys() == {"prefill", "decode"}
     for name, tokens in (("prefill", 16), ("decode", 1)):
         step = found["profile"][name]

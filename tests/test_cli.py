@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from lfm2_export import cli
+from lfm2_export.kernels import build, targets
 from lfm2_export.manifest import MANIFEST
 from tests.checkpoints import tiny_config, write_random_checkpoint
 
@@ -78,6 +79,9 @@ def test_version_names_every_runtime(capsys: pytest.CaptureFixture[str]) -> None
     assert code == 0
     assert out.splitlines()[0].startswith("lfm2-export ")
     assert any(line.startswith("onnxruntime 1.") for line in out.splitlines())
+    library = build.built_onnx_library()
+    name = "not built yet" if library is None else targets.chosen(targets.runnable(library))
+    assert out.splitlines()[-1] == f"our kernels: {name}"
 
 
 def test_no_verb_shows_the_help_and_fails(capsys: pytest.CaptureFixture[str]) -> None:

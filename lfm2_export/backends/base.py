@@ -113,6 +113,19 @@ class Mark:
 
 
 @runtime_checkable
+class NamesKernels(Protocol):
+    """A runner that says whose kernels it uses here, and for which instructions ("lfm2 avx2", "onnxruntime")."""
+
+    @property
+    def kernels(self) -> str: ...
+
+
+def kernels_of(runner: Runner) -> str:
+    """What a runner says of its kernels; empty where it says nothing."""
+    return runner.kernels if isinstance(runner, NamesKernels) else ""
+
+
+@runtime_checkable
 class Runner(Protocol):
     """Runs one exported program and keeps its state between calls. Not safe for use by two threads at once.
 

@@ -168,6 +168,7 @@ class BenchCommand:
             console.print_json(result.to_json())
             return 0
         rows = [
+            *([("kernels", result.kernels)] if result.kernels else []),
             ("load", f"{result.load_s:.2f} s"),
             ("to the first token", f"{result.first_token_s:.2f} s"),
             (f"prefill of {result.prompt_tokens} tokens", f"{result.prefill_tps:.1f} tokens/s"),

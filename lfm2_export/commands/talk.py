@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from lfm2_export import chat_template, console, interrupts
 from lfm2_export.artifact import Artifact
-from lfm2_export.backends.base import Runner, RunnerOptions
+from lfm2_export.backends.base import Runner, RunnerOptions, kernels_of
 from lfm2_export.chat import Chat
 from lfm2_export.commands.base import add_artifact, add_json, add_machine, given, runner_options
 from lfm2_export.errors import GenerationError, Lfm2ExportError
@@ -154,9 +154,14 @@ class RunCommand:
             for piece in pieces:
                 console.stream(piece)
             console.stream("\n")
-            console.note(f"{opened.program}: {timed.summary(len(ids))}")
+            console.note(f"{_described(opened)}: {timed.summary(len(ids))}")
             _note_speculation(opened)
         return 0
+
+
+def _described(opened: Opened) -> str:
+    kernels = kernels_of(opened.runner)
+    return f"{opened.program} on {kernels}" if kernels else str(opened.program)
 
 
 def _note_speculation(opened: Opened) -> None:
@@ -248,6 +253,7 @@ class _Timed(Iterator[TokenEvent]):
 def _collect(opened: Opened, ids: list[int], timed: _Timed, text: str) -> dict[str, Any]:
     return {
         "program": str(opened.program),
+        "kernels": kernels_of(opened.runner),
         "text": text,
         "tokens": timed.tokens,
         "prompt_tokens": len(ids),

@@ -68,6 +68,13 @@ def onnx_library_path() -> Path | None:
     return None if tools() is None else _remembered(ONNX_LIBRARY, options, None)
 
 
+def built_onnx_library() -> Path | None:
+    """The same where it was built before; nothing is built."""
+    found = tools()
+    path = None if found is None else _folder(None, found.compiler) / ONNX_LIBRARY
+    return path if path is not None and path.exists() else None
+
+
 def runner_path() -> Path:
     """The native runner (``runner/main.cpp``), built now if it is not there.
 
@@ -123,7 +130,7 @@ def _remembered(target: str, options: Mapping[str, str], package: Path | None) -
     found = tools()
     if found is None:
         raise KernelBuildError(missing_tools(target))
-    folder = cache_folder() / "kernels" / _key(package, found.compiler)
+    folder = _folder(package, found.compiler)
     built = folder / target
     return built if built.exists() else build(target, folder, options=options, package=package)
 
@@ -173,6 +180,10 @@ def missing_tools(target: str) -> str:
         f"{target} cannot be built: it needs CMake and a C++20 compiler ({wanted}); install them (pip install cmake), "
         f"or use {_remedy(target)}"
     )
+
+
+def _folder(package: Path | None, compiler: str) -> Path:
+    return cache_folder() / "kernels" / _key(package, compiler)
 
 
 def _key(package: Path | None, compiler: str) -> str:

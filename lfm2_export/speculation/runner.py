@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lfm2_export.backends.base import Mark, Runner, Snapshot, TokenRows, check_rows, check_tokens
+from lfm2_export.backends.base import Mark, Runner, Snapshot, TokenRows, check_rows, check_tokens, kernels_of
 from lfm2_export.backends.guard import guard_of, guarded
 from lfm2_export.cache import CacheSpec
 from lfm2_export.errors import RunnerError
@@ -95,6 +95,10 @@ class SpeculativeRunner:
         with guard_of(self).lock:
             self.settle()
         return self._controller.report
+
+    @property
+    def kernels(self) -> str:
+        return kernels_of(self._runner)
 
     @property
     def vocab_size(self) -> int:

@@ -54,7 +54,6 @@ def library() -> ctypes.CDLL:
     path = build.library_path()
     assert path is not None
     found = _declared(path)
-    found.lfm2_runnable_kernels.restype = ctypes.POINTER(ctypes.c_char_p)
     found.lfm2_moe_ffn.argtypes = [
         *(_Name, ctypes.c_int),
         *[Array] * 5,
@@ -70,7 +69,6 @@ def onnx_library() -> ctypes.CDLL:
     path = build.onnx_library_path()
     assert path is not None
     found = _declared(path)
-    found.lfm2_runnable_row_kernels.restype = ctypes.POINTER(ctypes.c_char_p)
     found.lfm2_matmul_nbits.argtypes = [
         *(_Name, ctypes.c_int, Array),
         *(_Weights, _Format, Array),
@@ -92,18 +90,14 @@ def onnx_library() -> ctypes.CDLL:
 
 def _declared(path: Any) -> ctypes.CDLL:
     found = ctypes.CDLL(str(path))
+    found.lfm2_runnable_kernels.restype = ctypes.POINTER(ctypes.c_char_p)
     found.lfm2_last_fault.restype = ctypes.c_char_p
     return found
 
 
 def runnable_kernels() -> list[str]:
     """Those that this processor runs, fastest first; the last is "scalar"."""
-    return _names(library().lfm2_runnable_kernels)
-
-
-def runnable_row_kernels() -> list[str]:
-    """The same of those for ONNX Runtime's weights."""
-    return _names(onnx_library().lfm2_runnable_row_kernels)
+    return _names(onnx_library().lfm2_runnable_kernels)
 
 
 def _names(function: Callable[[], Any]) -> list[str]:

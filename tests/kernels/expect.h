@@ -15,4 +15,7 @@ inline void expect(bool holds, const std::string& what) {
 }
 
 // row_kernels_test.cpp
-void test_row_kernels();
+void test_row_kernels(bool brief);
+
+// attention_kernels_test.cpp
+void test_attention_kernels();

@@ -18,6 +18,7 @@
 #include "expect.h"
 #include "layout.h"
 #include "moe.h"
+#include "target.h"
 #include "row_matrix.h"
 #include "work.h"
 
@@ -60,7 +61,7 @@ class Layer {
         shape.inner,    out.data()};
     const std::unique_ptr<void, void (*)(void*)> scratch(std::aligned_alloc(64, lfm2::moe_scratch_bytes(problem)),
                                                          std::free);
-    lfm2::run_moe(problem, *lfm2::kernels_by_name(kernels), {threads, run_in_turn, nullptr}, scratch.get());
+    lfm2::run_moe(problem, lfm2::target_by_name(kernels)->tiles, {threads, run_in_turn, nullptr}, scratch.get());
     return out;
   }
 
@@ -182,7 +183,7 @@ void test_shape(const Shape& shape, uint32_t seed) {
   const std::vector<float> scalar = layer.run("scalar", 1);
   const double error = relative_error(scalar, in_double(layer));
   expect(error < 0.03, describe(shape) + ": scalar is off by " + std::to_string(error));
-  for (auto name = lfm2::runnable_kernels(); *name != nullptr; ++name) {
+  for (auto name = lfm2::runnable_targets(); *name != nullptr; ++name) {
     expect(same_bits(layer.run(*name, 3), scalar), describe(shape) + ": " + *name + " differs from scalar");
     expect(same_bits(layer.run_threads(*name, 4), scalar), describe(shape) + ": " + *name + " differs on threads");
   }
@@ -209,7 +210,7 @@ void test_not_finite() {
   for (int64_t token : {2, 4, 7}) {
     expect(std::isnan(scalar[token * shape.width]), "a NaN or infinity was lost");
   }
-  for (auto name = lfm2::runnable_kernels(); *name != nullptr; ++name) {
+  for (auto name = lfm2::runnable_targets(); *name != nullptr; ++name) {
     const std::vector<float> out = layer.run(*name, 2);
     for (size_t i = 0; i < out.size(); ++i) {
       const bool same = std::isnan(scalar[i]) ? std::isnan(out[i]) : out[i] == scalar[i];
@@ -220,14 +221,14 @@ void test_not_finite() {
 
 void test_quantize_extremes() {
   const float inputs[] = {0.0f, 1e-38f, 1e-31f, 1e-29f, 1.0f, 3e38f};
-  for (auto name = lfm2::runnable_kernels(); *name != nullptr; ++name) {
+  for (auto name = lfm2::runnable_targets(); *name != nullptr; ++name) {
     for (float greatest : inputs) {
       std::vector<float> x(kGroup, greatest);
       x[3] = -greatest;
       std::vector<int8_t> codes(kGroup);
       float scale = 0;
       int32_t offset = 0;
-      lfm2::kernels_by_name(*name)->quantize(x.data(), {codes.data(), &scale, &offset, 1}, 0, 0);
+      lfm2::target_by_name(*name)->tiles.quantize(x.data(), {codes.data(), &scale, &offset, 1}, 0, 0);
       const bool zero = greatest < 1e-30f;
       expect(codes[0] == (zero ? 0 : 127) && codes[3] == (zero ? 0 : -127), std::string(*name) + ": wrong codes");
       expect(offset == -8 * (zero ? 0 : 127 * (kGroup - 2)), std::string(*name) + ": wrong offset");
@@ -288,7 +289,9 @@ void print_names(const char* what, const char* const* names) {
 
 }  // namespace
 
-int main() {
+// `--brief`: only the shapes that take every path, for where a processor is emulated a second time.
+int main(int count, char** arguments) {
+  const bool brief = count > 1 && std::strcmp(arguments[1], "--brief") == 0;
   const Shape shapes[] = {
       {1, 64, 96, 4, 2, 0},     // one token, odd inner groups
       {1, 32, 32, 1, 1, 0},     // the smallest
@@ -307,7 +310,7 @@ int main() {
   }
   std::mt19937 random(99);
   const auto below = [&random](int64_t end) { return static_cast<int64_t>(random() % end); };
-  for (int i = 0; i < 12; ++i) {
+  for (int i = 0; i < (brief ? 2 : 12); ++i) {
     const int64_t experts = 1 + below(9);
     const Shape shape = {1 + below(40), 32 * (1 + below(6)), 32 * (1 + below(6)),
                          experts,       1 + below(experts),  static_cast<int>(below(3))};
@@ -317,9 +320,9 @@ int main() {
   test_quantize_extremes();
   test_routing();
   test_no_memory();
-  test_row_kernels();
-  print_names("kernels", lfm2::runnable_kernels());
-  print_names("row kernels", lfm2::runnable_row_kernels());
+  test_row_kernels(brief);
+  test_attention_kernels();
+  print_names("kernels", lfm2::runnable_targets());
   std::printf("%d failures\n", failures);
   return failures == 0 ? 0 : 1;
 }

@@ -13,6 +13,7 @@
 #include "expect.h"
 #include "guarded_buffer.h"
 #include "row_matrix.h"
+#include "target.h"
 
 namespace {
 
@@ -278,7 +279,7 @@ void check_quantizing(const RowKernels& kernels, int bits, bool shifted) {
   std::fill_n(x.data() + 128, kGroupInputs, 2.5f);
   const Inputs got(kTokens, kColumns, bits, shifted), want(kTokens, kColumns, bits, shifted);
   quantize(kernels, x, got);
-  quantize(lfm2::kScalarRowKernels, x, want);
+  quantize(lfm2::scalar::kRowKernels, x, want);
   expect(got.equals(want), std::string(kernels.name) + ": quantizes differently, " + std::to_string(bits) + " bits");
   for (const int step : {1, 2}) {
     const int64_t skipped = (2 - step) * kGroupInputs;  // the values end where the buffer does
@@ -290,7 +291,7 @@ void check_quantizing(const RowKernels& kernels, int bits, bool shifted) {
       // Side by side a pair shares a buffer: the odd floats are those of `up`.
       const float* other = step == 1 ? up.data() + skipped : last + 1;
       kernels.swiglu(last, other, step, got.all(), group, 1);
-      lfm2::kScalarRowKernels.swiglu(last, other, step, want.all(), group, 1);
+      lfm2::scalar::kRowKernels.swiglu(last, other, step, want.all(), group, 1);
     }
     expect(got.equals(want), std::string(kernels.name) + ": swiglu differs, step " + std::to_string(step));
   }
@@ -303,7 +304,7 @@ void check_accumulate(const RowKernels& kernels) {
     fill_normal(got);
     std::memcpy(want.data(), got.data(), count * sizeof(float));
     kernels.accumulate(0.3f, y.data(), got.data(), count);
-    lfm2::kScalarRowKernels.accumulate(0.3f, y.data(), want.data(), count);
+    lfm2::scalar::kRowKernels.accumulate(0.3f, y.data(), want.data(), count);
     expect(std::memcmp(got.data(), want.data(), count * sizeof(float)) == 0,
            std::string(kernels.name) + ": accumulates differently");
   }
@@ -329,7 +330,7 @@ template <typename Run>
 void check_run(const std::string& what, int64_t count, double bound, const Run& run) {
   const Buffer<float> scalar(count, kUntouched);
   expect(run("scalar", 1, array(scalar)) == 0, what + ": failed");
-  for (auto name = lfm2::runnable_row_kernels(); *name != nullptr; ++name) {
+  for (auto name = lfm2::runnable_targets(); *name != nullptr; ++name) {
     const Buffer<float> one(count, kUntouched), many(count, kUntouched);
     expect(run(*name, 1, array(one)) == 0 && run(*name, 4, array(many)) == 0, what + ": failed");
     expect(difference(one, scalar) < bound, what + ": " + *name + " differs from scalar by " +
@@ -387,13 +388,13 @@ void test_refusals() {
 
 }  // namespace
 
-void test_row_kernels() {
-  for (auto name = lfm2::runnable_row_kernels(); *name != nullptr; ++name) {
-    const RowKernels& kernels = *lfm2::row_kernels_by_name(*name);
+void test_row_kernels(bool brief) {
+  for (auto name = lfm2::runnable_targets(); *name != nullptr; ++name) {
+    const RowKernels& kernels = lfm2::target_by_name(*name)->rows;
     worst = 0;
     for (const Format& format : all_formats()) {
       for (const int64_t columns : {32, 96, 160, 256, 512, 768, 1344, 1792, 7168}) {
-        if (columns % format.group == 0) {
+        if (columns % format.group == 0 && (!brief || columns == 96 || columns == 768)) {
           check_products(kernels, format, columns);
           check_alone(kernels, format, std::min<int64_t>(columns, 1792));
         }
@@ -410,6 +411,9 @@ void test_row_kernels() {
   }
   for (const Format& format : all_formats()) {
     for (const int64_t tokens : {1, 3, 13}) {
+      if (brief && tokens != 3) {
+        continue;
+      }
       check_runs(format, tokens);
     }
   }

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from tests.kernels import onnx_operators
+from tests.kernels import c_api, onnx_operators
 from tests.kernels.onnx_operators import (
     ATTENTION_CASES,
     CASES,
@@ -90,10 +90,11 @@ def test_the_gated_convolution_is_that_of_float64(case: onnx_operators.ConvCase)
     assert max(errors) <= BOUND
 
 
-def test_the_plain_kernels_give_what_the_fast_ones_give(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kernels", [] if operator_library() is None else c_api.runnable_kernels()[1:])
+def test_other_kernels_give_what_the_fastest_give(tmp_path: Path, kernels: str) -> None:
     command = [sys.executable, "-m", onnx_operators.__name__, str(tmp_path / "plain.npz")]
     folder = Path(__file__).parents[2]
-    environment = os.environ | {"LFM2_KERNELS": "scalar", "PYTHONPATH": str(folder)}
+    environment = os.environ | {"LFM2_KERNELS": kernels, "PYTHONPATH": str(folder)}
     subprocess.run(command, check=True, env=environment, cwd=folder, timeout=120)
     plain, worst, same = np.load(tmp_path / "plain.npz"), 0.0, 0
     for case in CASES:

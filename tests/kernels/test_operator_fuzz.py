@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(operator_library() is None, reason="no compiler 
 
 @pytest.mark.parametrize("kernels", ["", "scalar"], ids=["the fastest kernels", "the plain kernels"])
 def test_malformed_calls_are_refused_or_right(tmp_path: Path, kernels: str) -> None:
-    if kernels and c_api.runnable_row_kernels() == [kernels]:
+    if kernels and c_api.runnable_kernels() == [kernels]:
         pytest.skip("the plain kernels are the fastest here")
     place = tmp_path / "case"
     command = [sys.executable, "-m", operator_fuzz.__name__, "--cases", str(CASES), "--place", str(place)]

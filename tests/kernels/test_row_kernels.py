@@ -91,7 +91,7 @@ def test_a_matrix_is_that_of_float64_up_to_the_order_of_sums(bits: int, group: i
         for points, half in itertools.product((False, True), (False, True))
     ]
     exact = [in_float64(matrix) for matrix in matrices]
-    worst = dict.fromkeys(c_api.runnable_row_kernels(), 0.0)
+    worst = dict.fromkeys(c_api.runnable_kernels(), 0.0)
     for i, (rows, tokens) in enumerate(itertools.product(ROWS, TOKENS)):
         w, w_exact = matrices[i % 4].rows(slice(rows)), exact[i % 4][:rows]
         x, bias = x_all[:tokens].copy(), bias_all[:rows] if i // 4 % 2 else None
@@ -115,7 +115,7 @@ def test_one_changed_code_is_beyond_the_bound(bits: int, tokens: int):
     x = normal(rng, tokens, max(COLUMNS))
     want = rounded(x) @ in_float64(w).T
     w.codes[40, 1000] ^= 4 if bits == 4 else 64
-    for kernels in c_api.runnable_row_kernels():
+    for kernels in c_api.runnable_kernels():
         error = errors_of(c_api.matmul_nbits(kernels, x, w), want).max()
         print(f"{kernels} {error:.1e}")
         assert error > 30 * BOUND
@@ -127,7 +127,7 @@ def test_what_is_not_finite_stays_in_its_token(bits: int, tokens: int):
     rng = np.random.default_rng(tokens)
     w = random_matrix(rng, 40, 96, bits=bits, group=32, points=bits == 4, half=False)
     x = normal(rng, tokens, 96)
-    for kernels in c_api.runnable_row_kernels():
+    for kernels in c_api.runnable_kernels():
         clean = c_api.matmul_nbits(kernels, x, w)
         spoilt = x.copy()
         spoilt[1, 40], spoilt[3, 0] = np.nan, -np.inf
@@ -142,7 +142,7 @@ def test_what_is_not_finite_stays_in_its_token(bits: int, tokens: int):
 def test_zeros_give_zeros(bits: int, tokens: int):
     rng = np.random.default_rng(tokens)
     w = random_matrix(rng, 33, 160, bits=bits, group=32, points=bits == 4, half=True)
-    for kernels in c_api.runnable_row_kernels():
+    for kernels in c_api.runnable_kernels():
         assert not c_api.matmul_nbits(kernels, np.zeros((tokens, 160), np.float32), w).any()
 
 
@@ -253,14 +253,14 @@ SPARSE = [
 @pytest.mark.parametrize("layer", DENSE, ids=str)
 def test_a_feed_forward_is_that_of_float64(layer: Layer):
     want = layer.expert_in_float64(0, layer.x)
-    for kernels in c_api.runnable_row_kernels():
+    for kernels in c_api.runnable_kernels():
         check_on_threads(kernels, [layer.dense(kernels, threads) for threads in THREADS], want)
 
 
 @pytest.mark.parametrize("layer", SPARSE, ids=str)
 def test_the_experts_are_those_of_float64(layer: Layer):
     want = layer.sparse_in_float64()
-    for kernels in c_api.runnable_row_kernels():
+    for kernels in c_api.runnable_kernels():
         check_on_threads(kernels, [layer.sparse(kernels, threads) for threads in THREADS], want)
 
 
@@ -270,7 +270,7 @@ def test_a_token_has_the_same_bits_alone_and_among_others(bits: int):
     for group, columns in ((32, 96), (32, 1344), (64, 2048), (256, 1792)):
         w = random_matrix(rng, 33, columns, bits=bits, group=group, points=bits == 4, half=True)
         x = normal(rng, 40, columns)
-        for kernels in c_api.runnable_row_kernels():
+        for kernels in c_api.runnable_kernels():
             want = c_api.matmul_nbits(kernels, x, w)
             for first, count in ((0, 1), (3, 2), (5, 7), (0, 8), (9, 9), (1, 12), (20, 13), (3, 24)):
                 got = c_api.matmul_nbits(kernels, x[first : first + count].copy(), w)
@@ -280,7 +280,7 @@ def test_a_token_has_the_same_bits_alone_and_among_others(bits: int):
 def test_a_token_has_the_same_bits_among_others_in_feed_forwards():
     dense = Layer(37, 192, 320, group=64, points=True, half=True)
     sparse = Layer(60, 192, 96, experts=5, top_k=2, group=32, points=True)  # experts of few tokens and of many
-    for kernels in c_api.runnable_row_kernels():
+    for kernels in c_api.runnable_kernels():
         for layer, run in ((dense, dense.dense), (sparse, sparse.sparse)):
             want, x, logits = run(kernels), layer.x, layer.logits
             for first, count in ((0, 1), (36, 1), (4, 3), (8, 9), (2, 30)):
@@ -302,13 +302,13 @@ def test_an_expert_that_is_another_ones_is_beyond_the_bound():
     layer = Layer(9, 64, 64, experts=4, top_k=2)
     want = layer.sparse_in_float64()
     layer.down.codes[:64] = layer.down.codes[64:128]
-    for kernels in c_api.runnable_row_kernels():
+    for kernels in c_api.runnable_kernels():
         assert errors_of(layer.sparse(kernels), want).max() > 10 * ROUNDED_BOUND
 
 
 def test_a_spoilt_token_spoils_no_other_among_experts():
     layer = Layer(12, 64, 96, experts=3, top_k=2, points=True)
-    for kernels in c_api.runnable_row_kernels():
+    for kernels in c_api.runnable_kernels():
         before = layer.sparse(kernels)
         kept = layer.x.copy(), layer.logits.copy()
         layer.x[2, 40], layer.x[5, 0], layer.logits[6] = np.nan, np.inf, np.nan

@@ -28,7 +28,7 @@ from lfm2_export.backends.arguments import (
 from lfm2_export.backends.base import Mark, RunnerOptions
 from lfm2_export.backends.onnx.buffers import StateBuffers, as_ortvalue
 from lfm2_export.backends.onnx.session import check_program, has_independent_rows, open_session, windows
-from lfm2_export.backends.onnx.variants import choose
+from lfm2_export.backends.onnx.variants import choose, own_kernels
 from lfm2_export.backends.runner_base import DEFAULT_CHUNK_SIZE, RunnerBase, program_id_of
 from lfm2_export.cache import CacheSpec
 from lfm2_export.errors import ResourceError, RunnerError
@@ -103,6 +103,10 @@ class OnnxRunner(RunnerBase):
     @property
     def can_score(self) -> bool:
         return self._scoring_path is not None
+
+    @property
+    def kernels(self) -> str:
+        return "onnxruntime" if self._library is None else f"lfm2 {own_kernels().name}".strip()
 
     @property
     def threads(self) -> int:

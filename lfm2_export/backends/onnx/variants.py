@@ -15,7 +15,7 @@ from pathlib import Path
 from lfm2_export.backends.base import Kernels, KvCache, RunnerOptions
 from lfm2_export.cache import CacheSpec
 from lfm2_export.errors import ArtifactError, RunnerError
-from lfm2_export.kernels import build
+from lfm2_export.kernels import build, targets
 from lfm2_export.manifest import MODEL, Program
 
 logger = logging.getLogger(__name__)
@@ -94,30 +94,54 @@ def _library(program: Program, kernels: Kernels) -> Path | None:
             f"{program}: has no graph for our kernels, which are for q4 and q8 in groups of 32 to 256; export "
             "such a scheme (again), or pass --kernels stock"
         )
-    library = own_library()
-    if library is None and kernels is Kernels.LFM2:
-        raise RunnerError(
-            "our kernels cannot be had here: they need CMake, a C++20 compiler, and AVX512-VNNI or NEON with dot "
-            "products; pass --kernels stock and no --kv-cache"
-        )
-    return library
+    own = own_kernels()
+    if own.library is None and kernels is Kernels.LFM2:
+        raise RunnerError(f"our kernels cannot be had here: {own.missing}; or pass --kernels stock and no --kv-cache")
+    return own.library
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnKernels:
+    """``library``: with our operators; None where it cannot be had, and ``missing`` says why. ``name``: the instruction
+    set that its kernels use here, such as "avx2"."""
+
+    library: Path | None = None
+    name: str = ""
+    missing: str = ""
+
+
+def own_library() -> Path | None:
+    """The library with our operators; None where it cannot be had."""
+    return own_kernels().library
 
 
 @functools.cache
-def own_library() -> Path | None:
-    """The library with our operators, built at first use; None where it cannot be built, has no fast kernels, or is not
-    for this onnxruntime."""
+def own_kernels() -> OwnKernels:
+    """Our operators, built at first use. That they cannot be had is said once, with the cause.
+
+    Raises:
+        RunnerError: LFM2_KERNELS names kernels that this processor does not run.
+    """
+    found = _find_own_kernels()
+    if found.missing:
+        logger.warning("%s; onnxruntime's own kernels run instead", found.missing)
+    return found
+
+
+def _find_own_kernels() -> OwnKernels:
     try:
         path = build.onnx_library_path()
     except build.KernelBuildError as error:
-        logger.warning("%s", error)
-        return None
-    if path is None or _fastest(path) == "scalar":
-        return None
+        return OwnKernels(missing=str(error))
+    if path is None:
+        return OwnKernels(missing=build.missing_tools(build.ONNX_LIBRARY))
+    names = targets.runnable(path)
+    if names == [targets.PLAIN]:
+        return OwnKernels(missing=f"this processor lacks what our kernels are for ({targets.WANTED})")
+    name = targets.chosen(names)
     if misfit := _misfit(path):
-        logger.warning("%s; its own kernels run instead", misfit)
-        return None
-    return path
+        return OwnKernels(missing=misfit)
+    return OwnKernels(library=path, name=name)
 
 
 def _misfit(library: Path) -> str:
@@ -128,13 +152,6 @@ def _misfit(library: Path) -> str:
     reason = ctypes.CDLL(str(library)).lfm2_onnx_misfit
     reason.restype = ctypes.c_char_p
     return reason().decode()
-
-
-def _fastest(library: Path) -> str:
-    """The best kernels that this processor runs."""
-    names = ctypes.CDLL(str(library)).lfm2_runnable_row_kernels
-    names.restype = ctypes.POINTER(ctypes.c_char_p)
-    return names()[0].decode()
 
 
 def runnable(program: Program) -> dict[str, Program]:

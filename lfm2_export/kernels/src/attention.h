@@ -53,12 +53,6 @@ struct AttentionKernels {
   void (*store)(const float* x, const HeadCache& to, int64_t position);
 };
 
-extern const AttentionKernels kPlainAttentionKernels;
-extern const AttentionKernels kAvx512AttentionKernels;
-
-// The fastest of this processor; the plain ones where LFM2_KERNELS is "scalar".
-const AttentionKernels& best_attention_kernels();
-
 constexpr int64_t attention_scratch_floats(int64_t head_dim) {
   return 2 * kStepKeys * head_dim + kTileQueries * kStepKeys;
 }

@@ -1,7 +1,11 @@
 #include "attention_plain.h"
+#include "target.h"
 
 namespace lfm2 {
 
-const AttentionKernels kPlainAttentionKernels = {attend_plain, store_row};
+namespace scalar {
 
+const AttentionKernels kAttentionKernels = {attend_plain, store_row};
+
+}  // namespace scalar
 }  // namespace lfm2

@@ -11,6 +11,7 @@
 
 #include "faults.h"
 #include "layout.h"
+#include "target.h"
 
 namespace {
 
@@ -96,8 +97,8 @@ float* checked_output(const char* op, const Lfm2Array& out, int64_t rows, int64_
   return static_cast<float*>(const_cast<void*>(out.data));
 }
 
-const lfm2::RowKernels* row_kernels(const char* name) {
-  return name == nullptr ? &lfm2::best_row_kernels() : lfm2::row_kernels_by_name(name);
+const lfm2::Target* target(const char* name) {
+  return name == nullptr ? &lfm2::best_target() : lfm2::target_by_name(name);
 }
 
 }  // namespace
@@ -107,18 +108,13 @@ const char* lfm2_last_fault() {
 }
 
 const char* const* lfm2_runnable_kernels() {
-  return lfm2::runnable_kernels();
-}
-
-const char* const* lfm2_runnable_row_kernels() {
-  return lfm2::runnable_row_kernels();
+  return lfm2::runnable_targets();
 }
 
 int lfm2_moe_ffn(const char* kernels_name, int threads, Lfm2Array x, Lfm2Array router_logits, Lfm2Array expert_bias,
                  Lfm2Array gate_up, Lfm2Array down, int64_t tokens, int64_t width, int64_t inner, int64_t experts,
                  int64_t top_k, int normalize, float scale, Lfm2Array out) {
-  const lfm2::Kernels* kernels =
-      kernels_name == nullptr ? &lfm2::best_kernels() : lfm2::kernels_by_name(kernels_name);
+  const lfm2::Target* kernels = target(kernels_name);
   if (kernels == nullptr) {
     return kUnknownKernels;
   }
@@ -137,14 +133,14 @@ int lfm2_moe_ffn(const char* kernels_name, int threads, Lfm2Array x, Lfm2Array r
     lfm2::MoeProblem problem = lfm2::prepare({kOp, top_k, normalize != 0, scale}, operands);
     problem.out = checked_output(kOp, out, tokens, width);
     return with_scratch(lfm2::moe_scratch_bytes(problem),
-                        [&](void* scratch) { lfm2::run_moe(problem, *kernels, pool_of(threads), scratch); });
+                        [&](void* scratch) { lfm2::run_moe(problem, kernels->tiles, pool_of(threads), scratch); });
   });
 }
 
 int lfm2_matmul_nbits(const char* kernels_name, int threads, Lfm2Array x, const Lfm2RowWeights* w,
                       const Lfm2RowFormat* format, Lfm2Array bias, int64_t tokens, int64_t rows, int64_t columns,
                       Lfm2Array out) {
-  const lfm2::RowKernels* kernels = row_kernels(kernels_name);
+  const lfm2::Target* kernels = target(kernels_name);
   if (kernels == nullptr) {
     return kUnknownKernels;
   }
@@ -159,7 +155,7 @@ int lfm2_matmul_nbits(const char* kernels_name, int threads, Lfm2Array x, const 
         lfm2::prepare({kOp, {{format->bits, format->group}}, columns, 1, {rows}}, operands)[0];
     problem.out = checked_output(kOp, out, tokens, rows);
     return problem.tokens == 0 ? kDone : with_scratch(lfm2::matmuls_scratch_bytes(&problem, 1), [&](void* scratch) {
-      lfm2::run_matmul(problem, *kernels, pool_of(threads), scratch);
+      lfm2::run_matmul(problem, kernels->rows, pool_of(threads), scratch);
     });
   });
 }
@@ -167,7 +163,7 @@ int lfm2_matmul_nbits(const char* kernels_name, int threads, Lfm2Array x, const 
 int lfm2_feed_forward(const char* kernels_name, int threads, Lfm2Array x, const Lfm2RowWeights* gate,
                       const Lfm2RowWeights* up, const Lfm2RowWeights* down, const Lfm2RowFormat* format, int64_t tokens,
                       int64_t width, int64_t inner, Lfm2Array out) {
-  const lfm2::RowKernels* kernels = row_kernels(kernels_name);
+  const lfm2::Target* kernels = target(kernels_name);
   if (kernels == nullptr) {
     return kUnknownKernels;
   }
@@ -181,7 +177,7 @@ int lfm2_feed_forward(const char* kernels_name, int threads, Lfm2Array x, const 
                                                      matrix_of(*down, *format)});
     problem.out = checked_output(kOp, out, tokens, width);
     return problem.tokens == 0 ? kDone : with_scratch(lfm2::feed_forward_scratch_bytes(problem), [&](void* scratch) {
-      lfm2::run_feed_forward(problem, *kernels, pool_of(threads), scratch);
+      lfm2::run_feed_forward(problem, kernels->rows, pool_of(threads), scratch);
     });
   });
 }
@@ -190,7 +186,7 @@ int lfm2_sparse_moe_nbits(const char* kernels_name, int threads, Lfm2Array x, Lf
                           Lfm2Array expert_bias, const Lfm2RowWeights* gate_up, const Lfm2RowWeights* down,
                           const Lfm2RowFormat* format, int64_t tokens, int64_t width, int64_t experts, int64_t top_k,
                           int normalize, float scale, Lfm2Array out) {
-  const lfm2::RowKernels* kernels = row_kernels(kernels_name);
+  const lfm2::Target* kernels = target(kernels_name);
   if (kernels == nullptr) {
     return kUnknownKernels;
   }
@@ -205,7 +201,7 @@ int lfm2_sparse_moe_nbits(const char* kernels_name, int threads, Lfm2Array x, Lf
          matrix_of(*down, *format)});
     problem.out = checked_output(kOp, out, tokens, width);
     return problem.tokens == 0 ? kDone : with_scratch(lfm2::row_moe_scratch_bytes(problem), [&](void* scratch) {
-      lfm2::run_row_moe(problem, *kernels, pool_of(threads), scratch);
+      lfm2::run_row_moe(problem, kernels->rows, pool_of(threads), scratch);
     });
   });
 }

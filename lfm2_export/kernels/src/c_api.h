@@ -33,9 +33,6 @@ LFM2_EXPORT const char* lfm2_last_fault();
 // The names of the kernels that this processor runs, fastest first; the list ends with null.
 LFM2_EXPORT const char* const* lfm2_runnable_kernels();
 
-// The same of the kernels for ONNX Runtime's weights.
-LFM2_EXPORT const char* const* lfm2_runnable_row_kernels();
-
 // One sparse feed-forward on packed tiles; moe.h has the shapes. `expert_bias` may be left out.
 LFM2_EXPORT int lfm2_moe_ffn(const char* kernels, int threads, Lfm2Array x, Lfm2Array router_logits,
                              Lfm2Array expert_bias, Lfm2Array gate_up, Lfm2Array down, int64_t tokens, int64_t width,

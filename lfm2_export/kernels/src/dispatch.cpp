@@ -5,11 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "attention.h"
-#include "float_matmul.h"
-#include "gated_conv.h"
-#include "kernels.h"
-#include "row_matrix.h"
+#include "target.h"
 
 #if defined(__aarch64__) && defined(__APPLE__)
 #include <sys/sysctl.h>
@@ -79,154 +75,82 @@ bool always() {
   return true;
 }
 
-template <typename Table>
 struct Candidate {
-  const Table* kernels;
+  Target target;
   bool (*runs_here)();
 };
 
-constexpr Candidate<Kernels> kFastestFirst[] = {
+#define LFM2_TARGET_OF(name) \
+  {#name, name::kKernels, name::kRowKernels, name::kAttentionKernels, name::kConvKernels, name::kFloatKernels}
+
+constexpr Candidate kFastestFirst[] = {
 #if defined(LFM2_HAVE_AVX512VNNI)
-    {&kAvx512VnniKernels, has_avx512vnni},
+    {LFM2_TARGET_OF(avx512vnni), has_avx512vnni},
 #endif
 #if defined(LFM2_HAVE_AVXVNNI)
-    {&kAvxVnniKernels, has_avxvnni},
+    {LFM2_TARGET_OF(avxvnni), has_avxvnni},
 #endif
 #if defined(LFM2_HAVE_AVX2)
-    {&kAvx2Kernels, has_avx2},
+    {LFM2_TARGET_OF(avx2), has_avx2},
 #endif
 #if defined(LFM2_HAVE_NEONI8MM)
-    {&kNeonI8mmKernels, has_neoni8mm},
+    {LFM2_TARGET_OF(neoni8mm), has_neoni8mm},
 #endif
 #if defined(LFM2_HAVE_NEONDOT)
-    {&kNeonDotKernels, has_neondot},
+    {LFM2_TARGET_OF(neondot), has_neondot},
 #endif
-    {&kScalarKernels, always},
-};
-
-constexpr Candidate<RowKernels> kFastestRowsFirst[] = {
-#if defined(LFM2_HAVE_AVX512VNNI)
-    {&kAvx512VnniRowKernels, has_avx512vnni},
-#endif
-#if defined(LFM2_HAVE_NEONDOT)
-    {&kNeonDotRowKernels, has_neondot},
-#endif
-    {&kScalarRowKernels, always},
+    {LFM2_TARGET_OF(scalar), always},
 };
 
 // The first that runs here; the last one always does.
-template <typename Table>
-const Table* fastest(const Candidate<Table>* candidate) {
+const Target& fastest() {
+  const Candidate* candidate = kFastestFirst;
   while (!candidate->runs_here()) {
     ++candidate;
   }
-  return candidate->kernels;
+  return candidate->target;
 }
 
-template <typename Table, size_t kCount>
-const Table* by_name(const Candidate<Table> (&candidates)[kCount], const char* name) {
-  for (const Candidate<Table>& candidate : candidates) {
-    if (std::strcmp(candidate.kernels->name, name) == 0) {
-      return candidate.runs_here() ? candidate.kernels : nullptr;
+const Target& chosen() {
+  const Target& best = fastest();
+  const char* name = std::getenv("LFM2_KERNELS");
+  if (name == nullptr || *name == '\0') {
+    return best;
+  }
+  if (const Target* target = target_by_name(name)) {
+    return *target;
+  }
+  std::fprintf(stderr, "LFM2_KERNELS=%s: unknown here, or not for this processor; using %s\n", name, best.name);
+  return best;
+}
+
+}  // namespace
+
+const Target& best_target() {
+  static const Target& target = chosen();
+  return target;
+}
+
+const Target* target_by_name(const char* name) {
+  for (const Candidate& candidate : kFastestFirst) {
+    if (std::strcmp(candidate.target.name, name) == 0) {
+      return candidate.runs_here() ? &candidate.target : nullptr;
     }
   }
   return nullptr;
 }
 
-template <typename Table, size_t kCount>
-bool is_listed(const Candidate<Table> (&candidates)[kCount], const char* name) {
-  for (const Candidate<Table>& candidate : candidates) {
-    if (std::strcmp(candidate.kernels->name, name) == 0) {
-      return true;
+const char* const* runnable_targets() {
+  static const auto names = [] {
+    std::array<const char*, std::size(kFastestFirst) + 1> found = {};
+    size_t count = 0;
+    for (const Candidate& candidate : kFastestFirst) {
+      if (candidate.runs_here()) {
+        found[count++] = candidate.target.name;
+      }
     }
-  }
-  return false;
-}
-
-// One variable names the kernels of both tables: a name that only `others` know is none of this table's business.
-template <typename Table, typename Other, size_t kCount, size_t kOthers>
-const Table* chosen(const Candidate<Table> (&candidates)[kCount], const Candidate<Other> (&others)[kOthers]) {
-  const Table* const best = fastest(candidates);
-  const char* name = std::getenv("LFM2_KERNELS");
-  if (name == nullptr || *name == '\0') {
-    return best;
-  }
-  if (const Table* kernels = by_name(candidates, name)) {
-    return kernels;
-  }
-  if (is_listed(candidates, name) || !is_listed(others, name)) {
-    std::fprintf(stderr, "LFM2_KERNELS=%s: unknown here, or not for this processor; using %s\n", name, best->name);
-  }
-  return best;
-}
-
-// What runs here; ends with null.
-template <typename Table, size_t kCount>
-std::array<const char*, kCount + 1> runnable(const Candidate<Table> (&candidates)[kCount]) {
-  std::array<const char*, kCount + 1> names = {};
-  size_t count = 0;
-  for (const Candidate<Table>& candidate : candidates) {
-    if (candidate.runs_here()) {
-      names[count++] = candidate.kernels->name;
-    }
-  }
-  return names;
-}
-
-}  // namespace
-
-const Kernels& best_kernels() {
-  static const Kernels* const kernels = chosen(kFastestFirst, kFastestRowsFirst);
-  return *kernels;
-}
-
-const RowKernels& best_row_kernels() {
-  static const RowKernels* const kernels = chosen(kFastestRowsFirst, kFastestFirst);
-  return *kernels;
-}
-
-const AttentionKernels& best_attention_kernels() {
-#if defined(LFM2_HAVE_AVX512VNNI)
-  if (&best_row_kernels() == &kAvx512VnniRowKernels) {
-    return kAvx512AttentionKernels;
-  }
-#endif
-  return kPlainAttentionKernels;
-}
-
-const ConvKernels& best_conv_kernels() {
-#if defined(LFM2_HAVE_AVX512VNNI)
-  if (&best_row_kernels() == &kAvx512VnniRowKernels) {
-    return kAvx512ConvKernels;
-  }
-#endif
-  return kScalarConvKernels;
-}
-
-const FloatKernels& best_float_kernels() {
-#if defined(LFM2_HAVE_AVX512VNNI)
-  if (&best_row_kernels() == &kAvx512VnniRowKernels) {
-    return kAvx512FloatKernels;
-  }
-#endif
-  return kScalarFloatKernels;
-}
-
-const Kernels* kernels_by_name(const char* name) {
-  return by_name(kFastestFirst, name);
-}
-
-const RowKernels* row_kernels_by_name(const char* name) {
-  return by_name(kFastestRowsFirst, name);
-}
-
-const char* const* runnable_kernels() {
-  static const auto names = runnable(kFastestFirst);
-  return names.data();
-}
-
-const char* const* runnable_row_kernels() {
-  static const auto names = runnable(kFastestRowsFirst);
+    return found;
+  }();
   return names.data();
 }
 

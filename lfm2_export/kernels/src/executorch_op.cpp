@@ -12,6 +12,7 @@
 
 #include "faults.h"
 #include "moe.h"
+#include "target.h"
 
 namespace lfm2 {
 namespace {
@@ -87,7 +88,7 @@ void run_on(KernelRuntimeContext& context, const Tensor& x, const RoutingAttribu
     throw std::bad_alloc();
   }
   const int workers = static_cast<int>(executorch::extension::get_thread_count());
-  run_moe(problem, best_kernels(), {workers, run_on_pool, nullptr}, scratch.data());
+  run_moe(problem, best_target().tiles, {workers, run_on_pool, nullptr}, scratch.data());
 }
 
 }  // namespace

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "float_matmul_loops.h"
 
 namespace lfm2 {
 namespace {
@@ -19,7 +18,5 @@ void run_float_matmul(const FloatMatMulProblem& p, const FloatKernels& kernels, 
                      std::min(kTaskOutputs, p.outputs - first));
   });
 }
-
-const FloatKernels kScalarFloatKernels = {multiply_floats};
 
 }  // namespace lfm2

@@ -21,11 +21,6 @@ struct FloatKernels {
   void (*multiply)(const FloatMatMulProblem& problem, int64_t token, int64_t tokens, int64_t first, int64_t count);
 };
 
-extern const FloatKernels kScalarFloatKernels;
-extern const FloatKernels kAvx512FloatKernels;
-
-const FloatKernels& best_float_kernels();
-
 void run_float_matmul(const FloatMatMulProblem& problem, const FloatKernels& kernels, const ThreadPool& pool);
 
 }  // namespace lfm2

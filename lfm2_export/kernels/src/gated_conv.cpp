@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "gated_conv_loops.h"
 #include "row_work.h"
 
 namespace lfm2 {
@@ -59,7 +58,5 @@ void run_gated_conv(const GatedConvProblem& p, const ConvKernels& kernels, const
     window_entry(p, kernels, i / entries, i % entries, p.window + i * p.width);
   }
 }
-
-const ConvKernels kScalarConvKernels = {gate_row, convolve_row};
 
 }  // namespace lfm2

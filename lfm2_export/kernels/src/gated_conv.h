@@ -29,11 +29,6 @@ struct ConvKernels {
   void (*convolve)(const GatedConvProblem& problem, int64_t row, int64_t token, const float* window);
 };
 
-extern const ConvKernels kScalarConvKernels;
-extern const ConvKernels kAvx512ConvKernels;
-
-const ConvKernels& best_conv_kernels();
-
 // The weight of a convolution [width, taps] as the kernels read it: [taps, width].
 void turn_taps(const float* weight, int64_t width, int64_t taps, float* to);
 

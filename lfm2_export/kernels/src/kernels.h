@@ -35,21 +35,4 @@ struct Kernels {
   void (*accumulate)(float weight, const float* y, float* out);
 };
 
-// One per translation unit. The scalar one is always there, the others where processor and compiler fit (LFM2_HAVE_*).
-extern const Kernels kScalarKernels;
-extern const Kernels kAvx2Kernels;
-extern const Kernels kAvxVnniKernels;
-extern const Kernels kAvx512VnniKernels;
-extern const Kernels kNeonDotKernels;
-extern const Kernels kNeonI8mmKernels;
-
-// The fastest kernels that this processor runs, or those that the environment variable LFM2_KERNELS names.
-const Kernels& best_kernels();
-
-// By name, null if unknown here or not runnable on this processor.
-const Kernels* kernels_by_name(const char* name);
-
-// The names of all that this processor runs, fastest first; ends with null.
-const char* const* runnable_kernels();
-
 }  // namespace lfm2

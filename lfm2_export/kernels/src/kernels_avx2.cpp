@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "elementwise.h"
+#include "target.h"
 
 namespace lfm2 {
 namespace {
@@ -110,10 +111,9 @@ void rows(const uint8_t* tiles, int64_t groups, const Activations& x, float* y) 
 
 }  // namespace
 
-#ifdef __AVXVNNI__
-const Kernels kAvxVnniKernels = {"avxvnni", quantize_group, rows, swiglu_groups, accumulate_rows};
-#else
-const Kernels kAvx2Kernels = {"avx2", quantize_group, rows, swiglu_groups, accumulate_rows};
-#endif
+namespace LFM2_TARGET {
 
+const Kernels kKernels = {LFM2_TARGET_NAME, quantize_group, rows, swiglu_groups, accumulate_rows};
+
+}  // namespace LFM2_TARGET
 }  // namespace lfm2

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "elementwise.h"
+#include "target.h"
 
 namespace lfm2 {
 namespace {
@@ -98,6 +99,9 @@ void rows(const uint8_t* tiles, int64_t groups, const Activations& x, float* y) 
 
 }  // namespace
 
-const Kernels kAvx512VnniKernels = {"avx512vnni", quantize_group, rows, swiglu_groups, accumulate_rows};
+namespace LFM2_TARGET {
 
+const Kernels kKernels = {LFM2_TARGET_NAME, quantize_group, rows, swiglu_groups, accumulate_rows};
+
+}  // namespace LFM2_TARGET
 }  // namespace lfm2

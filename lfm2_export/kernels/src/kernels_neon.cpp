@@ -5,6 +5,7 @@
 #include <arm_neon.h>
 
 #include "elementwise.h"
+#include "target.h"
 
 namespace lfm2 {
 namespace {
@@ -179,10 +180,9 @@ void rows(const uint8_t* tiles, int64_t groups, const Activations& x, float* y) 
 
 }  // namespace
 
-#ifdef __ARM_FEATURE_MATMUL_INT8
-const Kernels kNeonI8mmKernels = {"neoni8mm", quantize_group, rows, swiglu_groups, accumulate_rows};
-#else
-const Kernels kNeonDotKernels = {"neondot", quantize_group, rows, swiglu_groups, accumulate_rows};
-#endif
+namespace LFM2_TARGET {
 
+const Kernels kKernels = {LFM2_TARGET_NAME, quantize_group, rows, swiglu_groups, accumulate_rows};
+
+}  // namespace LFM2_TARGET
 }  // namespace lfm2

@@ -1,6 +1,7 @@
 // The reference: no intrinsics, one weight at a time. Every other file must give the same bits.
 
 #include "elementwise.h"
+#include "target.h"
 
 namespace lfm2 {
 namespace {
@@ -37,6 +38,9 @@ void rows(const uint8_t* tiles, int64_t groups, const Activations& x, float* y) 
 
 }  // namespace
 
-const Kernels kScalarKernels = {"scalar", quantize_group, rows, swiglu_groups, accumulate_rows};
+namespace scalar {
 
+const Kernels kKernels = {"scalar", quantize_group, rows, swiglu_groups, accumulate_rows};
+
+}  // namespace scalar
 }  // namespace lfm2

@@ -4,6 +4,7 @@
 
 #include "layout.h"
 #include "moe_pass.h"
+#include "target.h"
 
 namespace lfm2 {
 namespace {
@@ -65,7 +66,7 @@ class TileExperts {
 
 size_t moe_scratch_bytes(const MoeProblem& problem) {
   Arena arena(nullptr);
-  const TileExperts experts(problem, kScalarKernels);
+  const TileExperts experts(problem, scalar::kKernels);
   MoePass<TileExperts>(problem.x, problem.routing, problem.tokens, experts, kNoPool, arena);
   return arena.used();
 }

@@ -3,6 +3,7 @@
 #include "float_matmul.h"
 #include "onnxruntime_kernel.h"
 #include "row_matmul.h"
+#include "target.h"
 
 namespace lfm2 {
 namespace {
@@ -38,7 +39,7 @@ class MatMulNBits {
     MatMulProblem problem = prepare(attributes_, operands)[0];
     problem.out = context.output_like(operands.x, problem.w.rows);
     if (problem.tokens > 0) {
-      run_matmul(problem, best_row_kernels(), context.pool(), scratch_of(matmuls_scratch_bytes(&problem, 1)));
+      run_matmul(problem, best_target().rows, context.pool(), scratch_of(matmuls_scratch_bytes(&problem, 1)));
     }
   }
 
@@ -59,7 +60,7 @@ class MatMul {
     const Operand x = context.input(0);
     FloatMatMulProblem problem = prepare(x, context.input(1));
     problem.out = context.output_like(x, problem.outputs);
-    run_float_matmul(problem, best_float_kernels(), context.pool());
+    run_float_matmul(problem, best_target().floats, context.pool());
   }
 };
 
@@ -92,7 +93,7 @@ class Projections {
       problems[i].out = context.output_like(operands.x, problems[i].w.rows, i);
     }
     if (problems[0].tokens > 0) {
-      run_matmuls(problems.data(), kCount, best_row_kernels(), context.pool(),
+      run_matmuls(problems.data(), kCount, best_target().rows, context.pool(),
                   scratch_of(matmuls_scratch_bytes(problems.data(), kCount)));
     }
   }
@@ -121,7 +122,7 @@ class FeedForward {
     FeedForwardProblem problem = prepare(attributes_, {x, context.matrix(1), context.matrix(4), context.matrix(7)});
     problem.out = context.output(x.sizes, x.rank);
     if (problem.tokens > 0) {
-      run_feed_forward(problem, best_row_kernels(), context.pool(), scratch_of(feed_forward_scratch_bytes(problem)));
+      run_feed_forward(problem, best_target().rows, context.pool(), scratch_of(feed_forward_scratch_bytes(problem)));
     }
   }
 
@@ -150,7 +151,7 @@ class SparseMoe {
     RowMoeProblem problem = prepare(attributes_, format_, {x, router, context.matrix(3), context.matrix(6)});
     problem.out = context.output(x.sizes, x.rank);
     if (problem.tokens > 0) {
-      run_row_moe(problem, best_row_kernels(), context.pool(), scratch_of(row_moe_scratch_bytes(problem)));
+      run_row_moe(problem, best_target().rows, context.pool(), scratch_of(row_moe_scratch_bytes(problem)));
     }
   }
 

@@ -7,6 +7,7 @@
 #include "checks.h"
 #include "gated_conv.h"
 #include "onnxruntime_kernel.h"
+#include "target.h"
 
 namespace lfm2 {
 namespace {
@@ -70,7 +71,7 @@ class GatedConv {
       const int64_t window[] = {p.batch, p.taps - 1 + p.tokens, p.width};
       p.window = context.output(window, 3, 2);
     }
-    run_gated_conv(p, best_conv_kernels(), context.pool());
+    run_gated_conv(p, best_target().conv, context.pool());
   }
 
  private:
@@ -112,7 +113,7 @@ class Attention {
     carry_over(operands.past_value, p, p.value);
     if (p.batch * p.tokens > 0) {
       const ThreadPool pool = context.pool();
-      run_attention(p, best_attention_kernels(), pool, scratch_of(attention_scratch_bytes(p, pool.workers)));
+      run_attention(p, best_target().attention, pool, scratch_of(attention_scratch_bytes(p, pool.workers)));
     }
   }
 

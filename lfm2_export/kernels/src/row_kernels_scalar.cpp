@@ -1,6 +1,7 @@
 // The reference of row_matrix.h: no intrinsics, one weight at a time.
 
 #include "row_quantize.h"
+#include "target.h"
 
 namespace lfm2 {
 namespace {
@@ -53,6 +54,9 @@ void dot(const RowMatrix& w, const RowActivations& x, float* y, int64_t stride) 
 
 }  // namespace
 
-const RowKernels kScalarRowKernels = {"scalar", quantize_row, swiglu_row, dot, nullptr, accumulate_row};
+namespace scalar {
 
+const RowKernels kRowKernels = {"scalar", quantize_row, swiglu_row, dot, nullptr, accumulate_row};
+
+}  // namespace scalar
 }  // namespace lfm2

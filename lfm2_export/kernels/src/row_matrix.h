@@ -110,17 +110,4 @@ struct RowKernels {
   void (*accumulate)(float weight, const float* y, float* out, int64_t count);
 };
 
-extern const RowKernels kScalarRowKernels;
-extern const RowKernels kAvx512VnniRowKernels;
-extern const RowKernels kNeonDotRowKernels;
-
-// The fastest of this processor (or those that LFM2_KERNELS names); the scalar ones where there are no fast ones.
-const RowKernels& best_row_kernels();
-
-// By name, null if unknown here or not runnable on this processor.
-const RowKernels* row_kernels_by_name(const char* name);
-
-// The names of all that this processor runs, fastest first; ends with null.
-const char* const* runnable_row_kernels();
-
 }  // namespace lfm2

@@ -3,6 +3,7 @@
 #include "moe_pass.h"
 #include "row_matmul.h"
 #include "row_work.h"
+#include "target.h"
 
 namespace lfm2 {
 namespace {
@@ -54,7 +55,7 @@ class RowExperts {
 
 size_t row_moe_scratch_bytes(const RowMoeProblem& problem) {
   Arena arena(nullptr);
-  const RowExperts experts(problem, kScalarRowKernels);
+  const RowExperts experts(problem, scalar::kRowKernels);
   MoePass<RowExperts>(problem.x, problem.routing, problem.tokens, experts, kNoPool, arena);
   return arena.used();
 }

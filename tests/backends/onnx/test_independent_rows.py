@@ -16,10 +16,12 @@ import pytest
 import lfm2_export
 from lfm2_export.backends.base import Runner
 from lfm2_export.backends.onnx import variants
+from lfm2_export.kernels import targets
 from tests.checkpoints import tiny_config
 from tests.conftest import Exported
 
-pytestmark = pytest.mark.skipif(variants.own_library() is None, reason="no compiler for our operators")
+LIBRARY = variants.own_library()
+pytestmark = pytest.mark.skipif(LIBRARY is None, reason="no compiler for our operators")
 
 TOKENS = 90
 CHUNKS = (2, 3, 4, 5, 8, 9, 12, 13, 16, 17, 33, 64)
@@ -112,13 +114,14 @@ def test_the_runtimes_own_kernels_are_told_apart(folders: Callable[[str], Path])
     assert wrong > 20
 
 
-def test_nor_on_the_plain_kernels(folders: Callable[[str], Path]):
+@pytest.mark.parametrize("kernels", targets.runnable(LIBRARY)[1:] if LIBRARY else [])
+def test_nor_on_other_kernels(folders: Callable[[str], Path], kernels: str):
     program = (
         "import sys; from pathlib import Path; from tests.backends.onnx import test_independent_rows as t;"
         "runner = t.open_runner(Path(sys.argv[1]), 'q4', 'float'); ids = t.tokens_of(runner, 24); "
         "print(t.differing(t.chunked(runner, ids, 24), t.singly(runner, ids)))"
     )
-    environment = os.environ | {"LFM2_KERNELS": "scalar"}
+    environment = os.environ | {"LFM2_KERNELS": kernels}
     command = [sys.executable, "-c", program, str(folders("moe"))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.split()[-1] == "0"

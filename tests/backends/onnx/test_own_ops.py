@@ -20,7 +20,7 @@ from lfm2_export.backends.onnx import variants
 from lfm2_export.backends.onnx.session import open_session, session_options
 from lfm2_export.backends.onnx.variants import choose, runnable
 from lfm2_export.errors import RunnerError
-from lfm2_export.kernels import build
+from lfm2_export.kernels import build, targets
 from lfm2_export.manifest import Program
 
 Exported = Callable[[str], Path]
@@ -147,10 +147,10 @@ def test_ours_are_chosen_where_they_can_be_had(artifact: Exported):
 
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    variants.own_library.cache_clear()
+    variants.own_kernels.cache_clear()
     monkeypatch.setattr(build, "onnx_library_path", lambda: None)
     yield
-    variants.own_library.cache_clear()
+    variants.own_kernels.cache_clear()
 
 
 def without_own_graphs(program: Program) -> Program:
@@ -170,7 +170,7 @@ def test_without_a_compiler_the_runtimes_own_kernels_are_chosen(artifact: Export
 
 @pytest.mark.parametrize("options", [{"kernels": "lfm2"}, {"kv_cache": "int8"}])
 def test_without_a_compiler_ours_are_refused_with_what_they_need(artifact: Exported, no_compiler, options):
-    with pytest.raises(RunnerError, match=r"cannot be had here: they need CMake, a C\+\+20 compiler.*no --kv-cache"):
+    with pytest.raises(RunnerError, match=r"cannot be had here: .* needs CMake and a C\+\+20 compiler.*no --kv-cache"):
         lfm2_export.load_runner(artifact("tiny-moe"), scheme="q4", **options)
 
 
@@ -182,7 +182,7 @@ def test_a_build_that_fails_is_said_and_the_runtimes_own_kernels_are_chosen(arti
     for _ in range(2):
         assert choose(artifact("tiny-moe"), program_of(artifact("tiny-moe"), "q4")).library is None
     assert [record.getMessage() for record in caplog.records] == [
-        "cmake failed with exit code 1: its output is in a.log"
+        "cmake failed with exit code 1: its output is in a.log; onnxruntime's own kernels run instead"
     ]
 
 
@@ -191,20 +191,38 @@ def test_a_runtime_that_they_do_not_fit_is_said_and_its_own_kernels_are_chosen(a
     """What the library says of which runtime: tests/kernels/test_interface.py."""
     library = variants.own_library()
     assert variants._misfit(library) == ""
-    variants.own_library.cache_clear()
+    variants.own_kernels.cache_clear()
     monkeypatch.setattr(variants, "_misfit", lambda path: "" if path != library else "ONNX Runtime 1.32.0: no")
     for _ in range(2):
         assert choose(artifact("tiny-moe"), program_of(artifact("tiny-moe"), "q4")).library is None
     assert [record.getMessage() for record in caplog.records] == [
-        "ONNX Runtime 1.32.0: no; its own kernels run instead"
+        "ONNX Runtime 1.32.0: no; onnxruntime's own kernels run instead"
     ]
-    variants.own_library.cache_clear()
+    variants.own_kernels.cache_clear()
 
 
-def test_a_processor_without_fast_kernels_has_no_library(no_compiler, monkeypatch, tmp_path):
+def test_a_processor_without_fast_kernels_has_no_library_and_says_so(no_compiler, monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(build, "onnx_library_path", lambda: tmp_path / "liblfm2_onnx.so")
-    monkeypatch.setattr(variants, "_fastest", lambda library: "scalar")
-    assert variants.own_library() is None
+    monkeypatch.setattr(targets, "runnable", lambda library: ["scalar"])
+    assert variants.own_library() is variants.own_library() is None
+    assert [record.getMessage() for record in caplog.records] == [
+        f"this processor lacks what our kernels are for ({targets.WANTED}); onnxruntime's own kernels run instead"
+    ]
+
+
+@needs_library
+def test_kernels_are_taken_by_name_and_another_name_is_refused(artifact: Exported, monkeypatch):
+    variants.own_kernels.cache_clear()
+    slowest = targets.runnable(build.onnx_library_path())[-1]
+    monkeypatch.setenv("LFM2_KERNELS", slowest)
+    assert (variants.own_kernels().name, slowest) == ("scalar", "scalar")
+    variants.own_kernels.cache_clear()
+    monkeypatch.setenv("LFM2_KERNELS", "avx1024")
+    with pytest.raises(RunnerError, match=r"LFM2_KERNELS=avx1024: this processor runs .*scalar; unset it, or name one"):
+        choose(artifact("tiny-moe"), program_of(artifact("tiny-moe"), "q4"))
+    monkeypatch.delenv("LFM2_KERNELS")
+    variants.own_kernels.cache_clear()
+    assert variants.own_kernels().name == targets.runnable(build.onnx_library_path())[0]
 
 
 def test_an_older_artifact_runs_and_says_what_ours_would_need(artifact: Exported):

@@ -1,28 +1,29 @@
-// attention.h with AVX-512. 64 keys at a time are turned so that a lane is a key; all queries of the tile are scored with
-// them, 4 queries and 32 keys in registers. Values are used as they lie: 4 queries by 64 features in registers.
+// attention.h in lanes.h's words, compiled for every instruction set. 64 keys at a time are turned so that a lane is a key;
+// all queries of the tile are scored with them, 4 queries and two registers of keys. Values are used as they lie: 4 queries
+// by kWide registers of features.
 //
 // Keys in int8 are turned by words of 4 codes and multiplied as integers. A query is two int8 numbers then, 128 * high +
 // low: 15 bits, whose rounding is a hundred times smaller than that of the keys.
 
+#include <algorithm>
+
 #include "attention_plain.h"
-#include "lanes_avx512.h"
+#include "lanes.h"
+#include "target.h"
 
 namespace lfm2 {
 namespace {
 
 constexpr int kVectors = kStepKeys / kLanes;
 constexpr int kGroupQueries = 4;
+constexpr bool kManyRegisters = kLanes != 8;       // 32 of them, not 16
+constexpr int kWide = kManyRegisters ? 4 : 2;      // registers of values in flight
+constexpr int kCodeVectors = kManyRegisters ? 2 : 1;  // of keys in int8, for which a query has two sums
 constexpr int64_t kAheadRows = 24;  // of the cache, fetched early
 
-// 16 codes as floats.
-LFM2_ALWAYS __m512 load_codes(const uint8_t* at) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))));
-}
-
 LFM2_ALWAYS void fetch(const uint8_t* row, int64_t row_bytes) {
-  const auto ahead = reinterpret_cast<uintptr_t>(row) + kAheadRows * row_bytes;  // may lie behind the end: harmless
   for (int64_t line = 0; line < row_bytes; line += 64) {
-    _mm_prefetch(reinterpret_cast<const char*>(ahead + line), _MM_HINT_T0);
+    fetch_ahead(row, kAheadRows * row_bytes + line);
   }
 }
 
@@ -33,14 +34,13 @@ void turn_keys(const HeadCache& key, int64_t first, int64_t count, float* turned
     const uint8_t* rows = key.data + (first + vector * kLanes) * row_bytes;
     const int64_t left = count - vector * kLanes;
     for (int64_t feature = 0; feature < key.head_dim; feature += kLanes) {
-      __m512i m[kLanes];
+      Ints m[kLanes];
       for (int r = 0; r < kLanes; ++r) {
-        m[r] = r < left ? _mm512_loadu_si512(reinterpret_cast<const float*>(rows + r * row_bytes) + feature)
-                        : _mm512_setzero_si512();
+        m[r] = r < left ? as_ints(load(reinterpret_cast<const float*>(rows + r * row_bytes) + feature)) : zero_ints();
       }
       transpose(m);
       for (int i = 0; i < kLanes; ++i) {
-        _mm512_store_si512(turned + (feature + i) * kStepKeys + vector * kLanes, m[i]);
+        store(turned + (feature + i) * kStepKeys + vector * kLanes, as_floats(m[i]));
       }
     }
     for (int r = 0; r < kLanes && r < left; ++r) {
@@ -56,17 +56,16 @@ LFM2_ALWAYS float scale_of(const HeadCache& cache, const uint8_t* row) {
 }
 
 // The same of int8 keys: words[word][key], a word being the codes of 4 features; and their scales.
-void turn_codes(const HeadCache& key, int64_t first, int64_t count, __m512i* words, float* scales) {
+void turn_codes(const HeadCache& key, int64_t first, int64_t count, Ints* words, float* scales) {
   const int64_t row_bytes = cache_row_bytes(key.head_dim, true);
   for (int vector = 0; vector < kVectors; ++vector) {
     const uint8_t* rows = key.data + (first + vector * kLanes) * row_bytes;
     const int64_t left = count - vector * kLanes;
-    for (int64_t feature = 0; feature < key.head_dim; feature += 64) {
-      const int64_t here = key.head_dim - feature < 64 ? key.head_dim - feature : 64;
-      const __mmask64 mask = here == 64 ? ~__mmask64{0} : (__mmask64{1} << here) - 1;
-      __m512i m[kLanes];
+    for (int64_t feature = 0; feature < key.head_dim; feature += kBytes) {
+      const int64_t here = key.head_dim - feature < kBytes ? key.head_dim - feature : kBytes;
+      Ints m[kLanes];
       for (int r = 0; r < kLanes; ++r) {
-        m[r] = r < left ? _mm512_maskz_loadu_epi8(mask, rows + r * row_bytes + feature) : _mm512_setzero_si512();
+        m[r] = r < left ? as_ints(load_bytes_first(rows + r * row_bytes + feature, here)) : zero_ints();
       }
       transpose(m);
       for (int i = 0; i < here / 4; ++i) {
@@ -87,68 +86,65 @@ struct IntegerQueries {
   alignas(64) int8_t high[kTileQueries][kMostHeadDim];
   alignas(64) int8_t low[kTileQueries][kMostHeadDim];
   float scale[kTileQueries];
-  int32_t offset[kTileQueries];  // -128 * (128 * sum of high + sum of low): the codes' zero
+  int32_t offset[kTileQueries];  // what is left of the codes' zero, times 128 * sum of high + sum of low; negative
 };
 
 void round_queries(const QueryTile& tile, int64_t head_dim, IntegerQueries& to) {
   constexpr float kGreatest = 127 * 128;
   for (int64_t q = 0; q < tile.count; ++q) {
     const float* x = tile.queries + q * head_dim;
-    __m512 greatest = _mm512_setzero_ps();
-    __mmask16 odd = 0;
-    for (int64_t i = 0; i < head_dim; i += kLanes) {
-      const __m512 lanes = _mm512_loadu_ps(x + i);
-      odd |= _mm512_fpclass_ps_mask(lanes, 0x99);  // NaN, infinity
-      greatest = _mm512_max_ps(greatest, _mm512_abs_ps(lanes));
+    int32_t bits = 0;
+    for (int64_t i = 0; i < head_dim; ++i) {
+      bits = std::max(bits, static_cast<int32_t>(float_to_bits(x[i]) & 0x7fffffffu));
     }
-    const float most = _mm512_reduce_max_ps(greatest);
-    const bool usable = odd == 0 && most > 1e-30f;
-    const __m512 inverse = _mm512_set1_ps(usable ? kGreatest / most : 0.0f);
-    __m512i sum = _mm512_setzero_si512();
-    for (int64_t i = 0; i < head_dim; i += kLanes) {
-      const __m512 scaled = usable ? _mm512_mul_ps(_mm512_loadu_ps(x + i), inverse) : _mm512_setzero_ps();
-      const __m512i whole = _mm512_cvtps_epi32(scaled);
-      const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(64)), 7);
-      const __m512i low = _mm512_sub_epi32(whole, _mm512_slli_epi32(high, 7));
-      _mm_store_si128(reinterpret_cast<__m128i*>(to.high[q] + i), _mm512_cvtepi32_epi8(high));
-      _mm_store_si128(reinterpret_cast<__m128i*>(to.low[q] + i), _mm512_cvtepi32_epi8(low));
-      sum = _mm512_add_epi32(sum, whole);
+    const float most = bits_to_float(static_cast<uint32_t>(bits));
+    const bool finite = most < INFINITY;  // false for NaN too
+    const bool usable = finite && most > 1e-30f;
+    const float inverse = usable ? kGreatest / most : 0.0f;
+    int32_t sum = 0;
+    for (int64_t i = 0; i < head_dim; ++i) {
+      const auto whole = static_cast<int32_t>(round_to_even((usable ? x[i] : 0.0f) * inverse));
+      const int32_t high = (whole + 64) >> 7;
+      to.high[q][i] = static_cast<int8_t>(high);
+      to.low[q][i] = static_cast<int8_t>(whole - high * 128);
+      sum += whole;
     }
-    to.scale[q] = odd != 0 ? NAN : usable ? most / kGreatest : 0.0f;
-    to.offset[q] = -kCodeZero * _mm512_reduce_add_epi32(sum);
+    to.scale[q] = !finite ? NAN : usable ? most / kGreatest : 0.0f;
+    to.offset[q] = -kByteZero * sum;
   }
 }
 
-LFM2_ALWAYS __m512i four_codes(const int8_t* x) {
-  int32_t bits;
-  std::memcpy(&bits, x, sizeof bits);
-  return _mm512_set1_epi32(bits);
-}
-
 template <int kQueries>
-void score_codes(const __m512i* words, const float* scales, const IntegerQueries& queries, int64_t first,
-                 int64_t head_dim, float* scores) {
-  for (int vector = 0; vector < kVectors; vector += 2) {
-    __m512i high[kQueries][2] = {}, low[kQueries][2] = {};
+void score_codes(const Ints* words, const float* scales, const IntegerQueries& queries, int64_t first, int64_t head_dim,
+                 float* scores) {
+  for (int vector = 0; vector < kVectors; vector += kCodeVectors) {
+    Ints high[kQueries][kCodeVectors], low[kQueries][kCodeVectors];
+    for (int q = 0; q < kQueries; ++q) {
+      for (int i = 0; i < kCodeVectors; ++i) {
+        high[q][i] = low[q][i] = zero_ints();
+      }
+    }
     for (int64_t word = 0; word < head_dim / 4; ++word) {
-      const __m512i a = words[word * kVectors + vector], b = words[word * kVectors + vector + 1];
+      ByteWeights codes[kCodeVectors];
+      for (int i = 0; i < kCodeVectors; ++i) {
+        codes[i] = byte_weights(as_bytes(words[word * kVectors + vector + i]));
+      }
       for (int q = 0; q < kQueries; ++q) {
-        const __m512i h = four_codes(queries.high[first + q] + word * 4);
-        const __m512i l = four_codes(queries.low[first + q] + word * 4);
-        high[q][0] = _mm512_dpbusd_epi32(high[q][0], a, h);
-        high[q][1] = _mm512_dpbusd_epi32(high[q][1], b, h);
-        low[q][0] = _mm512_dpbusd_epi32(low[q][0], a, l);
-        low[q][1] = _mm512_dpbusd_epi32(low[q][1], b, l);
+        const Bytes h = broadcast_word(queries.high[first + q] + word * 4);
+        const Bytes l = broadcast_word(queries.low[first + q] + word * 4);
+        for (int i = 0; i < kCodeVectors; ++i) {
+          high[q][i] = add_byte_products(high[q][i], codes[i], h);
+          low[q][i] = add_byte_products(low[q][i], codes[i], l);
+        }
       }
     }
     for (int q = 0; q < kQueries; ++q) {
-      for (int i = 0; i < 2; ++i) {
-        const __m512i whole = _mm512_add_epi32(_mm512_slli_epi32(high[q][i], 7), low[q][i]);
-        const __m512i centred = _mm512_add_epi32(whole, _mm512_set1_epi32(queries.offset[first + q]));
-        const __m512 scale = _mm512_mul_ps(_mm512_load_ps(scales + (vector + i) * kLanes),
-                                           _mm512_set1_ps(queries.scale[first + q]));
-        _mm512_store_ps(scores + q * kStepKeys + (vector + i) * kLanes,
-                        _mm512_mul_ps(_mm512_cvtepi32_ps(centred), scale));
+      for (int i = 0; i < kCodeVectors; ++i) {
+        const int at = (vector + i) * kLanes;
+        const Ints whole = add_ints(times_128(high[q][i]), low[q][i]);
+        const Ints centred = add_ints(whole, broadcast_int(queries.offset[first + q]));
+        const Floats scale = mul(load(scales + at), broadcast(queries.scale[first + q]));
+        store(scores + q * kStepKeys + at, mul(to_floats(centred), scale));
       }
     }
   }
@@ -171,7 +167,7 @@ const float* codes_of(const HeadCache& value, int64_t first, int64_t count, floa
   for (int64_t i = 0; i < count; ++i) {
     fetch(rows + i * row_bytes, row_bytes);
     for (int64_t feature = 0; feature < value.head_dim; feature += kLanes) {
-      _mm512_store_ps(room + i * value.head_dim + feature, load_codes(rows + i * row_bytes + feature));
+      store(room + i * value.head_dim + feature, bytes_to_floats(rows + i * row_bytes + feature));
     }
   }
   return room;
@@ -181,87 +177,84 @@ const float* codes_of(const HeadCache& value, int64_t first, int64_t count, floa
 template <int kQueries>
 void score(const float* turned, const float* queries, int64_t head_dim, float* scores) {
   for (int vector = 0; vector < kVectors; vector += 2) {
-    __m512 total[kQueries][2] = {};
+    Floats total[kQueries][2];
+    for (int q = 0; q < kQueries; ++q) {
+      total[q][0] = total[q][1] = broadcast(0.0f);
+    }
     const float* keys = turned + vector * kLanes;
     for (int64_t feature = 0; feature < head_dim; ++feature, keys += kStepKeys) {
-      const __m512 first = _mm512_load_ps(keys), second = _mm512_load_ps(keys + kLanes);
+      const Floats first = load(keys), second = load(keys + kLanes);
       for (int q = 0; q < kQueries; ++q) {
-        const __m512 x = _mm512_set1_ps(queries[q * head_dim + feature]);
-        total[q][0] = _mm512_fmadd_ps(x, first, total[q][0]);
-        total[q][1] = _mm512_fmadd_ps(x, second, total[q][1]);
+        const Floats x = broadcast(queries[q * head_dim + feature]);
+        total[q][0] = fmadd(x, first, total[q][0]);
+        total[q][1] = fmadd(x, second, total[q][1]);
       }
     }
     for (int q = 0; q < kQueries; ++q) {
-      _mm512_store_ps(scores + q * kStepKeys + vector * kLanes, total[q][0]);
-      _mm512_store_ps(scores + q * kStepKeys + (vector + 1) * kLanes, total[q][1]);
+      store(scores + q * kStepKeys + vector * kLanes, total[q][0]);
+      store(scores + q * kStepKeys + (vector + 1) * kLanes, total[q][1]);
     }
   }
 }
 
 // Scores to weights, against the greatest so far. Returns false where the query sees none of the keys.
-bool weigh(const QueryTile& tile, int64_t query, int64_t first, const __mmask16 (&present)[kVectors], float* scores,
+bool weigh(const QueryTile& tile, int64_t query, int64_t first, const Mask (&present)[kVectors], float* scores,
            float& shrink) {
-  const __m512 none = _mm512_set1_ps(-INFINITY);
-  const __m512i order = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  __m512 greatest = none;
-  __mmask16 seen[kVectors];
-  const int64_t begin = tile.begin(query);
-  int any = 0;
+  const Floats none = broadcast(-INFINITY);
+  Floats greatest = none;
+  Mask seen[kVectors];
+  bool any = false;
   for (int vector = 0; vector < kVectors; ++vector) {
-    const int64_t left = tile.ends[query] - first - vector * kLanes;
-    const int32_t limit = static_cast<int32_t>(left > kLanes ? kLanes : left);
-    seen[vector] = present[vector] & _mm512_cmplt_epi32_mask(order, _mm512_set1_epi32(limit));
-    const int64_t hidden = begin - first - vector * kLanes;
-    if (hidden > 0) {
-      const int32_t least = static_cast<int32_t>(hidden > kLanes ? kLanes : hidden);
-      seen[vector] &= _mm512_cmpge_epi32_mask(order, _mm512_set1_epi32(least));
+    const int64_t from = first + vector * kLanes;
+    seen[vector] = both(present[vector], first_lanes(tile.ends[query] - from));
+    if (tile.begin(query) > from) {
+      seen[vector] = without(seen[vector], first_lanes(tile.begin(query) - from));
     }
-    any |= seen[vector];
-    greatest = _mm512_mask_max_ps(greatest, seen[vector], greatest, _mm512_load_ps(scores + vector * kLanes));
+    any = any || has_any(seen[vector]);
+    greatest = max_or_second(greatest, select(seen[vector], load(scores + vector * kLanes), none));
   }
-  if (any == 0) {
+  if (!any) {
     return false;
   }
-  const float before = tile.greatest[query], here = _mm512_reduce_max_ps(greatest);
+  const float before = tile.greatest[query], here = greatest_of(greatest);
   const float now = here > before ? here : before;
   shrink = now > before ? std::exp(before - now) : 1.0f;  // 0 at first
-  __m512 total = _mm512_setzero_ps();
+  Floats total = broadcast(0.0f);
   for (int vector = 0; vector < kVectors; ++vector) {
     float* at = scores + vector * kLanes;
-    const __m512 weight = exp_lanes(_mm512_sub_ps(_mm512_load_ps(at), _mm512_set1_ps(now)));
-    const __m512 kept = _mm512_maskz_mov_ps(seen[vector], weight);
-    _mm512_store_ps(at, kept);
-    total = _mm512_add_ps(total, kept);
+    const Floats kept = keep(seen[vector], exp_lanes(sub(load(at), broadcast(now))));
+    store(at, kept);
+    total = add(total, kept);
   }
   tile.greatest[query] = now;
-  tile.weight[query] = tile.weight[query] * shrink + _mm512_reduce_add_ps(total);
+  tile.weight[query] = tile.weight[query] * shrink + sum_of(total);
   return true;
 }
 
-// sum[query][feature] = sum * shrink + weights x values, 16 * kWide features from `values` on.
-template <int kQueries, int kWide>
+// sum[query][feature] = sum * shrink + weights x values, kWide registers of features from `values` on.
+template <int kQueries, int kAcross>
 void mix(const float* values, int64_t count, int64_t head_dim, const float* weights, const float* shrink, float* sum) {
-  __m512 total[kQueries][kWide];
+  Floats total[kQueries][kAcross];
   for (int q = 0; q < kQueries; ++q) {
-    for (int i = 0; i < kWide; ++i) {
-      total[q][i] = _mm512_mul_ps(_mm512_loadu_ps(sum + q * head_dim + i * kLanes), _mm512_set1_ps(shrink[q]));
+    for (int i = 0; i < kAcross; ++i) {
+      total[q][i] = mul(load(sum + q * head_dim + i * kLanes), broadcast(shrink[q]));
     }
   }
   for (int64_t key = 0; key < count; ++key, values += head_dim) {
-    __m512 value[kWide];
-    for (int i = 0; i < kWide; ++i) {
-      value[i] = _mm512_loadu_ps(values + i * kLanes);
+    Floats value[kAcross];
+    for (int i = 0; i < kAcross; ++i) {
+      value[i] = load(values + i * kLanes);
     }
     for (int q = 0; q < kQueries; ++q) {
-      const __m512 weight = _mm512_set1_ps(weights[q * kStepKeys + key]);
-      for (int i = 0; i < kWide; ++i) {
-        total[q][i] = _mm512_fmadd_ps(weight, value[i], total[q][i]);
+      const Floats weight = broadcast(weights[q * kStepKeys + key]);
+      for (int i = 0; i < kAcross; ++i) {
+        total[q][i] = fmadd(weight, value[i], total[q][i]);
       }
     }
   }
   for (int q = 0; q < kQueries; ++q) {
-    for (int i = 0; i < kWide; ++i) {
-      _mm512_storeu_ps(sum + q * head_dim + i * kLanes, total[q][i]);
+    for (int i = 0; i < kAcross; ++i) {
+      store(sum + q * head_dim + i * kLanes, total[q][i]);
     }
   }
 }
@@ -270,8 +263,8 @@ template <int kQueries>
 void mix_all(const float* values, int64_t count, int64_t head_dim, const float* weights, const float* shrink,
              float* sum) {
   int64_t feature = 0;
-  for (; feature + 4 * kLanes <= head_dim; feature += 4 * kLanes) {
-    mix<kQueries, 4>(values + feature, count, head_dim, weights, shrink, sum + feature);
+  for (; feature + kWide * kLanes <= head_dim; feature += kWide * kLanes) {
+    mix<kQueries, kWide>(values + feature, count, head_dim, weights, shrink, sum + feature);
   }
   for (; feature < head_dim; feature += kLanes) {
     mix<kQueries, 1>(values + feature, count, head_dim, weights, shrink, sum + feature);
@@ -282,47 +275,47 @@ void mix_all(const float* values, int64_t count, int64_t head_dim, const float* 
 struct ByteCodes {
   const uint8_t* at;
   int64_t stride;
-  LFM2_ALWAYS __m512 load(int64_t key, int lane) const { return load_codes(at + key * stride + lane); }
+  LFM2_ALWAYS Floats at_lane(int64_t key, int lane) const { return bytes_to_floats(at + key * stride + lane); }
   LFM2_ALWAYS ByteCodes from(int64_t feature) const { return {at + feature, stride}; }
 };
 
 struct FloatCodes {
   const float* at;
   int64_t stride;
-  LFM2_ALWAYS __m512 load(int64_t key, int lane) const { return _mm512_load_ps(at + key * stride + lane); }
+  LFM2_ALWAYS Floats at_lane(int64_t key, int lane) const { return load(at + key * stride + lane); }
   LFM2_ALWAYS FloatCodes from(int64_t feature) const { return {at + feature, stride}; }
 };
 
 // The same with codes of an int8 cache; `weights` times their scales.
-template <int kQueries, int kWide, typename Source>
+template <int kQueries, int kAcross, typename Source>
 void mix_codes(const Source& codes, int64_t count, int64_t head_dim, const float* weights, const float* shrink,
                float* sum) {
-  __m512 total[kQueries][kWide];
+  Floats total[kQueries][kAcross];
   float whole[kQueries] = {};
   for (int q = 0; q < kQueries; ++q) {
-    for (int i = 0; i < kWide; ++i) {
-      total[q][i] = _mm512_setzero_ps();
+    for (int i = 0; i < kAcross; ++i) {
+      total[q][i] = broadcast(0.0f);
     }
   }
   for (int64_t key = 0; key < count; ++key) {
-    __m512 value[kWide];
-    for (int i = 0; i < kWide; ++i) {
-      value[i] = codes.load(key, i * kLanes);
+    Floats value[kAcross];
+    for (int i = 0; i < kAcross; ++i) {
+      value[i] = codes.at_lane(key, i * kLanes);
     }
     for (int q = 0; q < kQueries; ++q) {
-      const __m512 weight = _mm512_set1_ps(weights[q * kStepKeys + key]);
+      const Floats weight = broadcast(weights[q * kStepKeys + key]);
       whole[q] += weights[q * kStepKeys + key];
-      for (int i = 0; i < kWide; ++i) {
-        total[q][i] = _mm512_fmadd_ps(weight, value[i], total[q][i]);
+      for (int i = 0; i < kAcross; ++i) {
+        total[q][i] = fmadd(weight, value[i], total[q][i]);
       }
     }
   }
   for (int q = 0; q < kQueries; ++q) {
-    const __m512 zero = _mm512_set1_ps(kCodeZero * whole[q]);
-    for (int i = 0; i < kWide; ++i) {
+    const Floats zero = broadcast(kCodeZero * whole[q]);
+    for (int i = 0; i < kAcross; ++i) {
       float* to = sum + q * head_dim + i * kLanes;
-      const __m512 before = _mm512_mul_ps(_mm512_loadu_ps(to), _mm512_set1_ps(shrink[q]));
-      _mm512_storeu_ps(to, _mm512_add_ps(before, _mm512_sub_ps(total[q][i], zero)));
+      const Floats before = mul(load(to), broadcast(shrink[q]));
+      store(to, add(before, sub(total[q][i], zero)));
     }
   }
 }
@@ -331,8 +324,8 @@ template <int kQueries, typename Source>
 void mix_all_codes(const Source& codes, int64_t count, int64_t head_dim, const float* weights, const float* shrink,
                    float* sum) {
   int64_t feature = 0;
-  for (; feature + 4 * kLanes <= head_dim; feature += 4 * kLanes) {
-    mix_codes<kQueries, 4>(codes.from(feature), count, head_dim, weights, shrink, sum + feature);
+  for (; feature + kWide * kLanes <= head_dim; feature += kWide * kLanes) {
+    mix_codes<kQueries, kWide>(codes.from(feature), count, head_dim, weights, shrink, sum + feature);
   }
   for (; feature < head_dim; feature += kLanes) {
     mix_codes<kQueries, 1>(codes.from(feature), count, head_dim, weights, shrink, sum + feature);
@@ -353,7 +346,7 @@ void mix_int8(const HeadCache& value, const float* ready, int64_t first, int64_t
   for (int q = 0; q < kQueries; ++q) {
     for (int vector = 0; vector < kVectors; ++vector) {
       float* at = weights + q * kStepKeys + vector * kLanes;
-      _mm512_store_ps(at, _mm512_mul_ps(_mm512_load_ps(at), _mm512_load_ps(scales + vector * kLanes)));
+      store(at, mul(load(at), load(scales + vector * kLanes)));
     }
   }
   if (ready != nullptr) {
@@ -367,9 +360,9 @@ void mix_int8(const HeadCache& value, const float* ready, int64_t first, int64_t
 struct Step {
   const HeadCache& value;
   int64_t first, count;
-  __mmask16 present[kVectors];
+  Mask present[kVectors];
   const float* turned;            // keys as floats; null: as codes
-  const __m512i* words;           // keys as codes
+  const Ints* words;           // keys as codes
   const float* scales;            // of those
   const float* values;            // as floats, of an int8 cache the codes; null: as they lie there
   const IntegerQueries* queries;  // for keys as codes
@@ -416,12 +409,12 @@ void attend_step(const Step& step, const QueryTile& tile) {
 }
 
 void find_present(const QueryTile& tile, Step& step) {
+  alignas(64) int32_t there[kStepKeys] = {};
+  for (int64_t key = 0; key < step.count; ++key) {
+    there[key] = tile.mask[step.first + key] != 0 ? -1 : 0;
+  }
   for (int vector = 0; vector < kVectors; ++vector) {
-    step.present[vector] = 0;
-    for (int lane = 0; lane < kLanes && vector * kLanes + lane < step.count; ++lane) {
-      const bool is_there = tile.mask[step.first + vector * kLanes + lane] != 0;
-      step.present[vector] |= static_cast<__mmask16>(is_there << lane);
-    }
+    step.present[vector] = mask_of(there + vector * kLanes);
   }
 }
 
@@ -439,8 +432,8 @@ void attend(const HeadCache& key, const HeadCache& value, int64_t first, int64_t
                  &queries, scores};
     find_present(tile, step);
     if (key.is_int8) {
-      step.words = reinterpret_cast<const __m512i*>(turned);
-      turn_codes(key, at, step.count, reinterpret_cast<__m512i*>(turned), scales);
+      step.words = reinterpret_cast<const Ints*>(turned);
+      turn_codes(key, at, step.count, reinterpret_cast<Ints*>(turned), scales);
     } else {
       step.turned = turned;
       turn_keys(key, at, step.count, turned);
@@ -456,6 +449,9 @@ void attend(const HeadCache& key, const HeadCache& value, int64_t first, int64_t
 
 }  // namespace
 
-const AttentionKernels kAvx512AttentionKernels = {attend, store_row};
+namespace LFM2_TARGET {
 
+const AttentionKernels kAttentionKernels = {attend, store_row};
+
+}  // namespace LFM2_TARGET
 }  // namespace lfm2

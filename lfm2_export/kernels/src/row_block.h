@@ -1,0 +1,208 @@
+// The product of row_matrix.h for many tokens: 2 * kLanes rows, whose codes, scales and zero points are turned from rows into
+// lanes by transposing words, which at 4 bits moves 8 weights at once. A token gets the bits that row_dot.h gives it.
+
+#pragma once
+
+#include "row_dot.h"
+
+namespace lfm2 {
+namespace {
+
+constexpr int kChains = kBlocks;                   // of sums that are added up apart
+constexpr int kTileTokens = kLanes == 16 ? 6 : 4;  // of a pass: two registers of sums each
+
+// A block's rows as lanes. Words come in the order in which activations lie: at 4 bits, of 8 inputs the even ones, then
+// the odd ones.
+struct Block {
+  Ints* words;     // [columns / 4][2]: 4 weights, zero point taken out
+  Ints* offsets;   // [columns / 32][2]: -128 * their sum, which takes the activations' shift out
+  Floats* scales;  // [groups][2]
+};
+
+Block block_in(void* scratch, int64_t columns) {
+  auto* words = static_cast<Ints*>(scratch);
+  Ints* offsets = words + columns / 4 * 2;
+  return {words, offsets, reinterpret_cast<Floats*>(offsets + columns / kGroupInputs * 2)};
+}
+
+LFM2_ALWAYS void load_words(const uint8_t* from, int64_t stride, int64_t rows, int64_t bytes, Ints (&m)[kLanes]) {
+  for (int r = 0; r < kLanes; ++r) {
+    m[r] = r < rows ? load_bytes_first(from + r * stride, bytes) : zero_ints();
+  }
+  transpose(m);
+}
+
+void arrange_scales(const RowMatrix& w, int half, int64_t rows, const Block& block) {
+  for (int64_t first = 0; first < w.groups(); first += kLanes) {
+    Ints m[kLanes];
+    for (int r = 0; r < kLanes; ++r) {
+      m[r] = r < rows ? as_ints(load_scales(w, w.scales_of(half * kLanes + r), first, w.groups() - first)) : zero_ints();
+    }
+    transpose(m);
+    for (int64_t i = 0; i < kLanes && first + i < w.groups(); ++i) {
+      block.scales[(first + i) * 2 + half] = as_floats(m[i]);
+    }
+  }
+}
+
+constexpr int64_t kPointGroups = 8 * kLanes;  // whose zero points a register of a row holds, 8 in a word
+
+template <int kBits>
+LFM2_ALWAYS void arrange_codes(const RowMatrix& w, int half, int64_t rows, const Block& block) {
+  constexpr int kInputs = kBytes * 8 / kBits;  // in a register of a row
+  const bool has_points = w.zero_points != nullptr;
+  Ints points[kLanes];
+  for (int64_t at = 0; at < w.columns; at += kInputs) {
+    const int64_t left = w.columns - at < kInputs ? w.columns - at : kInputs;
+    if (has_points && at / w.group % kPointGroups == 0 && at % w.group == 0) {
+      const int64_t bytes = w.point_bytes() - at / w.group / 2;
+      load_words(w.points_of(half * kLanes) + at / w.group / 2, w.point_bytes(), rows, bytes, points);
+    }
+    Ints m[kLanes];
+    load_words(w.row(half * kLanes) + at * kBits / 8, w.row_bytes(), rows, left * kBits / 8, m);
+    for (int64_t inner = 0; inner < left; inner += kGroupInputs) {
+      const int64_t group = (at + inner) / w.group % kPointGroups;
+      const Bytes point = has_points ? nibble_of_lanes(points[group / 8], group % 8) : broadcast_byte(8);
+      Ints* to = block.words + (at + inner) / 4 * 2 + half;
+      Ints sum = zero_ints();
+      for (int i = 0; i < kGroupInputs / 4; ++i) {
+        Bytes word;
+        if (kBits == 4) {
+          const Bytes pairs = m[inner / 8 + i / 2];
+          word = sub_bytes(i % 2 == 0 ? low_nibbles(pairs) : high_nibbles(pairs), point);
+        } else {
+          word = exclusive_or(m[inner / 4 + i], broadcast_byte(-kShift));
+        }
+        to[i * 2] = word;
+        sum = add_quads(sum, word);
+      }
+      block.offsets[(at + inner) / kGroupInputs * 2 + half] = sub_ints(zero_ints(), times_128(sum));
+    }
+  }
+}
+
+void arrange(const RowMatrix& w, const Block& block) {
+  static_assert(kShift == 128);
+  for (int half = 0; half < 2; ++half) {
+    const int64_t rows = w.rows - half * kLanes;
+    arrange_scales(w, half, rows, block);
+    w.bits == 4 ? arrange_codes<4>(w, half, rows, block) : arrange_codes<8>(w, half, rows, block);
+  }
+}
+
+// What is probably needed next, the rows behind this block's: fetched line by line while this block computes.
+struct Ahead {
+  uintptr_t at, end;
+
+  LFM2_ALWAYS void step() {
+    if (at < end) {
+      __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2);
+      at += kLine;
+    }
+  }
+};
+
+template <int kTokens>
+using TileSums = Floats[kTokens][2];
+
+// Groups `chain`, chain + kChains, ... of all rows of a block and `kTokens` tokens.
+template <int kTokens, int kBits>
+LFM2_ALWAYS void add_chain(const Block& block, const RowMatrix& w, const RowActivations& x, int64_t chain,
+                           TileSums<kTokens>& total, Ahead& ahead) {
+  for (int t = 0; t < kTokens; ++t) {
+    total[t][0] = total[t][1] = broadcast(0.0f);
+  }
+  // A power of two: a shift instead of a division.
+  const int scale_shift = __builtin_ctzll(static_cast<uint64_t>(w.group / kGroupInputs));
+  for (int64_t group = chain; group < w.columns / kGroupInputs; group += kChains) {
+    ahead.step();
+    const Ints* words = block.words + group * (kGroupInputs / 4 * 2);
+    const Floats* scales = block.scales + (group >> scale_shift) * 2;
+    // At 4 bits word 2*i holds even inputs, word 2*i + 1 odd ones, which lie 64 further on.
+    const int8_t* from = x.codes + inputs_at<kBits>(group * kGroupInputs);
+    TileSum<kBits> sum[kTokens][2];
+    for (int t = 0; t < kTokens; ++t) {
+      sum[t][0].start(block.offsets[group * 2]);
+      sum[t][1].start(block.offsets[group * 2 + 1]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kGroupInputs / 4; ++i) {
+      const Bytes first = words[i * 2], second = words[i * 2 + 1];
+      const int at = kBits == 4 ? i / 2 * 4 + i % 2 * 64 : i * 4;
+#pragma GCC unroll 6
+      for (int t = 0; t < kTokens; ++t) {
+        const Bytes four = broadcast_word(from + t * x.padded + at);
+        sum[t][0].add(i, four, first);
+        sum[t][1].add(i, four, second);
+      }
+    }
+    for (int t = 0; t < kTokens; ++t) {
+      const Floats scale = broadcast(x.scales_of(t)[group]);
+      total[t][0] = fmadd(sum[t][0].total(), mul(scales[0], scale), total[t][0]);
+      total[t][1] = fmadd(sum[t][1].total(), mul(scales[1], scale), total[t][1]);
+    }
+  }
+}
+
+template <int kTokens>
+LFM2_ALWAYS void add_sums(const TileSums<kTokens>& a, TileSums<kTokens>& to) {
+  for (int t = 0; t < kTokens; ++t) {
+    to[t][0] = add(a[t][0], to[t][0]);
+    to[t][1] = add(a[t][1], to[t][1]);
+  }
+}
+
+template <int kTokens, int kBits>
+void block_tile(const Block& block, const RowMatrix& w, const RowActivations& x, float* y, int64_t stride,
+                Ahead& ahead) {
+  TileSums<kTokens> sums[kChains];
+  for (int chain = 0; chain < kChains; ++chain) {
+    TileSums<kTokens> total;
+    add_chain<kTokens, kBits>(block, w, x, chain, total, ahead);
+    std::memcpy(sums[chain], total, sizeof total);
+  }
+  for (int apart = 1; apart < kChains; apart *= 2) {  // (0 + 1) + (2 + 3), into the last one
+    for (int chain = 2 * apart - 1; chain < kChains; chain += 2 * apart) {
+      add_sums<kTokens>(sums[chain - apart], sums[chain]);
+    }
+  }
+  for (int t = 0; t < kTokens; ++t) {
+    store_first(y + t * stride, sums[kChains - 1][t][0], w.rows);
+    store_first(y + t * stride + kLanes, sums[kChains - 1][t][1], w.rows - kLanes);
+  }
+}
+
+// `count` tokens of 1 to kTokens.
+template <int kBits, int kTokens, typename... Arguments>
+LFM2_ALWAYS void some_tokens(int64_t count, Arguments&... arguments) {
+  if constexpr (kTokens > 1) {
+    if (count < kTokens) {
+      return some_tokens<kBits, kTokens - 1>(count, arguments...);
+    }
+  }
+  block_tile<kTokens, kBits>(arguments...);
+}
+
+template <int kBits>
+void block_bits(const RowMatrix& w, const RowActivations& x, float* y, int64_t stride, const Block& block) {
+  const auto next = reinterpret_cast<uintptr_t>(w.row(w.rows));
+  Ahead ahead = {next, next + w.rows * w.row_bytes()};
+  for (int64_t first = 0; first < x.tokens; first += kTileTokens) {
+    const int64_t count = x.tokens - first < kTileTokens ? x.tokens - first : kTileTokens;
+    const RowActivations some = x.part(first, count);
+    float* to = y + first * stride;
+    some_tokens<kBits, kTileTokens>(count, block, w, some, to, stride, ahead);
+  }
+}
+
+void block(const RowMatrix& w, const RowActivations& x, float* y, int64_t stride, void* scratch) {
+  const Block arranged = block_in(scratch, w.columns);
+  for (int64_t row = 0; row < w.rows; row += 2 * kLanes) {
+    const RowMatrix some = w.part(row, w.rows - row < 2 * kLanes ? w.rows - row : 2 * kLanes);
+    arrange(some, arranged);
+    w.bits == 4 ? block_bits<4>(some, x, y + row, stride, arranged) : block_bits<8>(some, x, y + row, stride, arranged);
+  }
+}
+
+}  // namespace
+}  // namespace lfm2
