@@ -27,7 +27,8 @@ OURS = """
 import sys
 from lfm2_export.backends.onnx import variants
 from lfm2_export.kernels import build
-variants.own_library = build.onnx_library_path
+ours = variants.OwnKernels(library=build.onnx_library_path())  # on a processor without fast kernels too
+variants.own_kernels = lambda: ours
 """
 CLI = "from lfm2_export import cli; sys.exit(cli.main(sys.argv[1:]))"
 # At 32 tokens a FeedForward of a wrapped width once wrote out of bounds; at other lengths it ran out of memory.
