@@ -164,11 +164,12 @@ class ExecutorchRunner(RunnerBase):
             raise
 
     def _run(self, tokens: np.ndarray) -> np.ndarray:
-        start, done = np.array([self._length], dtype=np.int64), list[Any]()
+        start, done, after = np.array([self._length], dtype=np.int64), list[Any](), self._length + len(tokens)
         try:
             (logits,) = self._session.call(FORWARD, (np.ascontiguousarray(tokens[None]), start), done)
         finally:
-            self._length += len(tokens) if done else 0
+            if done:  # without a call, in whose place a Ctrl-C could be raised
+                self._length = after
         return logits[0, 0]
 
     def _read(self) -> list[np.ndarray]:
