@@ -221,7 +221,7 @@ def test_run_takes_numbers_of_any_size_and_any_text(
     command = ["run", str(artifact("tiny-moe")), "--kernels", "stock", "--prompt", "What is a list?", *arguments]
     command += [] if "--max-new-tokens" in arguments else ["--max-new-tokens", "2"]
     assert cli.main(command) == 0
-    assert capsys.readouterr().err.startswith("onnx q4: ")
+    assert capsys.readouterr().err.startswith("onnx q4 on ")
 
 
 @pytest.mark.parametrize(
