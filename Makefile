@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make demo      export the bundled checkpoint as fp32 and q4, prove it, generate text from both"
 	@echo "make test      run the tests"
-	@echo "make test-oldest  run them with the oldest versions that pyproject.toml takes (oldest.txt), in .venv-oldest"
+	@echo "make test-oldest  run them with the versions of oldest.txt, in .venv-oldest"
 	@echo "make wheels    build the wheels into dist/: lfm2-export and the bundled checkpoints' own"
 	@echo "make lint      ruff format and check, mypy"
 	@echo "make sanitize  run the C++ kernels' and operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -37,7 +37,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
-# .venv has the newest versions that are taken; this is the other end of the ranges.
+# .venv has the newest versions that are taken; these are the oldest that the whole suite is for.
 OLDEST := .venv-oldest
 $(OLDEST)/.installed: pyproject.toml oldest.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)

@@ -276,8 +276,8 @@ class GroupedQueryAttention(nn.Module):
         return weights @ value.repeat_interleave(groups, dim=1), weights
 
 
-class Attention(nn.Module):
-    """Projections and the per-head q/k norms around ``GroupedQueryAttention``."""
+class HeadProjections(nn.Module):
+    """The projections and the per-head q/k norms around an attention, under LFM2's names."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -289,18 +289,29 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(q_width, config.hidden_size, bias=False)
         self.q_layernorm = RMSNorm(self.head_dim, config.norm_eps)
         self.k_layernorm = RMSNorm(self.head_dim, config.norm_eps)
+
+    def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, normed, and values: [B, T, heads * head_dim] each."""
+        q = self._normed(self.q_layernorm, self.q_proj(x_BTD))
+        k = self._normed(self.k_layernorm, self.k_proj(x_BTD))
+        return q, k, self.v_proj(x_BTD)
+
+    def _normed(self, norm: nn.Module, x: Tensor) -> Tensor:
+        return norm(x.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+
+
+class Attention(HeadProjections):
+    """``GroupedQueryAttention`` with its projections."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
         self.core = GroupedQueryAttention(config)
 
     def forward(
         self, x_BTD: Tensor, past_key: Tensor, past_value: Tensor, layout: SequenceLayout, want_weights: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        q = self._normed(self.q_layernorm, self.q_proj(x_BTD))
-        k = self._normed(self.k_layernorm, self.k_proj(x_BTD))
-        y, key, value, weights = self.core(q, k, self.v_proj(x_BTD), past_key, past_value, layout, want_weights)
+        y, key, value, weights = self.core(*self.project(x_BTD), past_key, past_value, layout, want_weights)
         return self.out_proj(y), key, value, weights
-
-    def _normed(self, norm: nn.Module, x: Tensor) -> Tensor:
-        return norm(x.unflatten(-1, (-1, self.head_dim))).flatten(-2)
 
 
 class MLP(nn.Module):

@@ -25,9 +25,9 @@ from lfm2_export.heads import ATTENDED, PADDING, EncoderHead, Pooling
 from lfm2_export.models.layers import (
     MLP,
     Compaction,
+    HeadProjections,
     Recorder,
     ResidualRMSNorm,
-    RMSNorm,
     rope_angles,
     rotate,
     take_rows,
@@ -163,29 +163,16 @@ class BidirectionalAttention(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
-class EncoderAttention(nn.Module):
-    """Projections and the per-head q/k norms around ``BidirectionalAttention``."""
+class EncoderAttention(HeadProjections):
+    """``BidirectionalAttention`` with its projections."""
 
     def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.head_dim = config.head_dim
-        q_width, kv_width = (n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-        self.q_proj = nn.Linear(config.hidden_size, q_width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.out_proj = nn.Linear(q_width, config.hidden_size, bias=False)
-        self.q_layernorm = RMSNorm(self.head_dim, config.norm_eps)
-        self.k_layernorm = RMSNorm(self.head_dim, config.norm_eps)
+        super().__init__(config)
         self.core = BidirectionalAttention(config)
 
     def forward(self, x_BTD: Tensor, layout: EncoderLayout) -> Tensor:
-        q = self._normed(self.q_layernorm, self.q_proj(x_BTD))
-        k = self._normed(self.k_layernorm, self.k_proj(x_BTD))
-        out: Tensor = self.out_proj(self.core(q, k, self.v_proj(x_BTD), layout))
+        out: Tensor = self.out_proj(self.core(*self.project(x_BTD), layout))
         return out
-
-    def _normed(self, norm: nn.Module, x: Tensor) -> Tensor:
-        return norm(x.unflatten(-1, (-1, self.head_dim))).flatten(-2)
 
 
 class EncoderLayer(nn.Module):
