@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from lfm2_export.commands.base import Command, version_text
+from lfm2_export.commands.chat import ChatCommand
 from lfm2_export.commands.check import BenchCommand, ParityCommand
 from lfm2_export.commands.demo import DemoCommand
 from lfm2_export.commands.embed import EmbedCommand
 from lfm2_export.commands.export import ExportCommand
 from lfm2_export.commands.quality import QualityCommand
+from lfm2_export.commands.run import RunCommand
 from lfm2_export.commands.serve import ServeCommand
 from lfm2_export.commands.show import InspectCommand, SupportCommand
-from lfm2_export.commands.talk import ChatCommand, RunCommand
 
 COMMANDS: tuple[Command, ...] = (
     ExportCommand(),

@@ -1,33 +1,29 @@
-"""``lfm2-export run`` and ``chat``: text in, text out, on any artifact."""
+"""What ``lfm2-export run`` and ``chat`` share: their arguments, what they open, prompts in, text out."""
 
 from __future__ import annotations
 
 import argparse
 import io
 import sys
-import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
-from lfm2_export import chat_template, console, interrupts
+from lfm2_export import chat_template, console
 from lfm2_export.artifact import Artifact
-from lfm2_export.backends.base import Runner, RunnerOptions, kernels_of
-from lfm2_export.chat import Chat
-from lfm2_export.commands.base import add_artifact, add_json, add_machine, given, runner_options
-from lfm2_export.errors import GenerationError, Lfm2ExportError
-from lfm2_export.generation import TokenEvent, generate
+from lfm2_export.backends.base import Runner, RunnerOptions
+from lfm2_export.commands.base import given, runner_options
+from lfm2_export.errors import GenerationError
+from lfm2_export.generation import TokenEvent
 from lfm2_export.generation_config import GenerationConfig
 from lfm2_export.manifest import Program
 from lfm2_export.runners import open_runner
 from lfm2_export.speculation import DEFAULT_DRAFT_TOKENS, Report, SpeculativeRunner, speculating
-from lfm2_export.streams import OutputError
 from lfm2_export.text import StreamDecoder, Tokenizer, check_text
 
 # What a model's context may hold many times over; a device as standard input has no end.
-_STDIN_LIMIT = 4 << 20
-_CHAT_HELP = "/again: another reply   /reset: forget everything   /exit or Ctrl-D: leave   Ctrl-C: stop a reply"
+STDIN_LIMIT = 4 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,61 +118,12 @@ def generation_settings(folder: Path) -> GenerationConfig:
     return GenerationConfig.from_file(path) if path.is_file() else GenerationConfig()
 
 
-class RunCommand:
-    name = "run"
-    help = "generate text from one prompt"
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        add_artifact(parser)
-        parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to say; - reads standard input")
-        parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
-        add_generation(parser)
-        add_speculation(parser)
-        add_machine(parser)
-        add_json(parser)
-
-    def run(self, options: argparse.Namespace) -> int:
-        opened = open_for_text(options)
-        prompt = _read_prompt() if options.prompt == "-" else options.prompt
-        ids = encode_prompt(opened.tokenizer, prompt, raw=options.raw, system=options.system)
-        started = time.perf_counter()
-        events = generate(opened.runner, [ids], opened.config)
-        timed = _Timed(events, started)
-        pieces = stream_text(
-            opened.tokenizer,
-            timed,
-            stop_tokens=opened.config.stop_tokens,
-            skip_special_tokens=options.skip_special_tokens,
-        )
-        if options.json:
-            console.print_json(_collect(opened, ids, timed, "".join(pieces)))
-        else:
-            for piece in pieces:
-                console.stream(piece)
-            console.stream("\n")
-            console.note(f"{_described(opened)}: {timed.summary(len(ids))}")
-            _note_speculation(opened)
-        return 0
-
-
-def _described(opened: Opened) -> str:
-    kernels = kernels_of(opened.runner)
-    return f"{opened.program} on {kernels}" if kernels else str(opened.program)
-
-
-def _note_speculation(opened: Opened) -> None:
+def note_speculation(opened: Opened) -> None:
     if opened.speculation is not None:
         console.note(f"speculation, {opened.speculation.summary()}")
 
 
-def _read_prompt() -> str:
-    text = _read(lambda: _stdin().read(_STDIN_LIMIT + 1))
-    if len(text) > _STDIN_LIMIT:
-        raise GenerationError(f"standard input: has more than {_STDIN_LIMIT:,} characters; give a shorter prompt")
-    return text
-
-
-def _read(read: Callable[[], str]) -> str:
+def reading(read: Callable[[], str]) -> str:
     try:
         return read()
     except OSError as error:  # a folder, or a terminal that has gone
@@ -185,7 +132,7 @@ def _read(read: Callable[[], str]) -> str:
         ) from error
 
 
-def _stdin() -> TextIO:
+def standard_input() -> TextIO:
     """Standard input, whose bytes that are not UTF-8 arrive as they do in arguments: ``check_text`` finds them."""
     if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.errors != "surrogateescape":
         sys.stdin.reconfigure(errors="surrogateescape")
@@ -223,119 +170,3 @@ def stream_text(
     for event in events:
         yield decoder.push(event.token)
     yield decoder.finish()
-
-
-class _Timed(Iterator[TokenEvent]):
-    """Passes events on and remembers them with the time."""
-
-    def __init__(self, events: Iterator[TokenEvent], started: float):
-        self._events, self._started = events, started
-        self.prefill_s = time.perf_counter() - started
-        self.tokens: list[int] = []
-        self.finish_reason: str | None = None
-
-    def __next__(self) -> TokenEvent:
-        interrupts.check()
-        event = next(self._events)
-        self.tokens.append(event.token)
-        self.finish_reason = event.finish_reason
-        self.decode_s = time.perf_counter() - self._started - self.prefill_s
-        return event
-
-    def summary(self, prompt_tokens: int) -> str:
-        rate = len(self.tokens) / max(self.decode_s, 1e-9)
-        return (
-            f"{prompt_tokens} prompt tokens in {self.prefill_s:.2f} s, {len(self.tokens)} new ones at {rate:.1f} per s,"
-            f" ended by {self.finish_reason}"
-        )
-
-
-def _collect(opened: Opened, ids: list[int], timed: _Timed, text: str) -> dict[str, Any]:
-    return {
-        "program": str(opened.program),
-        "kernels": kernels_of(opened.runner),
-        "text": text,
-        "tokens": timed.tokens,
-        "prompt_tokens": len(ids),
-        "finish_reason": timed.finish_reason,
-        "prefill_s": timed.prefill_s,
-        "decode_s": timed.decode_s,
-    } | ({} if opened.speculation is None else {"speculation": opened.speculation.to_json()})
-
-
-class ChatCommand:
-    name = "chat"
-    help = "talk to an artifact; the conversation's state is kept between turns"
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        add_artifact(parser)
-        add_generation(parser)
-        add_speculation(parser)
-        add_machine(parser)
-
-    def run(self, options: argparse.Namespace) -> int:
-        check_text(options.system or "", "--system")
-        opened = open_for_text(options)
-        if not opened.tokenizer.has_chat_template:
-            raise GenerationError(f"{options.artifact}: has no chat template; use `lfm2-export run --raw`")
-        chat = Chat(
-            opened.runner,
-            opened.tokenizer,
-            opened.config,
-            system=options.system,
-            skip_special_tokens=options.skip_special_tokens,
-        )
-        console.note(f"{opened.program}   {_CHAT_HELP}")
-        while (line := _read_line()) is not None:
-            if not _answer(chat, line.strip()):
-                break
-        _note_speculation(opened)
-        return 0
-
-
-def _read_line() -> str | None:
-    """What was typed, None at the end."""
-    stdin = _stdin()
-    if stdin.isatty():
-        console.stream("> ")
-    try:
-        line = _read(lambda: stdin.readline(_STDIN_LIMIT + 1))
-    except KeyboardInterrupt:
-        interrupts.forget()
-        return None
-    if len(line) > _STDIN_LIMIT:
-        raise GenerationError(f"standard input: a line has more than {_STDIN_LIMIT:,} characters; send shorter ones")
-    return line or None
-
-
-def _answer(chat: Chat, line: str) -> bool:
-    """One turn; False to leave. A turn that fails is told and does not end the conversation."""
-    if line in ("/exit", "/quit"):
-        return False
-    try:
-        if line == "/reset":
-            chat.clear()
-        elif line.startswith("/") and line != "/again":
-            console.note(_CHAT_HELP)
-        elif line:
-            check_text(line, "your message")
-            _print_reply(chat.regenerate if line == "/again" else lambda: chat.send(line))
-    except OutputError:
-        raise
-    except Lfm2ExportError as error:
-        console.error(str(error))
-    return True
-
-
-def _print_reply(reply: Callable[[], Iterator[str]]) -> None:
-    """Ctrl-C ends it: while it is written, what was written stays; before, the conversation is as it was."""
-    pieces = None
-    try:
-        pieces = reply()
-        for piece in pieces:
-            console.stream(piece)
-    except KeyboardInterrupt:
-        interrupts.forget()
-        if pieces is not None:
-            pieces.close()  # type: ignore[attr-defined]
-    console.stream("\n")

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 
 from lfm2_export import cli
+from lfm2_export.chat import Chat
+from lfm2_export.commands import chat as chat_command
+from lfm2_export.commands import run as run_command
 from lfm2_export.commands import talk
 from lfm2_export.generation_config import GenerationConfig
 from tests.artifacts import program
@@ -49,7 +52,8 @@ def say(monkeypatch, capsys):
             tokenizer=TOKENIZER,
             config=config,
         )
-        monkeypatch.setattr(talk, "open_for_text", lambda options: opened)
+        for command in (chat_command, run_command):
+            monkeypatch.setattr(command, "open_for_text", lambda options: opened)
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
         code = cli.main([*arguments])
         captured = capsys.readouterr()
@@ -86,7 +90,7 @@ def test_a_message_that_is_not_utf8_does_not_end_the_conversation(say):
     assert code == 0
     assert "lfm2-export: your message: character 2 ('\\udcff') is not Unicode text" in err
     alone, shown = HashRunner(vocab_size=TOKENIZER.vocab_size), io.StringIO()
-    chat = talk.Chat(alone, TOKENIZER, GenerationConfig(max_new_tokens=6))
+    chat = Chat(alone, TOKENIZER, GenerationConfig(max_new_tokens=6))
     for line in ("Hello", "Again"):
         print("".join(chat.send(line)), file=shown)
     assert out == shown.getvalue()

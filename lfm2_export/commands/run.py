@@ -1,0 +1,113 @@
+"""``lfm2-export run``: text in, text out, on any artifact."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from lfm2_export import console, interrupts
+from lfm2_export.backends.base import kernels_of
+from lfm2_export.commands.base import add_artifact, add_json, add_machine
+from lfm2_export.commands.talk import (
+    STDIN_LIMIT,
+    Opened,
+    add_generation,
+    add_speculation,
+    encode_prompt,
+    note_speculation,
+    open_for_text,
+    reading,
+    standard_input,
+    stream_text,
+)
+from lfm2_export.errors import GenerationError
+from lfm2_export.generation import TokenEvent, generate
+
+
+class RunCommand:
+    name = "run"
+    help = "generate text from one prompt"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        add_artifact(parser)
+        parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to say; - reads standard input")
+        parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
+        add_generation(parser)
+        add_speculation(parser)
+        add_machine(parser)
+        add_json(parser)
+
+    def run(self, options: argparse.Namespace) -> int:
+        opened = open_for_text(options)
+        prompt = _read_prompt() if options.prompt == "-" else options.prompt
+        ids = encode_prompt(opened.tokenizer, prompt, raw=options.raw, system=options.system)
+        started = time.perf_counter()
+        events = generate(opened.runner, [ids], opened.config)
+        timed = _Timed(events, started)
+        pieces = stream_text(
+            opened.tokenizer,
+            timed,
+            stop_tokens=opened.config.stop_tokens,
+            skip_special_tokens=options.skip_special_tokens,
+        )
+        if options.json:
+            console.print_json(_collect(opened, ids, timed, "".join(pieces)))
+        else:
+            for piece in pieces:
+                console.stream(piece)
+            console.stream("\n")
+            console.note(f"{_described(opened)}: {timed.summary(len(ids))}")
+            note_speculation(opened)
+        return 0
+
+
+def _described(opened: Opened) -> str:
+    kernels = kernels_of(opened.runner)
+    return f"{opened.program} on {kernels}" if kernels else str(opened.program)
+
+
+def _read_prompt() -> str:
+    text = reading(lambda: standard_input().read(STDIN_LIMIT + 1))
+    if len(text) > STDIN_LIMIT:
+        raise GenerationError(f"standard input: has more than {STDIN_LIMIT:,} characters; give a shorter prompt")
+    return text
+
+
+class _Timed(Iterator[TokenEvent]):
+    """Passes events on and remembers them with the time."""
+
+    def __init__(self, events: Iterator[TokenEvent], started: float):
+        self._events, self._started = events, started
+        self.prefill_s = time.perf_counter() - started
+        self.tokens: list[int] = []
+        self.finish_reason: str | None = None
+
+    def __next__(self) -> TokenEvent:
+        interrupts.check()
+        event = next(self._events)
+        self.tokens.append(event.token)
+        self.finish_reason = event.finish_reason
+        self.decode_s = time.perf_counter() - self._started - self.prefill_s
+        return event
+
+    def summary(self, prompt_tokens: int) -> str:
+        rate = len(self.tokens) / max(self.decode_s, 1e-9)
+        return (
+            f"{prompt_tokens} prompt tokens in {self.prefill_s:.2f} s, {len(self.tokens)} new ones at {rate:.1f} per s,"
+            f" ended by {self.finish_reason}"
+        )
+
+
+def _collect(opened: Opened, ids: list[int], timed: _Timed, text: str) -> dict[str, Any]:
+    return {
+        "program": str(opened.program),
+        "kernels": kernels_of(opened.runner),
+        "text": text,
+        "tokens": timed.tokens,
+        "prompt_tokens": len(ids),
+        "finish_reason": timed.finish_reason,
+        "prefill_s": timed.prefill_s,
+        "decode_s": timed.decode_s,
+    } | ({} if opened.speculation is None else {"speculation": opened.speculation.to_json()})
