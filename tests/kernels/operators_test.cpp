@@ -319,7 +319,8 @@ void test_rings_that_do_not_fit() {
     c.info.integers["window"] = size;
     expect(lfm2_test::run(c).fault.empty(), "a window as long as the ring is refused");
     c.info.integers["window"] = size + 1;
-    expect(contains(lfm2_test::run(c).fault, "a ring of " + std::to_string(size) + " positions"), "a ring below the window is taken");
+    expect(contains(lfm2_test::run(c).fault, "a ring of " + std::to_string(size) + " positions"),
+           "a ring below the window is taken");
     c.info.integers["window"] = 1;
     auto shape = c.input("past_key").shape;
     shape[2] -= 1;
