@@ -81,7 +81,7 @@ class Chat:
         self.config = config
         self._runner = runner
         self._tokenizer = tokenizer
-        self._system = [] if system is None else [{"role": "system", "content": system}]
+        self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._tools = tools
         self._variables = variables
         self._template = chat_template
@@ -113,6 +113,15 @@ class Chat:
         self._turn += 1
 
     @property
+    def variables(self) -> Mapping[str, Any]:
+        """More names for the chat template. Where they change what it writes, more is prefilled again."""
+        return dict(self._variables or {})
+
+    @variables.setter
+    def variables(self, values: Mapping[str, Any]) -> None:
+        self._variables = dict(values)
+
+    @property
     def prompt(self) -> str:
         """What the last turn's prompt was as text; "" before the first."""
         return self._prompt
@@ -131,6 +140,11 @@ class Chat:
     def reply_tokens(self) -> int:
         """How many tokens the last reply has so far."""
         return self._reply_tokens
+
+    @property
+    def held_tokens(self) -> int:
+        """How many tokens of the context are in use."""
+        return int(self._runner.lengths.max(initial=0))
 
     @property
     def context_length(self) -> int:
@@ -193,6 +207,8 @@ class Chat:
         rest, new = self._messages[len(self._system) :], _as_messages(content)
         starts = [index for index, message in enumerate(rest) if message["role"] == "user"]
         ends = [*starts[1:], len(rest)] if starts else []
+        if new[0]["role"] != "user":
+            ends = ends[:-1]  # it belongs to the last turn
 
         def fits(end: int) -> bool:
             text = self._render([*self._system, *rest[end:], *new])

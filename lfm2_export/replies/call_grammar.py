@@ -148,7 +148,7 @@ class _Rules:
         """Properties in order, those that are not required left out or not, with commas between what is there. From the
         end on: what may follow where none, and where one is there before."""
         first = rest = '""'
-        for name, schema in reversed(properties.items()):
+        for name, schema in reversed(list(properties.items())):
             key = "".join(written).format(name=name, quoted=json.dumps(name, ensure_ascii=False))
             one = f"{_text(key)} {self._value(schema, depth)} {rest}"
             if name in required:
