@@ -22,6 +22,7 @@ from lfm2_export.console import harmless
 
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 _ITEM = re.compile(r" {0,3}([-*+]|\d{1,9}[.)])(\s|$)")
+_BEGUN_ITEM = re.compile(r"\d{1,9}")
 _EVERY_S = 0.08
 
 
@@ -37,8 +38,7 @@ class MarkdownStream:
 
     def push(self, text: str) -> None:
         self._text += harmless(text)
-        end = finished(self._text)
-        if end:
+        while end := finished(self._text):
             self._settle(self._text[:end])
             self._text = self._text[end:]
         if self._text.strip() and time.monotonic() - self._drawn > _EVERY_S:
@@ -73,20 +73,20 @@ class MarkdownStream:
 
 
 def finished(text: str) -> int:
-    """How much of ``text`` is blocks that what follows cannot change: up to a blank line outside of code, behind which
-    something else begins than a list's next item or what is indented under it."""
-    end, fence, is_list, was_blank, at = 0, "", False, False, 0
+    """Where the first block of ``text`` ends, 0 where what follows can still change it: at a blank line outside of
+    code, behind which something else begins than a list's next item or what is indented under it."""
+    fence, is_list, was_blank, at = "", False, False, 0
     for line in text.splitlines(keepends=True):
-        starts_anew = was_blank and not fence and line.strip() and not line[0].isspace()
-        if starts_anew and not (is_list and _ITEM.match(line)):
-            end, is_list = at, False
+        starts_anew = at and was_blank and not fence and line.strip() and not line[0].isspace()
+        if starts_anew and not (is_list and (_ITEM.match(line) or _BEGUN_ITEM.fullmatch(line))):
+            return at
         if not line.endswith("\n"):
-            break
+            return 0
         is_list = is_list or bool(_ITEM.match(line))
         fence = _fence(line, fence)
         was_blank = not line.strip()
         at += len(line)
-    return end
+    return 0
 
 
 def _fence(line: str, fence: str) -> str:

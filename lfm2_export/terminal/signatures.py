@@ -49,7 +49,7 @@ def described(function: Callable[..., Any], place: str) -> dict[str, Any]:
 
 def _hints(function: Callable[..., Any], place: str) -> Mapping[str, Any]:
     try:
-        return typing.get_type_hints(function)
+        return typing.get_type_hints(function, include_extras=True)
     except (NameError, TypeError, AttributeError) as error:
         raise ConfigError(f"{place}: its types cannot be read ({error}); import what they name") from error
 

@@ -1,0 +1,95 @@
+"""A chat in a terminal of its own: keys in, what is drawn out."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import sys
+import termios
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+_CSI = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|[=>]|\].*?\x07|\([AB0])")
+
+
+class Terminal:
+    """``lfm2-export chat`` with a scripted model. Use as a context manager."""
+
+    def __init__(self, script: dict[str, Any], *arguments: str, home: Path, rows: int = 40, columns: int = 100):
+        self._command = [sys.executable, "-m", "tests.terminal.scripted", json.dumps(script), *arguments]
+        self._environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "TERM": "xterm-256color",
+            "PROMPT_TOOLKIT_NO_CPR": "1",
+            "XDG_STATE_HOME": str(home),
+        }
+        self._size = struct.pack("HHHH", rows, columns, 0, 0)
+        self._written = b""
+        self._at = 0
+
+    def __enter__(self) -> Terminal:
+        self._child, self._descriptor = pty.fork()
+        if self._child == 0:
+            os.chdir(ROOT)
+            fcntl.ioctl(0, termios.TIOCSWINSZ, self._size)
+            os.execvpe(self._command[0], self._command, self._environment)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._child, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self._child, 0)
+        os.close(self._descriptor)
+
+    def type(self, keys: str) -> None:
+        data = keys.encode()
+        while data:
+            data = data[os.write(self._descriptor, data[:512]) :]
+            self._read(0)
+
+    def wait(self, text: str, seconds: float = 60) -> str:
+        """What was drawn since the last wait, up to ``text``, without what moves the cursor or colours."""
+        end = time.monotonic() + seconds
+        while True:
+            drawn = self._drawn()
+            if text in drawn[self._at :]:
+                start, self._at = self._at, drawn.index(text, self._at) + len(text)
+                return drawn[start : self._at]
+            assert time.monotonic() < end, f"{text!r} did not come:\n{drawn[self._at :]!r}"
+            assert self._read(0.2), f"{text!r} did not come before the end:\n{drawn[self._at :]!r}"
+
+    def ended(self, seconds: float = 60) -> int:
+        """The exit code."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self._read(0.2):
+            pass
+        return os.waitstatus_to_exitcode(os.waitpid(self._child, 0)[1])
+
+    def drawn(self) -> bytes:
+        """Everything so far, as it came."""
+        return self._written
+
+    def _drawn(self) -> str:
+        return _CSI.sub("", self._written.decode("utf-8", "ignore"))
+
+    def _read(self, seconds: float) -> bool:
+        """Whether there may be more."""
+        if not select.select([self._descriptor], [], [], seconds)[0]:
+            return True
+        try:
+            data = os.read(self._descriptor, 65536)
+        except OSError:  # Linux's word for a terminal that nobody has open any more
+            return False
+        self._written += data
+        return bool(data)
