@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-from lfm2_export import console
+from lfm2_export import console, interrupts
 from lfm2_export.errors import Lfm2ExportError
 from lfm2_export.streams import OutputError
 from lfm2_export.terminal.commands import Leave, command_names, is_command, message_of, run_command
@@ -22,7 +22,7 @@ from lfm2_export.text import check_text
 
 def talk(session: Session) -> None:
     """Raises: OutputError, ReaderGone: nobody can read the answers."""
-    while (line := session.lines.read()) is not None:
+    while (line := _next(session)) is not None:
         try:
             _take(session, line)
         except Leave:
@@ -31,6 +31,21 @@ def talk(session: Session) -> None:
             raise
         except Lfm2ExportError as error:
             console.error(str(error))
+        except KeyboardInterrupt:  # of a command; replies have their own
+            if not session.lines.interactive:
+                raise
+            interrupts.forget()
+
+
+def _next(session: Session) -> str | None:
+    """A Ctrl-C of a person before the prompt is there is one at the prompt: it is drawn again."""
+    while True:
+        try:
+            return session.lines.read()
+        except KeyboardInterrupt:
+            if not session.lines.interactive:
+                raise
+            interrupts.forget()
 
 
 def _take(session: Session, line: str) -> None:

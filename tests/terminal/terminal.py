@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+# A cursor that goes right leaves a blank, most often.
+_RIGHT = re.compile(r"\x08*\x1b\[(\d*)C")
 _CSI = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|[=>]|\].*?\x07|\([AB0])")
 
 
@@ -58,7 +60,7 @@ class Terminal:
             data = data[os.write(self._descriptor, data[:512]) :]
             self._read(0)
 
-    def wait(self, text: str, seconds: float = 60) -> str:
+    def wait(self, text: str, seconds: float = 30) -> str:
         """What was drawn since the last wait, up to ``text``, without what moves the cursor or colours."""
         end = time.monotonic() + seconds
         while True:
@@ -69,7 +71,7 @@ class Terminal:
             assert time.monotonic() < end, f"{text!r} did not come:\n{drawn[self._at :]!r}"
             assert self._read(0.2), f"{text!r} did not come before the end:\n{drawn[self._at :]!r}"
 
-    def ended(self, seconds: float = 60) -> int:
+    def ended(self, seconds: float = 30) -> int:
         """The exit code."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and self._read(0.2):
@@ -81,7 +83,8 @@ class Terminal:
         return self._written
 
     def _drawn(self) -> str:
-        return _CSI.sub("", self._written.decode("utf-8", "ignore"))
+        text = _RIGHT.sub(lambda found: " " * int(found[1] or 1), self._written.decode("utf-8", "ignore"))
+        return _CSI.sub("", text)
 
     def _read(self, seconds: float) -> bool:
         """Whether there may be more."""

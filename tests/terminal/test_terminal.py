@@ -49,6 +49,7 @@ def test_typing_pasting_stopping_and_leaving(tmp_path: Path) -> None:
         terminal.wait("context ")
         terminal.type(f"/save {saved}\r")
         terminal.wait("6 messages saved")
+        terminal.wait("> ")
         terminal.type("\x03")
         terminal.wait("leaves")
         terminal.type("\x03")
