@@ -40,19 +40,19 @@ class EditedLines:
         """Ctrl-C once empties the line, twice in a row asks whether to leave; Ctrl-D leaves."""
         pressed = 0
         while True:
-            try:
+            try:  # around all of it: a Ctrl-C may come while this still draws what the one before asked for
+                if pressed == 1:
+                    console.note("Ctrl-C once more, or Ctrl-D, leaves")
+                elif pressed > 1:
+                    pressed = 0
+                    if self._leaves():
+                        return None
                 return cleaned(self._session.prompt(handle_sigint=False))
             except EOFError:
                 return None
             except KeyboardInterrupt:
                 interrupts.forget()
                 pressed += 1
-            if pressed == 1:
-                console.note("Ctrl-C once more, or Ctrl-D, leaves")
-            elif self._leaves():
-                return None
-            else:
-                pressed = 0
 
     def _leaves(self) -> bool:
         answer = self.ask("leave the conversation? [y/N] ")
@@ -98,7 +98,7 @@ class _Kept(History):
         yield from reversed(self._history.read())
 
     def store_string(self, string: str) -> None:
-        self._history.add(string)
+        self._history.add(cleaned(string))
 
 
 class _Commands(Completer):

@@ -44,7 +44,7 @@ def test_typing_pasting_stopping_and_leaving(tmp_path: Path) -> None:
         terminal.wait("stopped; what was written so far stays")
         terminal.type("half a line\x03")
         terminal.wait("Ctrl-C once more, or Ctrl-D, leaves")
-        terminal.type(f"//slash\r")  # noqa: F541
+        terminal.type("//slash\r")
         terminal.wait("Last.")
         terminal.wait("context ")
         terminal.type(f"/save {saved}\r")
@@ -72,10 +72,7 @@ def test_typing_pasting_stopping_and_leaving(tmp_path: Path) -> None:
     assert said[4:] == ["/slash", "Last."]
     assert b"\x1b[?25h" in drawn[drawn.rindex(b"\x1b[?25l") :], "the cursor is shown again"
     history = tmp_path / "lfm2-export" / "chat_history"
-    assert (
-        lines_of(history)[:2] == ["hallo \\\ntwo\nthree".replace("\\\n", "\n"), said[2]]
-        or lines_of(history)[0] == said[0]
-    )
+    assert lines_of(history)[:2] == [said[0], said[2]]
     with Terminal(script, "--no-history", "--no-markdown", home=tmp_path) as terminal:
         terminal.wait("> ")
         terminal.type("not kept\r")
