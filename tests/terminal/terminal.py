@@ -54,10 +54,13 @@ class Terminal:
             os.waitpid(self._child, 0)
         os.close(self._descriptor)
 
-    def type(self, keys: str) -> None:
-        data = keys.encode()
+    def type(self, keys: str, seconds: float = 30) -> None:
+        """Reads on while it writes: each side's buffer may be full, and then both would wait."""
+        data, end = keys.encode(), time.monotonic() + seconds
         while data:
-            data = data[os.write(self._descriptor, data[:512]) :]
+            assert time.monotonic() < end, f"nobody reads {data[:40]!r}"
+            if select.select([], [self._descriptor], [], 0.05)[1]:
+                data = data[os.write(self._descriptor, data[:256]) :]
             self._read(0)
 
     def wait(self, text: str, seconds: float = 30) -> str:
@@ -74,9 +77,12 @@ class Terminal:
     def ended(self, seconds: float = 30) -> int:
         """The exit code."""
         end = time.monotonic() + seconds
-        while time.monotonic() < end and self._read(0.2):
-            pass
-        return os.waitstatus_to_exitcode(os.waitpid(self._child, 0)[1])
+        while time.monotonic() < end:
+            self._read(0.1)
+            child, status = os.waitpid(self._child, os.WNOHANG)
+            if child:
+                return os.waitstatus_to_exitcode(status)
+        raise AssertionError(f"it has not ended:\n{self._drawn()[self._at :]!r}")
 
     def drawn(self) -> bytes:
         """Everything so far, as it came."""

@@ -33,6 +33,7 @@ def test_typing_pasting_stopping_and_leaving(tmp_path: Path) -> None:
         terminal.type("hallo\x1b[D\x1b[D\x1b[D\x1b[D\x7f\x1b[C")  # the cursor goes left, deletes an h, goes right
         terminal.type("\x01h\x05 \\\rtwo\x1b\rthree\r")
         answer = terminal.wait("context ")
+        terminal.wait("> ")
         assert "Head" in answer
         assert "Some text <b>as</b> it is." in answer
         assert "per s" in answer
@@ -42,22 +43,27 @@ def test_typing_pasting_stopping_and_leaving(tmp_path: Path) -> None:
         terminal.wait("word word word")
         terminal.type("\x03")
         terminal.wait("stopped; what was written so far stays")
+        terminal.wait("> ")
         terminal.type("half a line\x03")
         terminal.wait("Ctrl-C once more, or Ctrl-D, leaves")
+        terminal.wait("> ")
         terminal.type("//slash\r")
         terminal.wait("Last.")
         terminal.wait("context ")
+        terminal.wait("> ")
         terminal.type(f"/save {saved}\r")
         terminal.wait("6 messages saved")
         terminal.wait("> ")
         terminal.type("\x03")
         terminal.wait("leaves")
+        terminal.wait("> ")
         terminal.type("\x03")
         terminal.wait("leave the conversation? [y/N]")
         terminal.type("n\r")
         terminal.wait("> ")
         terminal.type("\x03")
         terminal.wait("leaves")
+        terminal.wait("> ")
         terminal.type("\x03")
         terminal.wait("leave the conversation?")
         terminal.type("y\r")
@@ -77,6 +83,7 @@ def test_typing_pasting_stopping_and_leaving(tmp_path: Path) -> None:
         terminal.wait("> ")
         terminal.type("not kept\r")
         assert "# Head" in terminal.wait("context ")
+        terminal.wait("> ")
         terminal.type("\x04")
         assert terminal.ended() == 0
     assert "not kept" not in lines_of(history)
@@ -94,6 +101,7 @@ def test_tools_and_hidden_thinking(tmp_path: Path) -> None:
         terminal.type("y\r")
         assert "add: 5" in (shown + terminal.wait("So 5."))
         terminal.wait("context ")
+        terminal.wait("> ")
         terminal.type("\x04")
         assert terminal.ended() == 0
         assert b"Secret" not in terminal.drawn()
@@ -110,6 +118,7 @@ def test_a_terminal_that_cannot_move_its_cursor_has_plain_lines(
         assert "*Yes*." in terminal.wait("context ")
         terminal.wait("> ")
         terminal.type("/undo\r")
-        assert "'go'" in terminal.wait("forgotten: 'go'")
+        terminal.wait("forgotten: 'go'")
+        terminal.wait("> ")
         terminal.type("\x04")
         assert terminal.ended() == 0
