@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lfm2_export import Chat, Tokenizer, load_runner
 from lfm2_export.constraints import Constraint, Grammars
 from lfm2_export.errors import GenerationError
+from lfm2_export.forced_calls import forced_calls
 from lfm2_export.generation import continue_from
 from lfm2_export.generation_config import GenerationConfig
 from lfm2_export.replies import Called, ReplyParser, Tools
@@ -135,3 +139,18 @@ def test_a_schema_that_cannot_be_met_is_said(grammars: Grammars) -> None:
     wrong = {"type": "object", "properties": {"a": {"type": "string", "pattern": "("}}, "required": ["a"]}
     with pytest.raises(GenerationError, match="schema: "):
         grammars.of_grammar(call_grammar(Tools({"f": wrong}), TOKENIZER.token_id))
+
+
+def test_a_pte_program_makes_the_call_that_it_must_make(pte_artifact: Callable[[str, str], Path]) -> None:
+    """As the ONNX program of tests/commands/test_chat.py does: the constraint is the sampler's, not a backend's."""
+    folder = pte_artifact("tiny-dense", "8da4w")
+    tools = [{"type": "function", "function": {"name": "kinds", "parameters": KINDS}}]
+    tokenizer = Tokenizer.from_dir(folder)
+    chat = Chat(load_runner(folder, threads=1), tokenizer, GenerationConfig(max_new_tokens=150), tools=tools)
+    chat.config = chat.config.override(stop_token_ids=(END,), seed=1, temperature=1.0)
+    grammars = Grammars(tokenizer, load_runner(folder, threads=1).vocab_size, (END,))
+    constrain = partial(forced_calls, grammars, tokenizer, Tools.from_openai(tools))
+    text = "".join(chat.send("Go", constrain=constrain))
+    print(text)
+    assert [call.name for call in calls_in(text, {"kinds": KINDS})]
+    assert "<|tool_call_start|>" not in "".join(chat.send("Go"))
