@@ -15,7 +15,6 @@ from lfm2_export import console, interrupts
 from lfm2_export.chat import Chat, Constrain
 from lfm2_export.chat_template import Message
 from lfm2_export.errors import ContextLimitError, GenerationError
-from lfm2_export.messages import printable
 from lfm2_export.replies import Called, Event, ReplyParser, Said, Thought, ToolCall, opens_thinking
 from lfm2_export.terminal.lines import Lines
 from lfm2_export.terminal.toolbox import Toolbox
@@ -24,7 +23,6 @@ from lfm2_export.terminal.view import Thinking, View, Views
 # Of one turn; a model may call for ever.
 _MOST_ROUNDS = 16
 _REFUSED = "The user refused this call."
-_SHOWN = 2000
 
 Reply = Callable[[], Iterator[str]]
 
@@ -47,11 +45,16 @@ class Turns:
 
     def retry(self) -> None:
         """Another answer to what the user said last."""
-        said = [str(message["content"]) for message in self.chat.messages if message["role"] == "user"]
-        if not said:
+        before = self.chat.messages
+        if all(message["role"] != "user" for message in before):
             raise GenerationError("there is no message yet that could be answered again; say something")
-        content = said[-1]
-        self._answer(content, lambda: self.chat.edit(content, constrain=self.forced))
+        content = self.chat.undo()
+        undone = self.chat.messages
+        try:
+            self.send(content)
+        finally:
+            if self.chat.messages == undone:  # it was refused, or stopped before it began
+                self.chat.load(before)
 
     def _answer(self, content: str, begin: Reply) -> None:
         new: str | Sequence[Message] = content
@@ -138,7 +141,7 @@ class Turns:
 
     def _result(self, call: ToolCall) -> Message:
         content = self._outcome(call)
-        console.note(f"{call.name}: {printable(content, _SHOWN)}")
+        console.note(f"{call.name}: {content}")
         return {"role": "tool", "name": call.name, "content": content}
 
     def _outcome(self, call: ToolCall) -> str:

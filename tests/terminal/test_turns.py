@@ -135,6 +135,18 @@ def test_a_full_context_is_told_and_the_oldest_turns_may_go(
     assert "do not fit the context of 76 alone" in capsys.readouterr().err
 
 
+def test_a_retry_that_finds_no_room_takes_its_message_along_once(
+    conversation: Talk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talked = conversation(*["word word word"] * 9, context=76, new_tokens=12).say("one", "two", "three")
+    before = talked.chat.messages
+    talked.chat.system = "word " * 24
+    talked.say("/retry", answers=("n",))
+    assert talked.chat.messages[1:] == before, "as it was"
+    talked.say("/retry", answers=("y",))
+    assert [m["content"] for m in talked.chat.messages if m["role"] == "user"] == ["two", "three"]
+
+
 def test_nobody_is_asked_through_a_pipe(conversation: Talk, capsys: pytest.CaptureFixture[str]) -> None:
     talked = conversation("word", context=20, interactive=False).say("word " * 30)
     assert talked.lines.asked == []
