@@ -42,7 +42,7 @@ def test_malformed_calls_are_refused_or_right(tmp_path: Path, kernels: str) -> N
     assert counts["refused"] > CASES / 4
     assert counts["compared"] > CASES / 5
     assert counts["C interface: 2"] > CASES / 20 < counts["C interface: ran"] * 2
-    assert set(counts["worst"]) == set(operator_fuzz.BASE_OUTPUTS)
+    assert set(counts["worst"]) == {op for op, _ in operator_fuzz.BASE_OUTPUTS}
 
 
 @pytest.mark.parametrize("call", operator_fuzz.BASES, ids=lambda call: call.op)

@@ -107,6 +107,9 @@ def _on_own_operators(model: ir.Model, config: ModelConfig, plan: WeightPlan, ca
     if rings != len(cache.bounded) // 2:
         raise ExportError(f"{rings} sliding layers keep a ring; this is a defect, please report it")
     own_ops.fuse_projections(own)
+    own_ops.fuse_routers(own)
+    own_ops.fuse_norms(own)
+    own_ops.lay_out_tokens(own, config)
     own_ops.mark_independent_rows(own)
     passes.number_nodes(own)
     return own
