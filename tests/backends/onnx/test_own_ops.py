@@ -60,9 +60,7 @@ def test_every_layer_became_our_operators(artifact: Exported, checkpoint, scheme
     print(own)
     assert own == OWN | FEED_FORWARDS[checkpoint] | {attention: 2}
     stock = Counter(node.op_type for node in model.graph.node if node.domain != "lfm2")
-    assert {op: stock[op] for op in STOCK} == STOCK
-    gone = {"MatMulNBits", "MatMul", "QMoE", "GroupQueryAttention", "CausalConvWithState", "Sigmoid", "TopK"}
-    assert not gone & set(stock)
+    assert stock == STOCK | ({} if role.endswith("scoring") else {"GatherND": 1})
     assert [(entry.key, entry.value) for entry in model.metadata_props] == [("lfm2_export.rows", "independent")]
     opsets = {opset.domain: opset.version for opset in model.opset_import}
     assert opsets == {"": 21, "com.microsoft": 1, "lfm2": 1}
