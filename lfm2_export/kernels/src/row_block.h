@@ -105,14 +105,14 @@ void arrange(const RowMatrix& w, const Block& block) {
   }
 }
 
-// What is probably needed next, the rows behind this block's: fetched line by line while this block computes.
+// What is probably needed next, the rows behind this block's: fetched some lines at a time while this block computes.
 struct Ahead {
   uintptr_t at, end;
+  int64_t lines;  // of a step, so that all are fetched by the last one
 
   LFM2_ALWAYS void step() {
-    if (at < end) {
+    for (int64_t i = 0; i < lines && at < end; ++i, at += kLine) {
       __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2);
-      at += kLine;
     }
   }
 };
@@ -203,7 +203,8 @@ LFM2_ALWAYS void some_tokens(int64_t count, Arguments&... arguments) {
 template <int kBits>
 void block_bits(const RowMatrix& w, const RowActivations& x, float* y, int64_t stride, const Block& block) {
   const auto next = reinterpret_cast<uintptr_t>(w.row(w.rows));
-  Ahead ahead = {next, next + w.rows * w.row_bytes()};
+  const int64_t bytes = w.rows * w.row_bytes(), tiles = (x.tokens + kTileTokens - 1) / kTileTokens;
+  Ahead ahead = {next, next + bytes, bytes / (tiles * (w.columns / kGroupInputs) * kLine) + 1};
   for (int64_t first = 0; first < x.tokens; first += kTileTokens) {
     const int64_t count = x.tokens - first < kTileTokens ? x.tokens - first : kTileTokens;
     const RowActivations some = x.part(first, count);

@@ -109,7 +109,7 @@ void run_feed_forward(const FeedForwardProblem& problem, const RowKernels& kerne
     SharedInput x = all.x.first(tokens);
     x.quantize(kernels, pool, problem.in.from(first, width), width);
     RowActivations inner = all.inner.part(0, tokens);
-    inner.shifted = is_worth_arranging(kernels, tokens, inner.bits);
+    inner.shifted = is_worth_arranging(kernels, tokens);
     share_out(pool, groups, [&](int64_t group) { gate_up(problem, kernels, x, inner, group); });
     const int64_t rows = rows_of_a_task(width, inner.shifted, pool);
     share_out(pool, ceil_div(width, rows), [&](int64_t task) {

@@ -100,11 +100,9 @@ struct RowInput {
   }
 };
 
-// More tokens are worth rearranging weights of so many bits (measured: 4-bit ones break even at 13 tokens, 8-bit ones
-// below 9); such activations are `shifted`.
-constexpr int64_t few_tokens(int bits) {
-  return bits == 4 ? 12 : 8;
-}
+// More tokens are worth rearranging weights (measured: a ninth one would be another pass of `dot`, which takes as long);
+// such activations are `shifted`.
+constexpr int64_t kFewTokens = 8;
 
 // Bytes that `RowKernels::block` needs for a matrix of so many columns (in groups of at least 32), 64-byte aligned.
 constexpr int64_t block_scratch_bytes(int64_t columns) {  // of kMostSize at most

@@ -54,8 +54,8 @@ RowActivations take_activations(Arena& arena, int64_t tokens, const RowMatrix& w
   return found;
 }
 
-bool is_worth_arranging(const RowKernels& kernels, int64_t tokens, int bits) {
-  return kernels.block != nullptr && tokens > few_tokens(bits);
+bool is_worth_arranging(const RowKernels& kernels, int64_t tokens) {
+  return kernels.block != nullptr && tokens > kFewTokens;
 }
 
 void SharedInput::take(Arena& arena, int64_t tokens, const RowMatrix& w) {
@@ -77,7 +77,7 @@ void SharedInput::quantize(const RowKernels& kernels, const ThreadPool& pool, co
   int64_t tokens = 0;
   for (RowActivations& its : by_bits) {
     if (its.padded > 0) {
-      its.shifted = is_worth_arranging(kernels, its.tokens, its.bits);
+      its.shifted = is_worth_arranging(kernels, its.tokens);
       tokens = its.tokens;
     }
   }

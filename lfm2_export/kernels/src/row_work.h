@@ -10,8 +10,8 @@ namespace lfm2 {
 // Room for `tokens` quantized inputs of w.
 RowActivations take_activations(Arena& arena, int64_t tokens, const RowMatrix& w);
 
-// Whether weights of so many bits are rearranged for so many tokens; such activations are `shifted`.
-bool is_worth_arranging(const RowKernels& kernels, int64_t tokens, int bits);
+// Whether weights are rearranged for so many tokens; such activations are `shifted`.
+bool is_worth_arranging(const RowKernels& kernels, int64_t tokens);
 
 // An input that several matrices read: once for those of 4 bits and once for those of 8, whose order of codes differs, as
 // far as there are any.
