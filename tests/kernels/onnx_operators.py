@@ -615,7 +615,9 @@ class NormedCase:
 
     @property
     def label(self) -> str:
-        return f"{self.case.label} norm of {'a sum' if self.is_sum else 'x'}{' with a norm' if self.norms_delta else ''}"
+        return (
+            f"{self.case.label} norm of {'a sum' if self.is_sum else 'x'}{' with a norm' if self.norms_delta else ''}"
+        )
 
     @property
     def inputs(self) -> Arrays:
@@ -660,8 +662,8 @@ def sum_of(x: Any, delta: Any, delta_gamma: Any, epsilon: float) -> FloatArray:
 
 
 def normalized(x: npt.NDArray[Any], gamma: npt.NDArray[Any], epsilon: float) -> FloatArray:
-    """The RMS norm as the kernels compute it, to the bit: int8 codes are made of it. 16 chains of float32, whose products
-    are added without being rounded first."""
+    """The RMS norm as the kernels compute it, to the bit: int8 codes are made of it. 16 chains of float32, whose
+    products are added without being rounded first."""
     chains = np.zeros((*x.shape[:-1], 16), np.float32)
     for part in np.split(x.astype(np.float32), x.shape[-1] // 16, axis=-1):
         chains = (part.astype(np.float64) ** 2 + chains).astype(np.float32)
@@ -744,6 +746,7 @@ CONV_CASES = [
     ConvCase(tokens=17, taps=3, lengths=(17, 2), width=33),
     ConvCase(tokens=100, taps=3, threads=2),
 ]
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutCase:

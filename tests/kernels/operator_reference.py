@@ -16,7 +16,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tests.kernels.onnx_operators import DoubleArray, dequantize_rows, normalized, quantize_rows, rounded, silu, sum_of, token_layout
+from tests.kernels.onnx_operators import (
+    DoubleArray,
+    dequantize_rows,
+    normalized,
+    quantize_rows,
+    rounded,
+    silu,
+    sum_of,
+    token_layout,
+)
 
 Inputs = Sequence[npt.NDArray[Any] | None]
 Attributes = Mapping[str, Any]

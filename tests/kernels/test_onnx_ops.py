@@ -237,6 +237,7 @@ PROJECTIONS = PROJECTIONS_CASES[0]  # 64, 16 and 16 x 96
 PRODUCT, FEED_FORWARD, MOE = PRODUCT_CASES[1], FEED_FORWARD_CASES[0], MOE_CASES[0]  # 100 x 96; 64-96; 4 of 64-96
 NORMED, ROUTED, LAYOUT = NORMED_CASES[3], MOE_CASES[-1], LAYOUT_CASES[1]  # 100 x 96, of a sum; 5 of 64-64; 4 x 4
 MOE_NORMED = NORMED_CASES[-6]  # of a sum
+LOGITS = shape("logits", 40, 5, dtype=np.float32)
 CONV = CONV_CASES[2]  # 3 rows, 5 tokens, 7 taps, width 48
 
 REFUSALS: list[tuple[str, Any, Change, str]] = [
@@ -300,8 +301,8 @@ REFUSALS: list[tuple[str, Any, Change, str]] = [
     ("MatMulNBits", NORMED, attribute(epsilon=-1.0), "epsilon is negative or not finite"),
     ("SparseMoe", ROUTED, shape("router", 63, 5), "router is [63, 5], not [64, 5]"),
     ("SparseMoe", ROUTED, shape("router", 64), "router has 1 dimensions, not 2"),
-    ("SparseMoe", ROUTED, shape("logits", 40, 5, dtype=np.float32), "router_logits and a router"),
-    ("SparseMoe", MOE_NORMED, both(left_out("router"), shape("logits", 40, 5, dtype=np.float32)), "a norm without a router"),
+    ("SparseMoe", ROUTED, LOGITS, "router_logits and a router"),
+    ("SparseMoe", MOE_NORMED, both(left_out("router"), LOGITS), "a norm without a router"),
     ("TokenLayout", LAYOUT, shape("input_ids", 3, 4), "the mask [4, 4] is not that of tokens [3, 4]"),
     ("TokenLayout", LAYOUT, shape("input_ids", 4, 5), "the mask [4, 4] is not that of tokens [4, 5]"),
     ("TokenLayout", LAYOUT, attribute(taps=0), "taps is 0: 1 to"),

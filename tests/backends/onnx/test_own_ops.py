@@ -35,8 +35,8 @@ each_program = pytest.mark.parametrize(("checkpoint", "scheme"), CASES)
 OWN = {"MatMulNBits": 2 + 4 * 2 + 1, "Projections": 2, "GatedConv": 4, "TokenLayout": 1}
 # Where experts are, their router is part of them.
 FEED_FORWARDS = {"tiny-moe": {"FeedForward": 2, "SparseMoe": 4}, "tiny-dense": {"FeedForward": 6}}
-# What is left of the runtime's own: the embedding, whose scales are restored, and the norm before the head, which stands
-# before the choice of a row.
+# What is left of the runtime's own: the embedding, whose scales are restored, and the norm before the head, which comes
+# before a row is chosen.
 STOCK = {"GatherBlockQuantized": 1, "Cast": 1, "SkipSimplifiedLayerNormalization": 1}
 
 needs_library = pytest.mark.skipif(variants.own_library() is None, reason="our operators cannot be had here")
