@@ -52,6 +52,15 @@ def open_gguf(path: Path, companions: Path | None = None) -> Opened:
     return opened
 
 
+def names_tokenizer(path: Path) -> bool:
+    """Whether a file says anything of a tokenizer, if only that it has none ("no_vocab").
+
+    Raises:
+        CheckpointError: as ``open_gguf``.
+    """
+    return "tokenizer.ggml.model" in read_gguf(path).header.settings
+
+
 def _files(settings: Settings, shard: GgufShard) -> dict[str, str]:
     objects: dict[str, Mapping[str, object]] = {
         "config.json": raw_config(settings, shard.tensors.keys()),

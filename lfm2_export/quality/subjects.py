@@ -21,6 +21,7 @@ from lfm2_export.backends.eager import EagerRunner
 from lfm2_export.checkpoint import Checkpoint, open_checkpoint
 from lfm2_export.errors import ArtifactError, CheckpointError
 from lfm2_export.families.tensors import EMBEDDING, TensorClass
+from lfm2_export.gguf import names_tokenizer
 from lfm2_export.manifest import Program
 from lfm2_export.models.loading import WeightSource, load_model
 from lfm2_export.parity.hops import check_origin
@@ -56,7 +57,8 @@ def find_subjects(
 
     Raises:
         ArtifactError: it is neither, or a program was made of another checkpoint.
-        CheckpointError: a GGUF file is damaged or of another shape than the checkpoint.
+        CheckpointError: a GGUF file is damaged, of another shape than the checkpoint, or one that llama.cpp, where
+            that is installed, cannot open.
     """
     if model.suffix.lower() == SUFFIX:
         return [_of_gguf(model, checkpoint, config_from, threads)]
@@ -104,6 +106,12 @@ def _of_gguf(path: Path, checkpoint: Checkpoint, config_from: str | Path | None,
     if shapes != {name: tensor.shape for name, tensor in checkpoint.model_tensors.items()}:
         raise CheckpointError(
             f"{paths.shown(path)}: is of another shape than {checkpoint.name}; give the checkpoint that it was made of"
+        )
+
+    if llama_is_installed() and not names_tokenizer(path):
+        raise CheckpointError(
+            f"{paths.shown(path)}: has no tokenizer.ggml.model, without which llama.cpp opens no file; convert the "
+            "model again with its tokenizer, or pip uninstall llama-cpp-python to compare the weights alone"
         )
 
     def in_llama() -> Scorer:

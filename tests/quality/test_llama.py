@@ -10,7 +10,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from benchmarks.gguf_checkpoint import write_gguf
-from lfm2_export import errors
+from lfm2_export import cli, errors
 from lfm2_export.checkpoint import open_checkpoint
 from lfm2_export.families.tensors import TensorClass
 from lfm2_export.quality import Quality, llama, measure_quality, subjects
@@ -63,10 +63,30 @@ def test_its_activations_cost_what_weights_alone_do_not_show(tmp_path: Path, wei
     assert whole.size == alone.size
 
 
+def test_a_file_without_a_tokenizer_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """llama.cpp wants to be told of one. A control: without llama.cpp the weights are computed with."""
+    path = write(tmp_path / "bare.gguf", "tiny-dense")
+    command = ["quality", str(path), "--checkpoint", "tiny-dense", "--max-tokens", "512"]
+    for installed, code in ((True, 2), (False, 0)):
+        monkeypatch.setattr(subjects, "llama_is_installed", lambda installed=installed: installed)
+        assert cli.main(command) == code
+        said = capsys.readouterr()
+        if installed:
+            (line,) = said.err.splitlines()
+            assert line == (
+                f"lfm2-export: {path}: has no tokenizer.ggml.model, without which llama.cpp opens no file; convert the "
+                "model again with its tokenizer, or pip uninstall llama-cpp-python to compare the weights alone"
+            )
+        else:
+            assert "gguf, weights alone" in said.out
+
+
 @needs_llama
 def test_a_file_that_llama_cpp_does_not_take_is_named(tmp_path: Path) -> None:
-    path = write(tmp_path / "bare.gguf", "tiny-dense")  # no tokenizer, which llama.cpp wants to be told of
-    with pytest.raises(errors.CheckpointError, match=r"bare\.gguf: llama\.cpp does not open it; is llama-cpp-python"):
+    path = write(tmp_path / "odd.gguf", "tiny-dense", settings={"tokenizer.ggml.model": "of another world"})
+    with pytest.raises(errors.CheckpointError, match=r"odd\.gguf: llama\.cpp does not open it; is llama-cpp-python"):
         measured(path, "tiny-dense")
 
 
