@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.gguf_checkpoint import dequantized, stored_bits, write_gguf
 from benchmarks.llama_cpp import LlamaTools, get_llama_tools
-from benchmarks.random_gguf import tensors
+from benchmarks.random_gguf import ARCHITECTURES, tensors
 from benchmarks.sensitivity import TOKENS as SEEN
 from benchmarks.sensitivity import rows_of
 from benchmarks.toolchain import find_compiler
@@ -112,17 +112,25 @@ def our_schemes(checkpoint: Checkpoint) -> Iterator[tuple[str, Scheme]]:
 
 
 def calibrated(meter: Meter) -> Iterator[Quality]:
-    """The default mix, and one in the bytes of llama.cpp's Q4_0, fitted as ``--calibrate default`` does."""
-    checkpoint, q4 = meter.checkpoint, get_scheme("q4")
-    calibration = Calibration.asked(checkpoint, DEFAULT, None)
+    """The default budget, and the bytes of llama.cpp's Q4_0, as ``--calibrate default`` exports them: weights fitted to
+    the statistics, widths chosen by them. And with the widths that the weights alone suggest."""
+    calibration = Calibration.asked(meter.checkpoint, DEFAULT, None)
     assert calibration is not None
-    stored = tensors(checkpoint.raw_config)
-    q4_0 = Budget(bits=8 * sum(one.nbytes for one in stored) / sum(one.count for one in stored))
     with TemporaryDirectory() as folder:
         statistics = calibration.collected(Path(folder), Progress())
-        for title, budget in (("q4, calibrated", None), ("q4, calibrated, Q4_0's bytes", q4_0)):
-            scheme = mix(checkpoint, q4, make_plan, MixRequest(budget=budget))
-            yield ours(meter, title, scheme, statistics)
+        for bytes_of, budget in budgets(meter.checkpoint).items():
+            for judged_by, known in (("", statistics), (", widths by the weights alone", None)):
+                scheme = mix(meter.checkpoint, get_scheme("q4"), make_plan, MixRequest(budget=budget), known)
+                yield ours(meter, f"q4, calibrated{bytes_of}{judged_by}", scheme, statistics)
+
+
+def budgets(checkpoint: Checkpoint) -> dict[str, Budget | None]:
+    """By what is said of them: the default, and Q4_0's bytes where llama.cpp knows the family."""
+    if checkpoint.config.model_type not in ARCHITECTURES:
+        return {"": None}
+    stored = tensors(checkpoint.raw_config)
+    bits = 8 * sum(one.nbytes for one in stored) / sum(one.count for one in stored)
+    return {"": None, ", Q4_0's bytes": Budget(bits=bits)}
 
 
 def llama(meter: Meter, tools: LlamaTools) -> Iterator[Quality]:
@@ -144,7 +152,7 @@ def qualities(name: str, tools: LlamaTools | None) -> Iterator[Quality]:
     for title, scheme in our_schemes(checkpoint):
         yield ours(meter, title, scheme)
     yield from calibrated(meter)
-    if tools is not None:
+    if tools is not None and checkpoint.config.model_type in ARCHITECTURES:
         yield from llama(meter, tools)
 
 

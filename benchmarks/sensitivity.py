@@ -1,10 +1,12 @@
-"""What quantizing one matrix alone costs, on any number of checkpoints: from this the prior of ``mixing`` is made.
+"""What quantizing one unit alone costs, on any number of checkpoints: from this the priors of ``mixing`` are made.
 
-    python -m benchmarks.sensitivity tiny-moe tiny-dense build/checkpoints/moe --output build/sensitivity.json
+    python -m benchmarks.sensitivity tiny-moe tiny-dense tiny-lfm3 build/checkpoints/dense --output build/found.json
 
-In: checkpoints. Out: JSON: for every matrix (an expert stack counts as one) and format: the KL divergence that
-quantizing it alone causes, the relative squared error of its values and of its outputs; and the prior: by class of
-matrix, KL over relative error and share of the stream (``lfm2_export/mixing/prior.py``).
+In: checkpoints. Out: JSON: for every unit (``mixing/units.py``: what is stored alike) the KL divergence that quantizing
+it alone causes, by ``refit`` and by ``gptq`` on the default calibration text, and what the estimates know of it; the
+priors: by class of unit, KL over that (``lfm2_export/mixing/prior.py``); and how well each estimate ranks the units of
+a model, its prior fitted to the others: Spearman's correlation with the measured KL, and the root mean square of the
+logarithm of what it is off by, as a factor.
 """
 
 from __future__ import annotations
@@ -13,31 +15,37 @@ import argparse
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, pstdev
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 
 from lfm2_export.backends.onnx.plan import make_plan
 from lfm2_export.backends.weights.widths import Counted
+from lfm2_export.calibration.request import Calibration
+from lfm2_export.calibration.statistics import Statistics
+from lfm2_export.calibration.text import DEFAULT
 from lfm2_export.checkpoint import Checkpoint, open_checkpoint
-from lfm2_export.mixing.estimate import share_of
+from lfm2_export.mixing.estimate import relative_errors, share_of
+from lfm2_export.mixing.informed import Informed
 from lfm2_export.mixing.measured import Meter
 from lfm2_export.mixing.prior import class_of
-from lfm2_export.mixing.shares import feed_forward_shares
-from lfm2_export.mixing.units import make_space
+from lfm2_export.mixing.shares import block_shares
+from lfm2_export.mixing.units import UnitShape, make_space
 from lfm2_export.parity.sample import read_sample
-from lfm2_export.quant.algorithms import get_algorithm
+from lfm2_export.progress import Progress
+from lfm2_export.quant.algorithms import CALIBRATED_ALGORITHM, DEFAULT_ALGORITHM, get_algorithm
 from lfm2_export.quant.formats import FloatArray
 from lfm2_export.quant.schemes import get_scheme
 
 TOKENS = 4096
 _ROUNDS = 100  # of alternating means, which converge long before
-FORMATS = ((4, 32), (4, 128), (8, 128))
+# By algorithm: what a record calls the KL, and what is known of a matrix before its class is.
+ESTIMATES = {"without data": ("kl", "known"), "informed": ("calibrated_kl", "informed")}
 
 
 def rows_of(checkpoint: Checkpoint, text: Path | None, *, first: int, count: int) -> list[np.ndarray]:
@@ -47,99 +55,54 @@ def rows_of(checkpoint: Checkpoint, text: Path | None, *, first: int, count: int
     return rows[first // 512 : (first + count) // 512]
 
 
-class Hessians(TorchFunctionMode):
-    """Sums of x xT of what goes into every matrix, by where the matrix lies in memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: dict[int, FloatArray] = {}
-
-    def __torch_function__(self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func is F.linear:
-            x = args[0].detach().reshape(-1, args[0].shape[-1])
-            where = args[1].data_ptr()
-            self.found[where] = self.found.get(where, 0) + (x.T @ x).numpy()
-        return func(*args, **(kwargs or {}))
-
-
-def hessians(meter: Meter, checkpoint: Checkpoint, rows: Sequence[np.ndarray]) -> dict[str, FloatArray]:
-    """By published name."""
-    with torch.inference_mode(), Hessians() as seen:
-        for row in rows:
-            meter.model(torch.from_numpy(row)[None], use_cache=False)
-    found = {}
-    for name, tensor in checkpoint.model_tensors.items():
-        if len(tensor.shape) == 2:
-            where = meter._values(name).data_ptr()
-            if tensor.matrix == "w3" and tensor.expert is not None:  # computed together with w1
-                where = meter._values(name.replace(".w3.", ".w1.")).data_ptr()
-            if where in seen.found:
-                found[name] = seen.found[where]
-    return found
-
-
 def measure(name: str, *, tokens: int = TOKENS) -> list[dict[str, Any]]:
-    """A record for every matrix and format."""
+    """A record for every unit."""
     checkpoint = open_checkpoint(name)
-    rows = rows_of(checkpoint, None, first=0, count=tokens)
-    meter, refit = Meter(checkpoint, rows), get_algorithm("refit")
+    calibration = Calibration.asked(checkpoint, DEFAULT, None)
+    assert calibration is not None
+    with TemporaryDirectory() as folder:
+        statistics = calibration.collected(Path(folder), Progress())
+        meter = Meter(checkpoint, rows_of(checkpoint, None, first=0, count=tokens))
+        return list(records_of(checkpoint, statistics, meter))
+
+
+def records_of(checkpoint: Checkpoint, statistics: Statistics, meter: Meter) -> Iterator[dict[str, Any]]:
     space = make_space(checkpoint.config, get_scheme("q4"), make_plan, Counted.FILE)
-    shares = feed_forward_shares(checkpoint)
-    seen = hessians(meter, checkpoint, rows)
-    found = []
+    informed, refit = Informed(checkpoint, statistics), get_algorithm(DEFAULT_ALGORITHM)
+    guessed, measured = block_shares(checkpoint), block_shares(checkpoint, statistics)
     for unit in space.units:
-        for weight in unit.weights:
-            before = {source: checkpoint.read(source) for source in weight.sources}
-            for form in unit.formats:
-                if (form.bits, form.group_size) not in FORMATS:
-                    continue
-                after = {source: refit(values, form).dequantize() for source, values in before.items()}
-                found.append(
-                    {
-                        "checkpoint": name,
-                        "weight": weight.name,
-                        "unit": unit.name,
-                        "class": class_of(weight.part, weight.matrix),
-                        "share": share_of(weight, shares),
-                        "layer": weight.layer,
-                        "layers": checkpoint.config.num_hidden_layers,
-                        "bits": form.bits,
-                        "group_size": form.group_size,
-                        "error": relative_error(before, after),
-                        "output_error": output_error(before, after, seen),
-                        "kl": meter.kl(after, first_layer=weight.layer),
-                    }
-                )
-                print(found[-1], flush=True)
-    return found
+        errors = [relative_errors(checkpoint, unit, weight, refit)[unit.formats[0]] for weight in unit.weights]
+        growths = [informed.growth_of(weight) for weight in unit.weights]
+        first = unit.weights[0]
+        yield {
+            "checkpoint": checkpoint.name,
+            "unit": unit.name,
+            "class": class_of(first.part, first.matrix),
+            "layer": first.layer,
+            "format": unit.formats[0].to_json(),
+            "known": sum(errors) * share_of(first, guessed),
+            "informed": sum(map(prod, zip(errors, growths, strict=True))) * share_of(first, measured),
+            "kl": _kl(meter, unit),
+            "calibrated_kl": _kl(meter, unit, statistics),
+        }
 
 
-def relative_error(before: Mapping[str, FloatArray], after: Mapping[str, FloatArray]) -> float:
-    lost = sum(float(np.square(before[name] - after[name]).sum(dtype=np.float64)) for name in before)
-    return lost / sum(float(np.square(values).sum(dtype=np.float64)) for values in before.values())
+def _kl(meter: Meter, unit: UnitShape, statistics: Statistics | None = None) -> float:
+    def quantized(source: str) -> FloatArray:
+        name = DEFAULT_ALGORITHM if statistics is None else CALIBRATED_ALGORITHM
+        algorithm = get_algorithm(name).fitted(None if statistics is None else statistics.of(source))
+        return algorithm(meter.checkpoint.read(source), unit.formats[0]).dequantize()
+
+    return meter.kl({source: quantized(source) for source in unit.tensors}, first_layer=unit.weights[0].layer)
 
 
-def output_error(
-    before: Mapping[str, FloatArray], after: Mapping[str, FloatArray], seen: Mapping[str, FloatArray]
-) -> float | None:
-    """Relative squared error of the outputs: trace(dW H dWT) over trace(W H WT)."""
-    if not all(name in seen for name in before):
-        return None
-    lost = sum(_energy(before[name] - after[name], seen[name]) for name in before)
-    return lost / sum(_energy(before[name], seen[name]) for name in before)
-
-
-def _energy(weight: FloatArray, hessian: FloatArray) -> float:
-    return float(((weight @ hessian) * weight).sum(dtype=np.float64))
-
-
-def prior(records: Sequence[Mapping[str, Any]], error: str = "error") -> dict[str, float]:
-    """By class, at 4 bits in groups of 32: KL over relative error and share, as a factor for the class times one for
-    the checkpoint, fitted to the logarithms; classes that a checkpoint lacks do not distort the others."""
+def prior(records: Sequence[Mapping[str, Any]], kl: str, known: str) -> dict[str, float]:
+    """By class: KL over what is known, as a factor for the class times one for the checkpoint, fitted to the
+    logarithms; classes that a checkpoint lacks do not distort the others."""
     ratios = [
-        (record["class"], record["checkpoint"], math.log(record["kl"] / record[error] / record["share"]))
-        for record in _at(records, bits=4, group_size=32)
-        if record[error]
+        (record["class"], record["checkpoint"], math.log(record[kl] / record[known]))
+        for record in records
+        if record[known] and record[kl]
     ]
     by_class = {name: 0.0 for name, _, _ in ratios}
     by_checkpoint = {name: 0.0 for _, name, _ in ratios}
@@ -152,8 +115,23 @@ def prior(records: Sequence[Mapping[str, Any]], error: str = "error") -> dict[st
     return {kind: float(f"{math.exp(value - middle):.3g}") for kind, value in sorted(by_class.items())}
 
 
-def _at(records: Sequence[Mapping[str, Any]], **wanted: object) -> Iterator[Mapping[str, Any]]:
-    return (record for record in records if all(record[key] == value for key, value in wanted.items()))
+def ranks(records: Sequence[Mapping[str, Any]], kl: str, known: str) -> dict[str, dict[str, float]]:
+    """By checkpoint: how well an estimate whose prior is fitted to the other ones foretells the KL of layers' units."""
+    found = {}
+    for name in dict.fromkeys(record["checkpoint"] for record in records):
+        fitted = prior([record for record in records if record["checkpoint"] != name], kl, known)
+        units = [record for record in records if record["checkpoint"] == name and record["layer"] is not None]
+        estimated = np.array([record[known] * fitted.get(record["class"], 1.0) for record in units])
+        measured = np.array([record[kl] for record in units])
+        found[name] = {
+            "spearman": round(float(np.corrcoef(_places(estimated), _places(measured))[0, 1]), 3),
+            "off": round(math.exp(pstdev(np.log(measured / estimated))), 2),
+        }
+    return found
+
+
+def _places(values: np.ndarray) -> np.ndarray:
+    return np.argsort(np.argsort(values))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -163,9 +141,12 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     records = [record for name in options.checkpoints for record in measure(name)]
-    found = {"prior": prior(records), "output_prior": prior(records, "output_error"), "records": records}
-    options.output.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps({name: found[name] for name in ("prior", "output_prior")}, indent=1))
+    found = {
+        "priors": {name: prior(records, *keys) for name, keys in ESTIMATES.items()},
+        "ranks": {name: ranks(records, *keys) for name, keys in ESTIMATES.items()},
+    }
+    options.output.write_text(json.dumps({**found, "records": records}, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

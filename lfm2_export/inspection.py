@@ -99,6 +99,7 @@ def _program(program: Program, artifact: Artifact) -> dict[str, Any]:
         "weights_by_dtype": dict(dtypes),
         "bits_per_weight": dict(program.options.get("bits_per_weight", {})),
         "widths": list(program.options.get("widths", ())),
+        "mixture": program.mixture,
         "calibration": program.calibration,
         "largest_error": None if worst is None else {"tensor": worst.name, "relative_error": worst.error},
         "operators": dict(program.operators),

@@ -154,6 +154,15 @@ class Program:
         what = {"default": "lfm2-export's own text", "self": "text that the model wrote"}.get(str(source), source)
         return f"{algorithm} on {tokens:,} tokens of {what} (sha256 {str(digest)[:12]})"
 
+    @property
+    def mixture(self) -> str | None:
+        """How its widths were chosen, in words; None where they are the scheme's, or the options do not say it."""
+        made = self.options.get("mixture")
+        said = [made.get(name) for name in ("within", "judged_by")] if isinstance(made, Mapping) else []
+        if not said or not all(isinstance(one, str) for one in said):
+            return None
+        return f"mixed within {said[0]}, judged by {said[1]}"
+
     def __str__(self) -> str:
         return f"{self.backend} {self.scheme}"
 

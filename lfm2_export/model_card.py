@@ -105,6 +105,7 @@ def _widths(program: Program) -> dict[str, Any] | None:
         "file": _figure(bits, "file", ".2f"),
         "step": _figure(bits, "step", ".2f"),
         "stored": [{**row, "tensors": f"{row['tensors']:,}"} for row in stored],
+        "mixture": program.mixture,
     }
 
 

@@ -68,15 +68,15 @@ def export(
             "gptq" (least error of the layers' outputs on a text). Default: gptq with ``calibrate`` or ``statistics``,
             else refit.
         calibrate: the text that gptq measures the layers' inputs on: "default" (comes with this package), "self" (what
-            the model itself writes) or a UTF-8 file.
+            the model itself writes) or a UTF-8 file. What is measured also decides mixed widths.
         statistics: a file for what was measured: written with ``calibrate`` (and used again where it is there), read
             without.
-        target_bits: mixes 4 and 8 bits and groups of 32 to 128 (``mixing``) within so many bits a weight, scales and
-            token table included; q4 does so by itself, in the bytes of llama.cpp's Q4_K_M, unless ``group_size`` or
-            ``exclude`` is given.
+        target_bits: mixes 4 and 8 bits and groups of 32 to 256 (``mixing``) within so many bits a weight, scales and
+            token table included; q4 does so by itself, in the bytes of llama.cpp's Q4_K_M, and q4f16 in those of its
+            own widths, unless ``group_size`` or ``exclude`` is given.
         target_size: the same within so many bytes of data, or "700MB", "1.2GB", "650MiB".
         measure: a file of text on which is measured what each tensor's width costs, with the model in memory as
-            float32; None estimates it without data.
+            float32; None estimates it by the statistics of ``calibrate``, else without data.
         budget: what these two count: "file" (default) or "step", what a decode step reads.
         config_from: for a GGUF file: the checkpoint whose config, tokenizer and templates count instead of the file's.
         requantize_table: for a GGUF file: a token table that is quantized already is so again, in the scheme's format;
@@ -158,16 +158,24 @@ class _Export:
 
     def run(self) -> Artifact:
         known = None if self.calibration is None else self.calibration.existing(self.writer.ledgers)
-        requests = [self._request(scheme, known) for scheme in self.choice.schemes]
+        requests = self._requests(known)
         self._check_resources([self.choice.lowering.estimate(request) for request in requests])
         # Hashing reads every shard: it runs beside the export, once nothing cheap can refuse the work any more.
         self.record.start()
         if self.calibration is not None and known is None:
-            measured = self.calibration.collected(self.writer.ledgers, self.progress)
-            requests = [replace(request, statistics=measured) for request in requests]
+            requests = self._requests(self.calibration.collected(self.writer.ledgers, self.progress))
         for request in requests:
             self._add(request)
         return self._finish()
+
+    def _requests(self, statistics: Statistics | None) -> list[ExportRequest]:
+        """One for each scheme. Until there are statistics, widths are those that the weights alone suggest: in the same
+        budget, so that the estimate of disk and memory holds."""
+        schemes: Sequence[Scheme] = self.choice.schemes
+        if statistics is not None and not self.checkpoint.exact_formats:
+            make_plan, widths = self.choice.lowering.make_plan, self.choice.widths
+            schemes = mixed(self.checkpoint, schemes, make_plan, widths, statistics)
+        return [self._request(scheme, statistics) for scheme in schemes]
 
     def _request(self, scheme: Scheme, statistics: Statistics | None) -> ExportRequest:
         return ExportRequest(

@@ -89,6 +89,10 @@ class Statistics:
         """Whether a weight, by its published name, has an input that was measured."""
         return weight in self._by_weight
 
+    def input_of(self, weight: str) -> str:
+        """The name of a weight's input, which weights may share."""
+        return self._by_weight[weight]
+
     def hessian(self, weight: str) -> FloatArray:
         """H of a weight's input, float32 [N, N], or its diagonal [N].
 

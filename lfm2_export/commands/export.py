@@ -34,7 +34,7 @@ class ExportCommand:
             type=int,
             metavar="N",
             help="weights that share a scale, in every tensor that is quantized (default: the scheme's sizes, README; "
-            "q4 mixes them, see --target-bits)",
+            "q4 and q4f16 mix them, see --target-bits)",
         )
         add_budget(parser)
         parser.add_argument(
@@ -52,8 +52,8 @@ class ExportCommand:
             "--calibrate",
             metavar="TEXT",
             type=given,
-            help="fit weights to what layers are given on a text: default (comes with this), self (the model's own) "
-            "or a file",
+            help="fit weights, and mixed widths, to what layers are given on a text: default (comes with this), self (the "
+            "model's own) or a file",
         )
         parser.add_argument(
             "--statistics",
@@ -129,7 +129,8 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
         "--measure",
         metavar="FILE",
         type=given,
-        help="a text on which is measured what each tensor's width costs (default: an estimate without data)",
+        help="a text on which is measured what each tensor's width costs (default: estimated by the statistics of "
+        "--calibrate, else without data)",
     )
 
 

@@ -91,8 +91,8 @@ def _print_artifact(found: dict[str, Any]) -> None:
                 f"{human_bytes(program['state_bytes_at_32k_rings'])} on our operators"
             )
     for program in found["programs"]:
-        if program["calibration"]:
-            print(one_line(f"{program['backend']} {program['scheme']}: {program['calibration']}"))
+        for said in filter(None, (program["mixture"], program["calibration"])):
+            print(one_line(f"{program['backend']} {program['scheme']}: {said}"))
     absent = [f"{program['backend']} {program['scheme']}" for program in found["programs"] if not program["here"]]
     for note, names in (
         ("not in this folder", absent),

@@ -78,6 +78,20 @@ def input_name(tensor: ModelTensor) -> str:
     return f"{tensor.name.removesuffix(f'{tensor.matrix}.weight')}{first}.weight"
 
 
+# Matrices of a block whose outputs are added to the residual stream.
+_LAST = ("out_proj", "o_proj", "w2")
+
+
+def writes_stream(tensor: ModelTensor) -> bool:
+    """Whether what it computes is added to the residual stream, as it is or behind a norm (``output_norm``)."""
+    return tensor.matrix in _LAST
+
+
+def in_feed_forward(part: Part) -> bool:
+    """Whether a layer's weights of this part are its feed-forward's; else they are its operator's."""
+    return part in (Part.MLPS, Part.EXPERTS)
+
+
 @dataclass(frozen=True, kw_only=True)
 class FusedPart:
     """Where one published tensor lies in a fused one: ``fused[expert, start:stop]``."""
@@ -116,6 +130,13 @@ def block_prefix(layer: int) -> str:
 def feed_forward_prefix(layer: int) -> str:
     """How the published names of a layer's feed-forward begin."""
     return f"{block_prefix(layer)}feed_forward."
+
+
+def output_norm(tensors: Tensors, layer: int, *, feed_forward: bool) -> str | None:
+    """The name of the norm between a layer's operator, or its feed-forward, and the residual stream; None where what
+    they compute is added as it is."""
+    name = f"{block_prefix(layer)}{'post_ffn_norm' if feed_forward else 'post_operator_norm'}.weight"
+    return name if name in tensors else None
 
 
 def backbone(

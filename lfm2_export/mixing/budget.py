@@ -23,10 +23,11 @@ _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*([a-zA-Z]{0,3})", re.ASCII)
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """``bits`` a weight, or ``nbytes`` of the file's weights and tables; neither: the bytes that llama.cpp's Q4_K_M
-    would have, or the floor where that is higher."""
+    """``bits`` a weight, or ``nbytes`` of the file's weights and tables; neither: the bytes of the scheme with its own
+    widths where it ``keeps_size``, else those that llama.cpp's Q4_K_M would have; or the floor where that is higher."""
 
     counted: Counted = Counted.FILE
+    keeps_size: bool = False
     bits: float | None = None
     nbytes: int | None = None
 
@@ -36,7 +37,7 @@ class Budget:
 
     def __str__(self) -> str:
         if self.is_default:
-            return "the size of llama.cpp's Q4_K_M"
+            return "the size of the scheme's own widths" if self.keeps_size else "the size of llama.cpp's Q4_K_M"
         asked = f"--target-size {self.nbytes}" if self.bits is None else f"--target-bits {self.bits:g}"
         return asked if self.counted is Counted.FILE else f"{asked} --budget {self.counted}"
 
@@ -83,7 +84,7 @@ def bytes_for(budget: Budget, space: Space) -> int:
     """
     least = space.fixed + space.floor()
     if budget.is_default:
-        return max(least, q4_k_m_bytes(space.plan.config))
+        return max(least, space.own_bytes if budget.keeps_size else q4_k_m_bytes(space.plan.config))
     tables = space.plan.table_bytes if budget.counted is Counted.FILE else 0
     if budget.nbytes is None:
         assert budget.bits is not None
@@ -93,7 +94,7 @@ def bytes_for(budget: Budget, space: Space) -> int:
     if wanted < least:
         raise QuantizationError(
             f"{budget}: is below the floor of {_bits(least, space)} bits a weight or {human_bytes(least + tables)}, "
-            "which 4 bits in groups of 128 and a token table of 8 bits need; raise it"
+            f"which 4 bits in groups of {max(space.plan.scheme.group_sizes)} and a token table of 8 bits need; raise it"
         )
     if wanted > MOST_BITS * space.count / 8:
         raise QuantizationError(

@@ -1,14 +1,16 @@
 """What each format of each unit will cost the model, estimated matrix by matrix.
 
-In: a checkpoint, the units of its plan. Out: damages by unit and format: the relative squared error of a matrix, times
-what such an error does in a matrix of this class (``prior``, ``shares``). Rows are sampled, so that the largest models
-take seconds. No sum depends on a processor's vector width: every machine finds the same figures.
+In: a checkpoint, the units of its plan, and ``Evidence`` of what errors do: the weights alone (``WithoutData``), or
+statistics (``informed``). Out: damages by unit and format: the relative squared error of a matrix, times what such an
+error does there. Rows are sampled, so that the largest models take seconds. No sum depends on a processor's vector
+width: every machine finds the same figures.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -16,9 +18,9 @@ from lfm2_export.backends.weights.plan import StoredWeight
 from lfm2_export.background import map_in_threads
 from lfm2_export.checkpoint import Checkpoint, check_finite, is_finite
 from lfm2_export.errors import QuantizationError
-from lfm2_export.families.tensors import Part
-from lfm2_export.mixing.prior import weight_of
-from lfm2_export.mixing.shares import feed_forward_shares
+from lfm2_export.families.tensors import in_feed_forward
+from lfm2_export.mixing.prior import PRIOR, weight_of
+from lfm2_export.mixing.shares import Block, Shares, block_shares
 from lfm2_export.mixing.units import Space, UnitShape
 from lfm2_export.quant.algorithms import Algorithm
 from lfm2_export.quant.formats import IntFormat
@@ -32,26 +34,46 @@ Damages = dict[str, dict[IntFormat, float]]
 _SAMPLED, _PLACES, _EXPERTS = 1 << 15, 4, 4
 
 
-def estimate_damages(checkpoint: Checkpoint, space: Space, algorithm: Algorithm) -> Damages:
+class Evidence(Protocol):
+    """What errors of a matrix do."""
+
+    def sensitivity(self, weight: StoredWeight) -> float:
+        """The damage of a relative squared error of 1; only ratios mean something."""
+
+
+class WithoutData:
+    """By the class of a matrix (``prior``), and how much of the stream its block makes (``shares``).
+
+    Raises:
+        CheckpointError: a tensor holds NaN or infinity.
+    """
+
+    def __init__(self, checkpoint: Checkpoint):
+        self._shares = block_shares(checkpoint)
+
+    def sensitivity(self, weight: StoredWeight) -> float:
+        return weight_of(PRIOR, weight.part, weight.matrix) * share_of(weight, self._shares)
+
+
+def estimate_damages(checkpoint: Checkpoint, space: Space, algorithm: Algorithm, evidence: Evidence) -> Damages:
     """The damage of every format of every unit, by the unit's name; only ratios mean something.
 
     Raises:
         CheckpointError: a tensor holds NaN or infinity.
     """
-    shares = feed_forward_shares(checkpoint)
-    found = map_in_threads(lambda unit: _unit(checkpoint, unit, algorithm, shares), space.units, threads=usable_cores())
-    return {unit.name: damages for unit, damages in found}
+    found = map_in_threads(lambda unit: _errors(checkpoint, unit, algorithm), space.units, threads=usable_cores())
+    return {unit.name: _damages(unit, errors, evidence) for unit, errors in found}
 
 
-def _unit(
-    checkpoint: Checkpoint, unit: UnitShape, algorithm: Algorithm, shares: Mapping[int, float]
+def _errors(checkpoint: Checkpoint, unit: UnitShape, algorithm: Algorithm) -> list[dict[IntFormat, float]]:
+    return [relative_errors(checkpoint, unit, weight, algorithm) for weight in unit.weights]
+
+
+def _damages(
+    unit: UnitShape, errors: Sequence[Mapping[IntFormat, float]], evidence: Evidence
 ) -> dict[IntFormat, float]:
-    damages = dict.fromkeys(unit.formats, 0.0)
-    for weight in unit.weights:
-        prior = weight_of(weight.part, weight.matrix) * share_of(weight, shares)
-        for form, error in relative_errors(checkpoint, unit, weight, algorithm).items():
-            damages[form] += prior * error
-    return damages
+    factors = [evidence.sensitivity(weight) for weight in unit.weights]
+    return {form: sum(factor * one[form] for factor, one in zip(factors, errors, strict=True)) for form in unit.formats}
 
 
 def relative_errors(
@@ -76,24 +98,22 @@ def _ratio(lost: float, energy: float) -> float:
     return float(lost / energy) if energy else 0.0
 
 
-def share_of(weight: StoredWeight, shares: Mapping[int, float]) -> float:
-    """Of a feed-forward's weight its share of the stream, 1 of any other."""
-    if weight.layer is None or weight.part not in (Part.MLPS, Part.EXPERTS):
-        return 1.0
-    return shares[weight.layer]
+def share_of(weight: StoredWeight, shares: Shares) -> float:
+    """Of the stream that a weight's block makes; 1 of what belongs to no layer."""
+    return 1.0 if weight.layer is None else shares[Block(weight.layer, in_feed_forward(weight.part))]
+
+
+def sources_to_look_at(checkpoint: Checkpoint, weight: StoredWeight) -> list[str]:
+    """A weight's sources; of experts those of some."""
+    tensors = [checkpoint.model_tensors[source] for source in weight.sources]
+    looked_at = set(_spread(sorted({one.expert for one in tensors if one.expert is not None}), _EXPERTS))
+    return [one.name for one in tensors if one.expert is None or one.expert in looked_at]
 
 
 def _samples(checkpoint: Checkpoint, weight: StoredWeight) -> Iterator[tuple[str, np.ndarray]]:
     """Rows of a weight's sources, as they are stored."""
-    experts = sorted(
-        {index for source in weight.sources if (index := checkpoint.model_tensors[source].expert) is not None}
-    )
-    looked_at = set(_spread(experts, _EXPERTS))
-    for source in weight.sources:
-        tensor = checkpoint.model_tensors[source]
-        if tensor.expert is not None and tensor.expert not in looked_at:
-            continue
-        rows, columns = tensor.shape
+    for source in sources_to_look_at(checkpoint, weight):
+        rows, columns = checkpoint.model_tensors[source].shape
         each = max(1, _SAMPLED // columns // _PLACES)
         starts = (
             range(0, rows, each)

@@ -15,14 +15,13 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from lfm2_export.backends.weights.plan import StoredWeight, WeightPlan
-from lfm2_export.backends.weights.widths import Counted, owners, read_bytes, share
+from lfm2_export.backends.weights.widths import Counted, counted_bytes, owners, read_bytes, share
 from lfm2_export.config import ModelConfig
 from lfm2_export.families import get_family
 from lfm2_export.families.tensors import Part, Tensors
 from lfm2_export.quant.formats import IntFormat
 from lfm2_export.quant.schemes import Scheme
 
-GROUP_SIZES = (32, 64, 128)
 _TOGETHER = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "w1": "w1 w3", "w3": "w1 w3"}
 _TABLES = (Part.EMBEDDING, Part.HEAD)
 
@@ -42,11 +41,13 @@ class UnitShape:
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """``fixed`` bytes of the weights that have no choice, counted as ``counted`` says."""
+    """``fixed`` bytes of the weights that have no choice, and ``own_bytes`` of all under the scheme's own widths,
+    counted as ``counted`` says."""
 
     units: tuple[UnitShape, ...]
     plan: WeightPlan
     counted: Counted
+    own_bytes: int
 
     def nbytes(self, unit: UnitShape, form: IntFormat) -> int:
         """Of a unit in a format."""
@@ -84,7 +85,8 @@ def make_space(
         if isinstance(weight.format, IntFormat):
             groups.setdefault(_unit_name(weight), []).append(weight)
     units = (_unit(name, weights, free, tensors) for name, weights in groups.items())
-    return Space(units=tuple(unit for unit in units if unit.formats), plan=plan, counted=counted)
+    own_bytes, _ = counted_bytes(make_plan(config, replace(scheme, choices={})), counted)
+    return Space(units=tuple(unit for unit in units if unit.formats), plan=plan, counted=counted, own_bytes=own_bytes)
 
 
 def _unit_name(weight: StoredWeight) -> str:
@@ -99,8 +101,17 @@ def _unit(name: str, weights: Iterable[StoredWeight], scheme: Scheme, tensors: T
     base = scheme.format_for(tensors[found[0].sources[0]]).format
     assert isinstance(base, IntFormat)
     widths = {weight.shape[-1] for weight in found}
-    wide = scheme.sensitive if isinstance(scheme.sensitive, IntFormat) else base
-    bases = [base] if found[0].part in _TABLES else [base, replace(wide, scale_dtype=base.scale_dtype)]
-    formats = (replace(form, group_size=size) for form in bases for size in GROUP_SIZES)
+    formats = (
+        replace(form, group_size=size) for form in _bases(base, scheme, found[0].part) for size in scheme.group_sizes
+    )
     fitting = tuple(form for form in formats if not any(width % form.group_size for width in widths))
     return UnitShape(name=name, weights=found, formats=fitting)
+
+
+def _bases(base: IntFormat, scheme: Scheme, part: Part) -> list[IntFormat]:
+    """Of a matrix: its own format, the same without zero points, which cost bits, and 8 bits; of a table its own."""
+    if part in _TABLES:
+        return [base]
+    wide = scheme.sensitive if isinstance(scheme.sensitive, IntFormat) else base
+    without_points = replace(base, symmetric=True, signed_scale=True)
+    return list(dict.fromkeys([base, without_points, replace(wide, scale_dtype=base.scale_dtype)]))

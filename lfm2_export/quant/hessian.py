@@ -26,6 +26,8 @@ from lfm2_export.quant.formats import FloatArray
 # tiny-moe and tiny-dense, 10,240 held-out tokens, standard error 0.01: 0.686 and 0.670 at 0.01, 0.686 and 0.665 at
 # 0.03, 0.670 and 0.661 at 0.1, 0.672 and 0.664 at 0.3; the worst row is then off by 0.18 of its size, not by 0.33.
 DAMPING = 0.1
+_COLUMNS = 512  # of H that are float64 at a time
+_SMALL = 64  # of a triangle's half, which is not halved again
 
 
 @contextlib.contextmanager
@@ -84,15 +86,68 @@ def _unit_upper_factor(hessian: np.ndarray, order_N: np.ndarray, floor: float, n
     GPTQ takes the inverse's factor and updates the weights that are left; carrying errors over with U instead gives
     the same codes (LDLQ, arXiv:2307.13304) without an inverse.
     """
+    lower = _reversed_factor(hessian, order_N, floor, name)
+    np.divide(lower, np.diagonal(lower).copy(), out=lower)
+    return np.ascontiguousarray(lower[::-1, ::-1], np.float32)
+
+
+def _reversed_factor(hessian: np.ndarray, order_N: np.ndarray, floor: float, name: str) -> npt.NDArray[np.float64]:
+    """Cholesky's lower factor of H with the last columns of ``order_N`` first."""
     reverse_N = order_N[::-1]
     turned = hessian[np.ix_(reverse_N, reverse_N)].astype(np.float64)
     turned[np.diag_indices(len(order_N))] += floor
     try:
-        lower = np.linalg.cholesky(turned)
+        lower: npt.NDArray[np.float64] = np.linalg.cholesky(turned)
     except np.linalg.LinAlgError:
         raise QuantizationError(
             f"{name}: the statistics are damaged (not positive definite); calibrate again"
         ) from None
-    del turned
-    np.divide(lower, np.diagonal(lower).copy(), out=lower)
-    return np.ascontiguousarray(lower[::-1, ::-1], np.float32)
+    return lower
+
+
+def energy(rows_RN: np.ndarray, hessian: np.ndarray) -> float:
+    """trace(W H Wᵀ) of rows of a weight, H [N, N] or its diagonal [N]: the mean squares of their outputs, summed.
+
+    In float64, so that a few digits of it are the same on every machine.
+    """
+    wide_RN = rows_RN.astype(np.float64)
+    if hessian.ndim == 1:
+        return float((np.square(wide_RN) @ hessian.astype(np.float64)).sum())
+    total = 0.0
+    for start in range(0, len(hessian), _COLUMNS):
+        columns = slice(start, start + _COLUMNS)
+        total += float(((wide_RN @ hessian[:, columns].astype(np.float64)) * wide_RN[:, columns]).sum())
+    return total
+
+
+def energy_of_rounding(hessian: np.ndarray, *, name: str = "statistics") -> float:
+    """trace(dW H dWᵀ) of a row that GPTQ rounds, over the squared error that plain rounding to its grid would have.
+
+    The rounding errors r of GPTQ's columns are as large as plain rounding's and know nothing of each other; carried on,
+    they become dW = r U⁻¹. So it is trace(U⁻¹ H U⁻ᵀ) / N, which is trace(D) less the floor's share of it. On four
+    trained models the logarithm of this agrees with that of what the algorithm really does, correlation 0.998.
+
+    Raises:
+        QuantizationError: as ``input_statistics``.
+    """
+    diagonal_N = np.array(hessian if hessian.ndim == 1 else np.diagonal(hessian), np.float64)
+    if hessian.ndim == 1:
+        return float(diagonal_N.mean())
+    floor = DAMPING * float(diagonal_N.mean()) or 1.0
+    lower = _reversed_factor(hessian, np.argsort(-diagonal_N, kind="stable"), floor, name)
+    scale_N = np.diagonal(lower).copy()
+    np.divide(lower, scale_N, out=lower)
+    return float(np.square(scale_N).sum() - floor * np.square(_inverse(lower)).sum()) / len(scale_N)
+
+
+def _inverse(lower: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.floating[Any]]:
+    """Of a lower triangle, by halves: as many products as Cholesky takes, where a general inverse takes six times as
+    many."""
+    half = len(lower) // 2
+    if half < _SMALL:
+        return np.linalg.inv(lower)
+    found = np.zeros_like(lower)
+    found[:half, :half] = _inverse(lower[:half, :half])
+    found[half:, half:] = _inverse(lower[half:, half:])
+    found[half:, :half] = -(found[half:, half:] @ (lower[half:, :half] @ found[:half, :half]))
+    return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from enum import StrEnum
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -41,6 +42,25 @@ class FormatChoice(NamedTuple):
     reason: str
 
 
+class JudgedBy(StrEnum):
+    """What the damage of a width was judged by."""
+
+    WEIGHTS = "the weights alone"
+    STATISTICS = "statistics of the layers' inputs"
+    MEASUREMENT = "the KL divergence measured on a text"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """How the widths of a scheme were chosen: ``within`` which budget, in words."""
+
+    within: str
+    judged_by: JudgedBy
+
+    def __str__(self) -> str:
+        return self.within if self.judged_by is JudgedBy.WEIGHTS else f"{self.within}, judged by {self.judged_by}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
     """Formats by class of weight, and how the program runs.
@@ -51,7 +71,9 @@ class Scheme:
     allows int8 activations inside the kernels. The state has the activations' dtype; logits are always float32.
     ``fits_groups``: where a format's group size divides no row, a backend may take a smaller one; else it refuses.
     ``choices``: the formats of single weights by their published names (``mixing``); only ``exclude`` goes before.
-    ``mixed``: whether widths are chosen for each checkpoint where nobody asks for something else.
+    ``mixed``: whether widths are chosen for each checkpoint where nobody asks for something else, within the size that
+    it has without, if it ``keeps_size``; ``group_sizes``: from which; ``mixture``: how they were; ``one_width``: why
+    there is none to choose.
     ``preference`` orders programs where the caller names none: the lowest is taken.
     """
 
@@ -68,12 +90,18 @@ class Scheme:
     sensitive_patterns: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     mixed: bool = False
+    keeps_size: bool = False
+    group_sizes: tuple[int, ...] = ()
     choices: Mapping[str, FormatChoice] = field(default_factory=dict, hash=False)
+    mixture: Mixture | None = None
+    one_width: str = ""
 
     @property
     def can_mix(self) -> bool:
-        """Whether its linear layers have 4 bits and some of them may have 8."""
-        return [form.bits for form in (self.linear, self.sensitive) if isinstance(form, IntFormat)] == [4, 8]
+        """Whether its linear layers have 4 bits and some of them may have 8, in groups of some sizes."""
+        return bool(self.group_sizes) and [
+            form.bits for form in (self.linear, self.sensitive) if isinstance(form, IntFormat)
+        ] == [4, 8]
 
     @property
     def has_groups(self) -> bool:
@@ -183,7 +211,8 @@ def _onnx_int_scheme(
     In q4, 8-bit weights lose nothing in groups of 128, experts without zero points 1 % in groups of 64 (KL, measured on
     three models). In q8 rounding activations to int8 costs more than rounding weights, and onnxruntime's kernels do
     that in the weights' groups: tiny-moe loses 4.1e-4 in groups of 32, 6.0e-4 and 7.3e-4 in those of 64 and 128.
-    WebGPU, for which q4f16 is meant, has its fast kernels for groups of 32, and its QMoE takes no zero points."""
+    WebGPU, for which q4f16 is meant, has its fast kernels for groups of 32, and its QMoE takes no zero points. So many
+    small groups do not fit llama.cpp's Q4_K_M's bytes as well, so that it is mixed within its own."""
     wide, middle = (128, 64) if (bits, activations) == (4, "float32") else (32, 32)
     int8 = IntFormat(bits=8, group_size=wide, symmetric=True, signed_scale=True, scale_dtype="float16")
     linear = int8 if bits == 8 else IntFormat(bits=4, symmetric=False, scale_dtype="float16")
@@ -199,7 +228,9 @@ def _onnx_int_scheme(
         fits_groups=True,
         preference=preference,
         sensitive_patterns=Q4_SENSITIVE if bits == 4 else (),
-        mixed=bits == 4 and activations == "float32",
+        mixed=bits == 4,
+        keeps_size=activations == "float16",
+        group_sizes=() if bits == 8 else (32, 64, 128, 256) if activations == "float32" else (32,),
     )
 
 
@@ -218,6 +249,7 @@ def _executorch_int4_scheme() -> Scheme:
         activation_dtype="float32",
         accuracy_level=4,
         preference=1,
+        one_width="XNNPACK multiplies by groups of 4 bits; by 8 bits only with a scale for a whole row",
     )
 
 

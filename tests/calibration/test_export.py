@@ -80,10 +80,13 @@ def test_the_manifest_the_card_and_inspect_say_what_weights_were_fitted_to(expor
     assert program.calibration == line
     assert f"onnx q4: {line}." in (out / "README.md").read_text()
     assert main(["inspect", str(out)]) == 0
-    assert f"onnx q4: {line}\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"onnx q4: {line}\n" in said
     by_name = {tensor.name: tensor for tensor in program.tensors}
     reason = by_name[EMBEDDING.removesuffix(".weight")].reason
-    assert reason == "mixed within the size of llama.cpp's Q4_K_M; refit: no input is multiplied with it"
+    how = "the size of llama.cpp's Q4_K_M, judged by statistics of the layers' inputs"
+    assert reason == f"mixed within {how}; refit: no input is multiplied with it"
+    assert f"onnx q4: mixed within {how}\n" in said
     assert "refit" not in by_name["model.layers.0.conv.in_proj"].reason
 
 

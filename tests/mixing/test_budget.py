@@ -77,6 +77,15 @@ def test_the_default_is_q4_k_m_or_the_floor() -> None:
     assert bytes_for(Budget(), space) == max(q4_k_m_bytes(space.plan.config), space.fixed + space.floor())
 
 
+def test_a_scheme_that_keeps_its_size_has_that_of_its_own_widths() -> None:
+    config = get_family("lfm2_moe").parse_config(tiny_config(moe_intermediate_size=64))
+    scheme = get_scheme("q4f16")
+    space = make_space(config, scheme, make_plan, Counted.FILE)
+    own, _ = counted_bytes(make_plan(config, scheme), Counted.FILE)
+    assert bytes_for(Budget(keeps_size=True), space) == own
+    assert own > space.fixed + space.floor()
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_step_reads_the_chosen_experts_and_of_an_untied_table_one_row(tied: bool) -> None:
     file, step = (space_of(counted, tie_word_embeddings=tied) for counted in Counted)

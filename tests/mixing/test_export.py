@@ -42,6 +42,9 @@ def test_an_artifact_says_how_wide_its_weights_are(checkpoint: str, tmp_path: Pa
         in said
     )
     assert "in groups of" in said
+    how = "onnx q4: mixed within --target-bits 5.2, judged by the weights alone"
+    assert f"{how}\n" in said
+    assert f"{how}." in (out / "README.md").read_text()
 
 
 def _count(tensor) -> int:

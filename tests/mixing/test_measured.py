@@ -15,10 +15,11 @@ from lfm2_export.mixing.measured import Meter, measured_damages, quantized
 from lfm2_export.mixing.units import make_space
 from lfm2_export.quant.algorithms import get_algorithm
 from lfm2_export.quant.formats import IntFormat
-from lfm2_export.quant.schemes import get_scheme
+from lfm2_export.quant.schemes import JudgedBy, Mixture, get_scheme
 from tests.checkpoints import tiny_config, write_random_checkpoint
 
 WIDTHS = {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128}
+MIXTURE = Mixture(within="a test", judged_by=JudgedBy.MEASUREMENT)
 FORMAT = IntFormat(bits=4, group_size=32, symmetric=False)
 EXPERTS = [f"model.layers.2.feed_forward.experts.{expert}.w3.weight" for expert in range(4)]
 
@@ -77,8 +78,8 @@ def test_what_is_measured_decides_the_widths(meter: Meter, checkpoint: Checkpoin
     first, last = ranked[0].name, ranked[-1].name
     swapped = damages | {first: _scaled(damages[last], 50), last: _scaled(damages[first], 1 / 50)}
     limit = space.fixed + space.floor() + 128 * 128 * 6 // 8
-    assert _bits(last)(with_choices(get_scheme("q4"), space, _only(damages, first, last), limit, "a test")) == 8
-    assert _bits(first)(with_choices(get_scheme("q4"), space, _only(swapped, first, last), limit, "a test")) == 8
+    assert _bits(last)(with_choices(get_scheme("q4"), space, _only(damages, first, last), limit, MIXTURE)) == 8
+    assert _bits(first)(with_choices(get_scheme("q4"), space, _only(swapped, first, last), limit, MIXTURE)) == 8
 
 
 def _scaled(damages: dict[IntFormat, float], factor: float) -> dict[IntFormat, float]:

@@ -13,7 +13,7 @@ from lfm2_export.checkpoint import Checkpoint, open_checkpoint
 from lfm2_export.errors import QuantizationError
 from lfm2_export.families.tensors import Part
 from lfm2_export.mixing import Budget, MixRequest, check_mixable, mix, mixed
-from lfm2_export.mixing.estimate import estimate_damages
+from lfm2_export.mixing.estimate import WithoutData, estimate_damages
 from lfm2_export.mixing.units import make_space
 from lfm2_export.quant.algorithms import get_algorithm
 from lfm2_export.quant.formats import IntFormat
@@ -86,9 +86,11 @@ def test_the_number_of_cores_changes_nothing(checkpoint: Checkpoint, monkeypatch
 
 def test_an_estimate_falls_with_bits_and_smaller_groups(checkpoint: Checkpoint) -> None:
     space = make_space(checkpoint.config, get_scheme("q4"), make_plan, Counted.FILE)
-    for name, damages in estimate_damages(checkpoint, space, get_algorithm("refit")).items():
-        by_width = [damages[form] for form in sorted(damages, key=lambda form: (form.bits, -form.group_size))]
-        assert by_width == sorted(by_width, reverse=True), name
+    for name, damages in estimate_damages(checkpoint, space, get_algorithm("refit"), WithoutData(checkpoint)).items():
+        for symmetric in (True, False):
+            forms = [form for form in damages if form.symmetric is symmetric]
+            by_width = [damages[form] for form in sorted(forms, key=lambda form: (form.bits, -form.group_size))]
+            assert by_width == sorted(by_width, reverse=True), name
 
 
 @pytest.mark.parametrize(("spiky", "other"), [(0, 2), (2, 0)])
@@ -102,18 +104,19 @@ def test_a_matrix_that_quantizes_badly_counts_for_more(tmp_path: Path, spiky: in
     save_file(weights, file)
     opened = open_checkpoint(folder)
     space = make_space(opened.config, get_scheme("q4"), make_plan, Counted.FILE)
-    damages = estimate_damages(opened, space, get_algorithm("refit"))
+    damages = estimate_damages(opened, space, get_algorithm("refit"), WithoutData(opened))
     first, second = (damages[f"layer {layer} convolutions in_proj"] for layer in (spiky, other))
     form = next(iter(first))
     assert first[form] > 1.5 * second[form]
 
 
 def test_only_what_has_two_widths_can_be_mixed() -> None:
-    for name in ("q8", "fp32", "8da4w"):
+    why = " (XNNPACK multiplies by groups of 4 bits; by 8 bits only with a scale for a whole row)"
+    for name, because in {"q8": "", "fp32": "", "8da4w": why}.items():
         with pytest.raises(QuantizationError) as error:
             check_mixable([get_scheme(name)], MixRequest(budget=Budget(bits=5.0)))
         assert str(error.value) == (
-            f"--target-bits 5: scheme {name} has one width for its linear layers; pass --scheme q4"
+            f"--target-bits 5: scheme {name} has one width for its linear layers{because}; pass --scheme q4 (onnx)"
         )
     check_mixable([get_scheme("q8"), get_scheme("q4")], MixRequest(budget=Budget(bits=5.0)))
     with pytest.raises(QuantizationError, match=r"leave --group-size 64 out$"):
@@ -123,7 +126,8 @@ def test_only_what_has_two_widths_can_be_mixed() -> None:
 def test_q4_mixes_by_itself_unless_it_is_told_not_to(checkpoint: Checkpoint) -> None:
     schemes = [get_scheme(name) for name in ("q4", "q4f16", "q8")]
     found = mixed(checkpoint, schemes, make_plan, MixRequest())
-    assert [bool(scheme.choices) for scheme in found] == [True, False, False]
+    assert [bool(scheme.choices) for scheme in found] == [True, True, False]
+    assert {choice.format.group_size for choice in found[1].choices.values()} == {32}  # WebGPU's fast kernels
     assert mixed(checkpoint, schemes, make_plan, MixRequest(by_default=False)) == schemes
     of_one_width = replace(schemes[0], linear=schemes[2].linear)
     assert mixed(checkpoint, [of_one_width], make_plan, MixRequest()) == [of_one_width]
@@ -133,5 +137,5 @@ def test_a_scheme_with_choices_is_another_one(checkpoint: Checkpoint) -> None:
     """An export that was killed goes on only where it would make the same."""
     scheme = get_scheme("q4")
     changed = mix(checkpoint, scheme, make_plan, MixRequest(budget=Budget(bits=5.5)))
-    assert replace(changed, choices={}, sensitive_patterns=scheme.sensitive_patterns) == scheme
+    assert replace(changed, choices={}, mixture=None, sensitive_patterns=scheme.sensitive_patterns) == scheme
     assert repr(changed) != repr(scheme)

@@ -55,8 +55,11 @@ def counted_bytes(plan: WeightPlan, counted: Counted) -> tuple[int, int]:
 
 
 def describe(plan: WeightPlan) -> dict[str, Any]:
-    """For the manifest: bits a weight, scales and zero points included, and the widths of each part."""
+    """For the manifest: bits a weight, scales and zero points included, the widths of each part, and how mixed ones
+    were chosen."""
+    mixture = plan.scheme.mixture
     return {
+        **({} if mixture is None else {"mixture": {"within": mixture.within, "judged_by": str(mixture.judged_by)}}),
         "bits_per_weight": {str(counted): round(_bits(plan, counted), 3) for counted in Counted},
         "widths": [
             {"part": part, "format": form, "tensors": tensors, "weights": count}
