@@ -52,8 +52,8 @@ class ExportCommand:
             "--calibrate",
             metavar="TEXT",
             type=given,
-            help="fit weights, and mixed widths, to what layers are given on a text: default (comes with this), self (the "
-            "model's own) or a file",
+            help="fit weights, and mixed widths, to what layers are given on a text: default (comes with this), self "
+            "(the model's own) or a file",
         )
         parser.add_argument(
             "--statistics",
