@@ -107,8 +107,10 @@ def plan_weights(
 def our_schemes(checkpoint: Checkpoint) -> Iterator[tuple[str, Scheme]]:
     q4 = get_scheme("q4")
     yield "q4, default mix", mix(checkpoint, q4, make_plan, MixRequest())
+    widths = {tensor.shape[-1] for tensor in checkpoint.model_tensors.values() if tensor.matrix is not None}
     for size in (32, 64):
-        yield f"q4, groups of {size}", q4.with_group_size(size)
+        if not any(width % size for width in widths):
+            yield f"q4, groups of {size}", q4.with_group_size(size)
 
 
 def calibrated(meter: Meter) -> Iterator[Quality]:
