@@ -66,12 +66,9 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     _check_memory()
     # torch's threads beside a runtime's own: those that wait must not take the cores from those that work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from lfm2_export.commands.parser import build_parser
+    from lfm2_export.commands.parser import CommandLine
 
-    parser = build_parser()
-    options = parser.parse_args(arguments)
-    options.print_help = parser.print_help
-    return options
+    return CommandLine().parse(arguments)
 
 
 def _check_memory() -> None:

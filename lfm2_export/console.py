@@ -13,9 +13,10 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -87,15 +88,41 @@ def _can_spell(text: str) -> bool:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Columns whose cells are all numbers stand to the right."""
+    """Columns whose cells are all numbers stand to the right. Where no terminal reads it: a line for the title, one
+    for the columns, one for each row, two spaces or more between cells, nothing else."""
     cells = [[_cell(cell) for cell in row] for row in rows]
+    if not streams.is_terminal():
+        _deliver("".join(f"{line}\n" for line in _plain_lines(title, columns, cells)))
+        return
     table = Table(title=_plain(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
-        numeric = bool(cells) and all(row[index].plain[:1].isdigit() for row in cells)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if _is_numeric(cells, index) else "left"
+        table.add_column(column, justify=justify, overflow="fold")
     for row in cells:
         table.add_row(*row)
     _deliver(_rendered(sys.stdout, table))
+
+
+def _is_numeric(cells: Sequence[Sequence[Text]], column: int) -> bool:
+    return bool(cells) and all(row[column].plain[:1].isdigit() for row in cells)
+
+
+def _plain_lines(title: str, columns: Sequence[str], cells: Sequence[Sequence[Text]]) -> Iterator[str]:
+    yield one_line(title)
+    lines = [list(columns), *([cell.plain for cell in row] for row in cells)]
+    widths = [max(cell_len(line[index]) for line in lines) for index in range(len(columns))]
+    numeric = [_is_numeric(cells, index) for index in range(len(columns))]
+    for line in lines:
+        padded = [
+            f"{' ' * (width - cell_len(text))}{text}" if right else f"{text}{' ' * (width - cell_len(text))}"
+            for text, width, right in zip(line, widths, numeric, strict=True)
+        ]
+        yield "  ".join(padded).rstrip()
+
+
+def print_line(text: str) -> None:
+    """A result that is a sentence."""
+    _deliver(f"{text}\n")
 
 
 def _cell(cell: object) -> Text:

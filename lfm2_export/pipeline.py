@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 def export(
     checkpoint: str | Path,
     *,
-    backend: str = "onnx",
-    scheme: str | Sequence[str] = "q4",
+    backend: str | Sequence[str] = "onnx",
+    scheme: str | Sequence[str] | None = None,
     output: str | Path,
     group_size: int | None = None,
     exclude: str | Sequence[str] = (),
@@ -55,12 +55,14 @@ def export(
     progress: Progress | None = None,
     **options: int | str | None,
 ) -> Artifact:
-    """Exports a checkpoint under one or more schemes into a folder.
+    """Exports a checkpoint for one or more backends under one or more schemes into a folder.
 
     Args:
         checkpoint: a directory, a Hub id, a bundled name ("tiny-moe", "tiny-dense", "tiny-lfm3"), or a GGUF file, which
             is taken over bit for bit where its types are grids of ours (Q4_0, Q8_0, Q6_K).
-        scheme: one name or several.
+        backend: "onnx", "executorch", or several.
+        scheme: one name or several, of which each backend makes those that it has; None: each backend's default (q4 for
+            onnx, 8da4w for executorch).
         output: a folder that does not exist, is empty, or is an artifact of the same checkpoint, which is added to.
         group_size: weights that share a scale, in the schemes that have groups; default: the scheme's.
         exclude: one or several patterns of tensor names (as in ``fnmatch``) to leave unquantized in those schemes.
@@ -111,21 +113,20 @@ def export(
 
 
 def _run(settings: ExportSettings, progress: Progress) -> Artifact:
-    choice = settings.choice()
+    asked = settings.choices()
     opened = settings.source.open()
     companions.check(opened)
-    choice = replace(choice, schemes=_with_widths(settings, choice, opened))
+    choices = [replace(choice, schemes=_with_widths(settings, choice, opened)) for choice in asked]
     calibration = Calibration.asked(opened, settings.calibrate, settings.statistics)
     record = Background(lambda: writer.confirm(CheckpointRecord.of(opened)))
     # A backend's files lie in the folder of its name.
-    key = _key(settings.backend, choice, opened, calibration)
-    writer = ArtifactWriter(settings.output, record.result, into=[settings.backend], key=key)
+    backends = [choice.backend for choice in choices]
+    writer = ArtifactWriter(settings.output, record.result, into=backends, key=_key(choices, opened, calibration))
     with interrupts.lasting(), swept(), writer:
         if (finished := writer.finished()) is not None:
             return finished
         return _Export(
-            backend=settings.backend,
-            choice=choice,
+            choices=choices,
             checkpoint=opened,
             record=record,
             calibration=calibration,
@@ -148,8 +149,7 @@ class _Export:
     """All that the stages take, from the first weight on. ``record`` is the checkpoint's, once it is hashed;
     ``calibration`` is None where none was asked for."""
 
-    backend: str
-    choice: ExportChoice
+    choices: Sequence[ExportChoice]
     checkpoint: Checkpoint
     record: Background[CheckpointRecord]
     calibration: Calibration | None
@@ -158,26 +158,28 @@ class _Export:
 
     def run(self) -> Artifact:
         known = None if self.calibration is None else self.calibration.existing(self.writer.ledgers)
-        requests = [self._request(scheme, known) for scheme in self.choice.schemes]
-        self._check_resources([self.choice.lowering.estimate(request) for request in requests])
+        requests = [
+            (choice, self._request(choice, scheme, known)) for choice in self.choices for scheme in choice.schemes
+        ]
+        self._check_resources([choice.lowering.estimate(request) for choice, request in requests])
         # Hashing reads every shard: it runs beside the export, once nothing cheap can refuse the work any more.
         self.record.start()
         if self.calibration is not None and known is None:
             measured = self.calibration.collected(self.writer.ledgers, self.progress)
-            requests = [replace(request, statistics=measured) for request in requests]
-        for request in requests:
-            self._add(request)
+            requests = [(choice, replace(request, statistics=measured)) for choice, request in requests]
+        for choice, request in requests:
+            self._add(choice, request)
         return self._finish()
 
-    def _request(self, scheme: Scheme, statistics: Statistics | None) -> ExportRequest:
+    def _request(self, choice: ExportChoice, scheme: Scheme, statistics: Statistics | None) -> ExportRequest:
         return ExportRequest(
             checkpoint=self.checkpoint,
             scheme=scheme,
-            file_name=self.choice.lowering.SCHEMES[scheme.name],
+            file_name=choice.lowering.SCHEMES[scheme.name],
             folder=self.writer.root,
-            algorithm=self.choice.algorithm,
+            algorithm=choice.algorithm,
             progress=self.progress.advance,
-            options=self.choice.options,
+            options=choice.options,
             ledgers=self.writer.ledgers,
             statistics=statistics,
         )
@@ -189,23 +191,24 @@ class _Export:
         if done := sum(estimate.done_bytes for estimate in estimates):
             self.progress.continued(done, len(estimates) * self.checkpoint.total_bytes)
 
-    def _add(self, request: ExportRequest) -> None:
-        logger.info("lowering %s to %s %s", self.checkpoint.name, self.backend, request.scheme.name)
-        self.progress.start(f"{self.backend} {request.scheme.name}", self.checkpoint.total_bytes)
-        made = self.choice.lowering.export_program(request)
+    def _add(self, choice: ExportChoice, request: ExportRequest) -> None:
+        logger.info("lowering %s to %s %s", self.checkpoint.name, choice.backend, request.scheme.name)
+        self.progress.start(f"{choice.backend} {request.scheme.name}", self.checkpoint.total_bytes)
+        made = choice.lowering.export_program(request)
         interrupts.check()
-        self.writer.add_program(_program(self.backend, request.scheme, made), made.files)
+        self.writer.add_program(_program(choice.backend, request.scheme, made), made.files)
 
     def _finish(self) -> Artifact:
         companions.carry_over(self.checkpoint, self.writer)
-        self.choice.lowering.runtime_files(self.checkpoint, self.writer)
+        for choice in self.choices:
+            choice.lowering.runtime_files(self.checkpoint, self.writer)
         card = model_card.render(self.record.result(), self.writer.programs, self.checkpoint)
         self.writer.write_text("README.md", card)
         interrupts.check()
         return self.writer.commit()
 
 
-def _key(backend: str, choice: ExportChoice, checkpoint: Checkpoint, calibration: Calibration | None) -> str:
+def _key(choices: Sequence[ExportChoice], checkpoint: Checkpoint, calibration: Calibration | None) -> str:
     """All that the bytes of an export follow from, but for the weights themselves, which take long to hash: for those
     the size and the times of their files stand."""
     files = sorted({info.file for info in checkpoint.tensors.values()})
@@ -215,9 +218,11 @@ def _key(backend: str, choice: ExportChoice, checkpoint: Checkpoint, calibration
         {
             "config": checkpoint.config_sha256,
             "shards": [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats],
-            "backend": backend,
-            "schemes": list(map(repr, choice.schemes)),
-            "options": {"algorithm": choice.algorithm, **asked, **choice.options},
+            "programs": [
+                (choice.backend, list(map(repr, choice.schemes)), {"algorithm": choice.algorithm, **choice.options})
+                for choice in choices
+            ],
+            **asked,
             "versions": recorded_versions(),
         }
     )

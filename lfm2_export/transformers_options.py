@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from transformers import GenerationConfig
 
 from lfm2_export.errors import GenerationError
 from lfm2_export.messages import shown
+from lfm2_export.spelling import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ _SERVED = {
 # How accelerate spreads a model over what is there; a program is on the CPU whatever is.
 _SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 # Of wrong names, how many a message quotes, and how much of one is compared with the right ones.
-_NAMES, _LONGEST = 3, 60
+_NAMES = 3
 
 
 class AttributeRefusedError(GenerationError, AttributeError):
@@ -74,9 +74,7 @@ def no_such(kind: str, names: Sequence[str], known: Collection[str]) -> str:
 
 
 def _hint(name: str, known: Collection[str]) -> str:
-    public = sorted(other for other in known if not other.startswith("_"))
-    near = get_close_matches(name[:_LONGEST], public, n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
+    return did_you_mean(name, sorted(other for other in known if not other.startswith("_")))
 
 
 def refuse(name: str, given: bool, reason: str) -> None:

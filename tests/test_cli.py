@@ -91,7 +91,7 @@ def test_no_verb_shows_the_help_and_fails(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
-    assert_refused(run(capsys, "convert"), "'convert'", "'export'")
+    assert_refused(run(capsys, "convert"), "'convert'", "it may be: export, run, chat")
 
 
 def test_no_such_checkpoint(capsys: pytest.CaptureFixture[str], output: Path) -> None:

@@ -43,12 +43,16 @@ def add_artifact(parser: argparse.ArgumentParser) -> None:
 
 def add_program_choice(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", help="which backend's program (default: onnx where the folder has it)")
-    parser.add_argument("--scheme", help="which scheme's program (default: the preferred one in the folder)")
+    parser.add_argument("--scheme", "-s", help="which scheme's program (default: the preferred one in the folder)")
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", "-t", type=int, metavar="N", help="CPU threads (default: every core)")
 
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
     """How a program is run here."""
-    parser.add_argument("--threads", type=int, help="CPU threads (default: every core)")
+    add_threads(parser)
     parser.add_argument(
         "--kernels",
         choices=[str(kernels) for kernels in Kernels],

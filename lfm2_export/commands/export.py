@@ -25,9 +25,14 @@ class ExportCommand:
         parser.add_argument(
             "--output", "-o", metavar="DIR", type=given, required=True, help="a new folder, or an artifact to add to"
         )
-        parser.add_argument("--backend", default="onnx", help="onnx (default) or executorch")
         parser.add_argument(
-            "--scheme", default="q4", help="one or several, with commas: q4 (default), q8, fp16, fp32, ..."
+            "--backend", default="onnx", help="onnx (default) or executorch, or both with a comma between"
+        )
+        parser.add_argument(
+            "--scheme",
+            "-s",
+            help="one or several, with commas: q4, q8, fp16, fp32, ...; of several backends each makes those that it "
+            f"has (default: {', '.join(f'{one.DEFAULT_SCHEME} for {name}' for name, one in BACKENDS.items())})",
         )
         parser.add_argument(
             "--group-size",
@@ -84,8 +89,8 @@ class ExportCommand:
         with console.export_progress() as progress:
             artifact = export(
                 options.checkpoint,
-                backend=options.backend,
-                scheme=[name for name in options.scheme.split(",") if name],
+                backend=_listed(options.backend),
+                scheme=None if options.scheme is None else _listed(options.scheme),
                 output=options.output,
                 group_size=options.group_size,
                 exclude=options.exclude,
@@ -107,6 +112,10 @@ class ExportCommand:
         else:
             print_programs(str(artifact.path), artifact.programs)
         return 0
+
+
+def _listed(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
 
 
 def add_budget(parser: argparse.ArgumentParser) -> None:

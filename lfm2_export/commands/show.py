@@ -81,10 +81,10 @@ def _print_artifact(found: dict[str, Any]) -> None:
     for program in found["programs"]:
         if bits := program["bits_per_weight"]:
             counted = ", ".join(f"{bits[name]:.2f} of {what}" for name, what in _COUNTED.items() if name in bits)
-            print(f"{program['backend']} {program['scheme']}: bits a weight: {counted}")
+            console.print_line(f"{program['backend']} {program['scheme']}: bits a weight: {counted}")
     for program in found["programs"]:
         if program["calibration"]:
-            print(one_line(f"{program['backend']} {program['scheme']}: {program['calibration']}"))
+            console.print_line(one_line(f"{program['backend']} {program['scheme']}: {program['calibration']}"))
     absent = [f"{program['backend']} {program['scheme']}" for program in found["programs"] if not program["here"]]
     for note, names in (
         ("not in this folder", absent),
@@ -92,7 +92,7 @@ def _print_artifact(found: dict[str, Any]) -> None:
         ("missing", found["missing_files"]),
     ):
         if names:
-            print(f"{note}: {listed(names)}")
+            console.print_line(f"{note}: {listed(names)}")
 
 
 # What bits a weight are counted of.

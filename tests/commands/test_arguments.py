@@ -53,7 +53,7 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
         (("--scheme", ""), ("no scheme was given", "--scheme q4")),
         (("--scheme", ",,"), ("no scheme was given", "--scheme q4")),
         (("--scheme", NAME), ("x\\x1b[2J[/x]", "schemes")),
-        (("--backend", ""), ("backend ''", "onnx, executorch")),
+        (("--backend", ""), ("no backend was given", "onnx, executorch")),
         (("--backend", NAME), ("backend 'x\\x1b[2J[/x]", "onnx, executorch")),
         (("--algorithm", NAME), ("x\\x1b[2J[/x]", "refit")),
         (("--group-size", "0"), ("group_size=0", "32")),
