@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ParamSpec
 
-from lfm2_export import files, json_values, paths
+from lfm2_export import files, json_values, mixups, paths
 from lfm2_export.errors import ArtifactError, CheckpointError
 from lfm2_export.folders import Folder, UnexpectedKindError, is_plain_name
 from lfm2_export.hashing import sha256_files
@@ -88,28 +88,29 @@ def _warn_of_unfinished(workspace: Path, folder: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Artifact:
-    """An opened artifact; ``path`` is its folder."""
+    """An opened artifact; ``path`` is its folder. ``graph_name``: the program's file by which it was opened; that
+    program alone is then found."""
 
     path: Path
     manifest: Manifest
+    graph_name: str | None = None
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = True) -> Artifact:
         """Reads the manifest and, with ``verify``, checks every file of it that is there. Changes nothing; where an
         export into the folder was interrupted in its last step, a warning says so, and what is whole can be used.
+        A program's own file (``.onnx``, ``.pte``) stands for the folder with this program alone.
 
         Raises:
             ArtifactError: the folder or its manifest is missing or damaged, or a program's file was changed.
         """
-        folder = Path(path)
+        folder, graph = mixups.folder_and_graph(path)
         if not paths.is_folder(folder, ArtifactError):
-            raise ArtifactError(
-                f"{paths.shown(folder)}: no such directory; give the folder that `lfm2-export export` wrote"
-            )
+            raise mixups.no_artifact(path)
         if (workspace := unfinished(folder)) is not None:
             _warn_of_unfinished(workspace, folder)
         with _blaming_interruption(folder):
-            artifact = cls(path=folder, manifest=_read_manifest(folder))
+            artifact = cls(path=folder, manifest=_read_manifest(folder), graph_name=graph)
         if verify:
             artifact.verify()
         return artifact
@@ -204,20 +205,32 @@ class Artifact:
         """All programs, the preferred one first."""
         return tuple(sorted(self.manifest.programs, key=preference))
 
+    def select(self, backend: str | None = None, scheme: str | None = None) -> tuple[Program, ...]:
+        """Those of a backend and scheme, the preferred one first; of one that was opened by a program's file, that
+        program alone."""
+        return tuple(
+            program
+            for program in self.programs
+            if backend in (None, program.backend)
+            and scheme in (None, program.scheme)
+            and (self.graph_name is None or self.graph_name in program.graphs.values())
+        )
+
     def program(self, backend: str | None = None, scheme: str | None = None) -> Program:
         """The preferred program among those of a backend and scheme.
 
         Raises:
             ArtifactError: there is none; the message lists those that there are.
         """
-        fitting = [p for p in self.programs if backend in (None, p.backend) and scheme in (None, p.scheme)]
+        fitting = self.select(backend, scheme)
         # A download may hold one of several; where it holds none of those asked for, opening says what is missing.
         for program in (*(p for p in fitting if self.is_here(p)), *fitting):
             return program
         asked = " ".join(word for word in (backend, scheme) if word is not None) or "any"
         there = one_line(", ".join(map(str, self.programs)), 120) or "none"
+        where = "" if self.graph_name is None else f" in {paths.shown(self.graph_name, 60)}"
         raise ArtifactError(
-            f"{paths.shown(self.path)}: has no {asked} program, only: {there}; export it into this folder first"
+            f"{paths.shown(self.path)}: has no {asked} program{where}, only: {there}; export it into this folder first"
         )
 
     def graph(self, program: Program, role: str) -> Path | None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from lfm2_export import files, paths, retrieval
+from lfm2_export import files, mixups, paths, retrieval
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import CheckpointError
 from lfm2_export.families import find_family
@@ -124,6 +124,7 @@ class Checkpoint:
         self._gguf = open_gguf(source.path, companions) if source.is_gguf else None
         self.path = source.path if self._gguf is None else self._gguf.folder
         self.revision = source.revision
+        mixups.refuse_artifact(self.path)
         self.raw_config = _read_config(self.path)
         place = paths.shown(self.path / "config.json")
         self.family = find_family(self.raw_config, place)

@@ -11,11 +11,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lfm2_export import paths
+from lfm2_export import mixups
 from lfm2_export.artifact import Artifact
 from lfm2_export.cache import CacheSpec
-from lfm2_export.errors import ArtifactError
-from lfm2_export.manifest import MANIFEST, Program
+from lfm2_export.manifest import Program
 from lfm2_export.messages import as_unicode
 
 LONG_CONTEXT = 32768
@@ -33,7 +32,7 @@ def inspect(
     Raises:
         Lfm2ExportError: it is neither, or damaged.
     """
-    if paths.exists(Path(name) / MANIFEST, ArtifactError):
+    if mixups.is_artifact(name):
         return _artifact(Artifact.open(name))
     return _checkpoint(str(name), revision, offline, config_from)
 
@@ -74,7 +73,7 @@ def _artifact(artifact: Artifact) -> dict[str, Any]:
         "name": as_unicode(str(artifact.path)),
         "family": record.model_type,
         "checkpoint": str(record),
-        "programs": [_program(program, artifact) for program in artifact.programs],
+        "programs": [_program(program, artifact) for program in artifact.select()],
         "edited_files": [as_unicode(name) for name in artifact.edited()],
         "missing_files": [as_unicode(name) for name in artifact.missing()],
     }

@@ -37,7 +37,9 @@ def given(text: str) -> str:
 
 
 def add_artifact(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("artifact", metavar="DIR", type=given, help="a folder that `lfm2-export export` wrote")
+    parser.add_argument(
+        "artifact", metavar="DIR", type=given, help="a folder that `lfm2-export export` wrote, or a program in it"
+    )
     add_program_choice(parser)
 
 

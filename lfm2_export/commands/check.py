@@ -20,6 +20,7 @@ from lfm2_export.commands.base import (
 )
 from lfm2_export.errors import Lfm2ExportError
 from lfm2_export.manifest import ENCODER
+from lfm2_export.mixups import check_order
 from lfm2_export.resources import human_bytes
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class ParityCommand:
     def run(self, options: argparse.Namespace) -> int:
         from lfm2_export.parity import measure_parity
 
+        check_order("parity", options.artifact, options.checkpoint)
         check_max_kl(options.max_kl)
         if options.max_kl is not None:
             refuse_encoder(options.artifact, "--max-kl")

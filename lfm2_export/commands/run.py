@@ -25,6 +25,7 @@ from lfm2_export.commands.talk import (
 from lfm2_export.errors import GenerationError
 from lfm2_export.generation import TokenEvent, generate
 from lfm2_export.messages import shown
+from lfm2_export.mixups import is_artifact
 
 
 class RunCommand:
@@ -83,6 +84,8 @@ def _asked(options: argparse.Namespace) -> str:
         GenerationError: there are two, or none and a terminal where it would be read from.
     """
     words = " ".join(options.words)
+    if options.words and is_artifact(words) and not is_artifact(options.artifact):
+        raise GenerationError(f"the artifact comes first; say `lfm2-export run {words} {shown(options.artifact)}`")
     if options.prompt is not None and options.words:
         raise GenerationError(f"two prompts: {shown(options.prompt)} by --prompt, and {shown(words)}; leave one out")
     if options.prompt is None and not options.words:

@@ -109,7 +109,7 @@ def test_the_python_api_takes_no_empty_name_either(checkpoint: Path) -> None:
 NO_VALUES: dict[str, list[object]] = {
     "checkpoint": [None, 5, b"a", ["tiny-dense"], True, object()],
     "output": [None, 5, b"a", [], 2**70],
-    "backend": [None, 5, ["onnx"], b"onnx", {}],
+    "backend": [None, 5, [5], b"onnx", {}],
     "scheme": [None, 5, b"q4", [5], {}, (name for name in ["q4"])],
     "exclude": [None, 5, b"a", [5], 2**70],
     "algorithm": [5, [], b"refit", object()],
