@@ -11,6 +11,8 @@ import json
 import logging
 import math
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
@@ -31,6 +33,7 @@ logger = logging.getLogger(__name__)
 _WIDE = 160  # of a pipe, where rich would otherwise fold tables at 80 columns
 _CELL_LIMIT = 400
 _ALLOWED_CONTROLS = "\n\t"
+_FIRST_LINE_AFTER = _LINES_APART = 5.0  # seconds
 
 
 class _Paper(io.StringIO):
@@ -172,32 +175,91 @@ def error(text: str) -> None:
 
 @contextmanager
 def export_progress() -> Iterator[ExportProgress]:
-    """A bar on stderr with the bytes of checkpoint read and the time left; nothing where stderr is no terminal."""
-    # A twentieth of what `lfm2-export --help` takes.
-    from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-
-    console = stderr()
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        tasks: list[Any] = []
-
-        def start(label: str, total: int) -> None:
-            for task in tasks:
-                bar.update(task, visible=False)
-            tasks.append(bar.add_task(one_line(label), total=total))
-
+    """On a terminal a bar on stderr with what is being done, how much of it is done and the time left; elsewhere a line
+    for each phase and each tenth of it that takes a while."""
+    with _drawn() if sys.stderr.isatty() else _Lines() as shown:
         yield ExportProgress(
-            start=start,
-            advance=lambda nbytes: bar.advance(tasks[-1], nbytes),
+            phase=lambda label: shown.begin(label, None, _no_amount),
+            start=lambda label, total: shown.begin(label, total, human_bytes),
+            start_steps=lambda label, total: shown.begin(label, total, str),
+            advance=shown.advance,
             continued=_note_continued,
             told=note,
         )
+
+
+def _no_amount(amount: int) -> str:
+    return ""
+
+
+class _Lines:
+    """Progress for a log: what begins, and how far long work is. What begins first is told when it takes a while: most
+    that cannot be done is refused in it, and a refusal is one line."""
+
+    def __init__(self) -> None:
+        self._label, self._total = "", 0
+        self._amount: Callable[[int], str] = _no_amount
+        self._done, self._told, self._when = 0, 0, 0.0
+        self._first: threading.Timer | None = None
+
+    def __enter__(self) -> _Lines:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._first is not None:
+            self._first.cancel()
+
+    def begin(self, label: str, total: int | None, amount: Callable[[int], str]) -> None:
+        self._label, self._total, self._amount = label, total or 0, amount
+        self._done, self._told, self._when = 0, 0, time.monotonic()
+        line = f"{label} ({amount(total)})" if total else label
+        if self._first is None:
+            self._first = threading.Timer(_FIRST_LINE_AFTER, note, (line,))
+            self._first.daemon = True
+            self._first.start()
+        else:
+            self._first.cancel()
+            note(line)
+
+    def advance(self, amount: int) -> None:
+        self._done += amount
+        tenth = 10 * self._done // max(1, self._total)
+        if tenth > self._told and time.monotonic() - self._when >= _LINES_APART:
+            self._told, self._when = tenth, time.monotonic()
+            share = 100 * self._done // self._total
+            note(f"{self._label}: {share} %, {self._amount(self._done)} of {self._amount(self._total)}")
+
+
+class _Bar:
+    """The one visible task of rich's progress."""
+
+    def __init__(self, bar: Any):
+        self._bar, self._task = bar, None
+
+    def begin(self, label: str, total: int | None, amount: Callable[[int], str]) -> None:
+        if self._task is not None:
+            self._bar.update(self._task, visible=False)
+        self._task = self._bar.add_task(one_line(label), total=total, amount=amount)
+
+    def advance(self, amount: int) -> None:
+        self._bar.advance(self._task, amount)
+
+
+@contextmanager
+def _drawn() -> Iterator[_Bar]:
+    # A twentieth of what `lfm2-export --help` takes.
+    from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
+
+    class Amount(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            if task.total is None:
+                return Text()
+            amount = task.fields["amount"]
+            return Text(f"{amount(int(task.completed))} of {amount(int(task.total))}")
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), Amount())
+    with Progress(*columns, TimeRemainingColumn(), console=stderr(), transient=True) as bar:
+        yield _Bar(bar)
 
 
 def _note_continued(done: int, total: int) -> None:
@@ -206,8 +268,8 @@ def _note_continued(done: int, total: int) -> None:
 
 @contextmanager
 def busy(label: str) -> Iterator[Callable[[str], None]]:
-    """A spinner on stderr for work whose length is not known, nothing where stderr is no terminal; call what it gives
-    with what is being done now."""
+    """A spinner on stderr for work whose length is not known; call what it gives with what is being done now. Where
+    stderr is no terminal, a line for each such call."""
     console = stderr()
     status = console.status(_plain(label)) if console.is_terminal else None
 
@@ -216,6 +278,8 @@ def busy(label: str) -> Iterator[Callable[[str], None]]:
         logger.info("%s: %s", label, step)
         if status is not None:
             status.update(_plain(f"{label}: {step}"))
+        elif not logger.isEnabledFor(logging.INFO):  # else the log has just said it
+            note(f"{label}: {step}")
 
     with status or nullcontext():
         yield doing

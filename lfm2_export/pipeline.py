@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lfm2_export import companions, interrupts, model_card
 from lfm2_export.artifact import Artifact, ArtifactWriter
-from lfm2_export.backends.program import Estimate, ExportedProgram, ExportRequest
+from lfm2_export.backends.program import WEIGHTS, Estimate, ExportedProgram, ExportRequest
 from lfm2_export.background import Background
 from lfm2_export.calibration.request import Calibration
 from lfm2_export.calibration.statistics import Statistics
@@ -116,6 +116,7 @@ def _run(settings: ExportSettings, progress: Progress) -> Artifact:
     asked = settings.choices()
     opened = settings.source.open()
     companions.check(opened)
+    progress.phase("choosing what is stored how")
     choices = [replace(choice, schemes=_with_widths(settings, choice, opened)) for choice in asked]
     calibration = Calibration.asked(opened, settings.calibrate, settings.statistics)
     record = Background(lambda: writer.confirm(CheckpointRecord.of(opened)))
@@ -172,13 +173,15 @@ class _Export:
         return self._finish()
 
     def _request(self, choice: ExportChoice, scheme: Scheme, statistics: Statistics | None) -> ExportRequest:
+        told = _Told(self.progress, f"{choice.backend} {scheme.name}", self.checkpoint.total_bytes)
         return ExportRequest(
             checkpoint=self.checkpoint,
             scheme=scheme,
             file_name=choice.lowering.SCHEMES[scheme.name],
             folder=self.writer.root,
             algorithm=choice.algorithm,
-            progress=self.progress.advance,
+            progress=told.advance,
+            phase=told.begin,
             options=choice.options,
             ledgers=self.writer.ledgers,
             statistics=statistics,
@@ -193,12 +196,12 @@ class _Export:
 
     def _add(self, choice: ExportChoice, request: ExportRequest) -> None:
         logger.info("lowering %s to %s %s", self.checkpoint.name, choice.backend, request.scheme.name)
-        self.progress.start(f"{choice.backend} {request.scheme.name}", self.checkpoint.total_bytes)
         made = choice.lowering.export_program(request)
         interrupts.check()
         self.writer.add_program(_program(choice.backend, request.scheme, made), made.files)
 
     def _finish(self) -> Artifact:
+        self.progress.phase("hashing the checkpoint, putting files into place")
         companions.carry_over(self.checkpoint, self.writer)
         for choice in self.choices:
             choice.lowering.runtime_files(self.checkpoint, self.writer)
@@ -206,6 +209,27 @@ class _Export:
         self.writer.write_text("README.md", card)
         interrupts.check()
         return self.writer.commit()
+
+
+class _Told:
+    """What one program's export says of itself, as the progress of the whole: a program may read weights several
+    times, and a weight that two of its tensors share twice."""
+
+    def __init__(self, progress: Progress, name: str, total: int):
+        self._progress, self._name, self._total, self._read = progress, name, total, 0
+
+    def begin(self, phase: str) -> None:
+        label = f"{self._name}: {phase}"
+        if phase != WEIGHTS:
+            self._progress.phase(label)
+            return
+        self._progress.start(label, self._total)
+        self._progress.advance(self._read)
+
+    def advance(self, nbytes: int) -> None:
+        new = min(nbytes, self._total - self._read)
+        self._read += new
+        self._progress.advance(new)
 
 
 def _key(choices: Sequence[ExportChoice], checkpoint: Checkpoint, calibration: Calibration | None) -> str:

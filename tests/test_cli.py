@@ -38,10 +38,10 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int
 def assert_refused(result: tuple[int, str, str], *words: str, code: int = 2) -> None:
     """Exit code, one line on stderr that has all the words, no traceback, nothing on stdout."""
     found, out, err = result
-    lines = err.splitlines()
+    lines = [line for line in err.splitlines() if line.startswith("lfm2-export: ")]  # the others say what was begun
     assert found == code, (found, err)
     assert len(lines) == 1, err
-    assert lines[0].startswith("lfm2-export: ")
+    assert err.splitlines()[-1] == lines[0]
     for word in words:
         assert word in lines[0], f"{word!r} not in {lines[0]!r}"
     assert out == ""

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 import lfm2_export
-from lfm2_export import cli
 from lfm2_export.checkpoint import CheckpointRequest
 from lfm2_export.errors import ExportError
 from lfm2_export.export_settings import ExportSettings
+from lfm2_export.progress import Progress
 from tests.checkpoints import tiny_config, write_random_checkpoint
 
 
@@ -72,10 +72,34 @@ def test_what_fits_no_backend_is_refused(backend: object, scheme: object, option
     assert said in str(error.value)
 
 
-def test_one_call_exports_for_both_backends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_call_exports_for_both_backends_and_says_what_it_does(tmp_path: Path) -> None:
     checkpoint = write_random_checkpoint(tmp_path / "checkpoint", tiny_config("lfm2"), seed=3)
-    command = ["export", str(checkpoint), "--backend", "onnx,executorch", "--max-context", "64", "-s", "fp32"]
-    assert cli.main([*command, "-o", str(tmp_path / "both")]) == 0
+    phases: dict[str, list[int]] = {}
+    progress = Progress(
+        phase=lambda label: phases.update({label: []}),
+        start=lambda label, total: phases.update({label: [total]}),
+        advance=lambda amount: list(phases.values())[-1].append(amount),
+    )
+    lfm2_export.export(
+        checkpoint,
+        backend=["onnx", "executorch"],
+        scheme="fp32",
+        max_context=64,
+        output=tmp_path / "both",
+        progress=progress,
+    )
+    assert list(phases) == [
+        "choosing what is stored how",
+        "onnx fp32: tracing",
+        "onnx fp32: weights",
+        "executorch fp32: weights",
+        "executorch fp32: tracing and lowering",
+        "hashing the checkpoint, putting files into place",
+    ]
+    for label, (total, *steps) in ((label, amounts) for label, amounts in phases.items() if amounts):
+        print(f"{label}: {sum(steps):,} of {total:,} bytes in {len(steps)} steps")
+        assert "weights" in label
+        assert 0.99 * total < sum(steps) <= total
     programs = lfm2_export.Artifact.open(tmp_path / "both").programs
     assert [str(program) for program in programs] == ["onnx fp32", "executorch fp32"]
     logits = [
@@ -84,4 +108,3 @@ def test_one_call_exports_for_both_backends(tmp_path: Path, capsys: pytest.Captu
     off = abs(logits[0] - logits[1]).max()
     print(f"both backends: logits differ by {off:.1e}, of {abs(logits[0]).max():.2f}")
     assert off < 1e-4 * abs(logits[0]).max()
-    capsys.readouterr()
