@@ -42,6 +42,7 @@ PACKAGES = (
     Package(name="starlette", module="starlette", extra="serve"),
     Package(name="uvicorn", module="uvicorn", extra="serve"),
     Package(name="llguidance", module="llguidance", extra="serve"),
+    Package(name="shtab", module="shtab", extra="completion"),
 )
 
 

@@ -122,3 +122,11 @@ def inspected(folder: Path, code: int) -> subprocess.CompletedProcess[str]:
     )
     assert done.returncode == code, done.stderr
     return done
+
+
+def test_the_command_has_a_name_of_its_own_too(wheels: dict[str, Path]) -> None:
+    """Liquid's own tools install an ``lfm2-export``."""
+    archive = zipfile.ZipFile(wheels["lfm2_export"])
+    (name,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
+    scripts = [line for line in archive.read(name).decode().splitlines() if "=" in line]
+    assert scripts == ["lfm2-export = lfm2_export.cli:main", "lfm2x = lfm2_export.cli:main"]

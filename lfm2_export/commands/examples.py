@@ -33,4 +33,5 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "inspect": ("inspect lfm2-1.2b", "inspect LiquidAI/LFM2-1.2B --json"),
     "support": ("support",),
     "demo": ("demo", "demo --checkpoint tiny-dense"),
+    "completion": ("completion bash > ~/.local/share/bash-completion/completions/lfm2-export",),
 }

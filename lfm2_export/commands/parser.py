@@ -43,9 +43,9 @@ class _Parser(argparse.ArgumentParser):
 class CommandLine:
     """The parser of every verb together. ``--verbose`` is taken before the verb and after it."""
 
-    def __init__(self) -> None:
+    def __init__(self, program: str = PROGRAM) -> None:
         self.parser = _Parser(
-            prog=PROGRAM,
+            prog=program,
             description="Export LiquidAI's LFM2 and LFM2-MoE checkpoints to quantized programs, prove and run them.",
             epilog=_epilog(FIRST_STEPS, _EXIT_CODES),
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -99,6 +99,6 @@ def _epilog(examples: Iterable[str], rest: str = "") -> str:
     return f"examples:\n{lines}" + (f"\n\n{rest}" if rest else "")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     """For what lists the options of every verb: the README's synopsis, completion."""
-    return CommandLine().parser
+    return CommandLine(program).parser

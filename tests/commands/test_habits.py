@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import pytest
 from lfm2_export import cli
 from lfm2_export.commands import COMMANDS, talk
 from lfm2_export.commands import run as run_command
+from lfm2_export.commands.completion import SHELLS
 from lfm2_export.commands.examples import EXAMPLES, FIRST_STEPS
 from lfm2_export.commands.parser import CommandLine
 from lfm2_export.generation_config import GenerationConfig
@@ -71,7 +73,7 @@ def test_help_has_examples_that_parse(run: Run, verb: str) -> None:
     examples = [line.strip() for line in out.partition("examples:\n")[2].splitlines()]
     assert examples == [f"lfm2-export {example}" for example in EXAMPLES[verb]]
     for example in (*EXAMPLES[verb], *FIRST_STEPS):
-        shell = example.partition(" < ")[0]
+        shell = example.partition(" < ")[0].partition(" > ")[0]
         assert CommandLine().parse(shlex.split(shell)).verb == shlex.split(shell)[0]
 
 
@@ -205,3 +207,42 @@ def test_the_module_is_the_command_and_a_pipe_that_closes_is_no_error(folder: Pa
 
 def test_json_is_one_object_in_a_pipe(run: Run, folder: Path) -> None:
     assert json.loads(run("inspect", folder, "--json")[1])["kind"] == "artifact"
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+@pytest.mark.parametrize("program", ["lfm2-export", "lfm2x"])
+def test_bash_completes_commands_options_and_values(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str
+) -> None:
+    monkeypatch.setattr("sys.argv", [f"/usr/bin/{program}"])
+    code, script, _ = run("completion", "bash")
+    assert code == 0
+    (tmp_path / "completion.sh").write_text(script)
+    (tmp_path / "made").mkdir()
+
+    def completed(*words: str) -> set[str]:
+        """What bash offers for the last word."""
+        line = shlex.join([program, *words[:-1]]) + " " + words[-1]
+        function = f"_shtab_{program.replace('-', '_')}"
+        code = f"""
+        source {shlex.quote(str(tmp_path / "completion.sh"))}
+        COMP_LINE={shlex.quote(line)} COMP_POINT={len(line)} COMP_CWORD={len(words)}
+        COMP_WORDS=({shlex.join([program, *words])})
+        {function} {program} {shlex.quote(words[-1])} {shlex.quote(words[-2] if len(words) > 1 else program)}
+        printf '%s\\n' "${{COMPREPLY[@]}}"
+        """
+        done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+        return set(done.stdout.split())
+
+    assert completed("ex") == {"export"}
+    assert completed("run", "made", "--max") == {"--max-new-tokens"}
+    assert completed("export", "x", "--scheme", "q4") == {"q4", "q4f16"}
+    assert completed("run", "made", "--backend", "e") == {"executorch"}
+    assert {one.rstrip("/") for one in completed("run", "ma")} == {"made"}
+
+
+def test_every_shell_has_a_script(run: Run) -> None:
+    for shell in SHELLS:
+        code, script, _ = run("completion", shell)
+        assert code == 0
+        assert "kv-cache" in script
