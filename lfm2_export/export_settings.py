@@ -30,6 +30,7 @@ _KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
     "statistics": ((*_PATH, NoneType), "a name or None"),
     "budget": ((str, NoneType), "a name or None"),
     "config_from": ((*_PATH, NoneType), "a name or None"),
+    "lora": ((*_PATH, NoneType), "a name or None"),
     "measure": ((*_PATH, NoneType), "a file or None"),
     "target_size": ((str, int, NoneType), "bytes, a size such as 700MB, or None"),
     "target_bits": ((int, float, NoneType), "a number or None"),

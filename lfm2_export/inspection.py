@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lfm2_export import mixups
 from lfm2_export.artifact import Artifact
 from lfm2_export.cache import CacheSpec
 from lfm2_export.manifest import Program
 from lfm2_export.messages import as_unicode
+
+if TYPE_CHECKING:
+    from lfm2_export.checkpoint import CheckpointRequest
 
 LONG_CONTEXT = 32768
 
@@ -26,6 +29,7 @@ def inspect(
     revision: str | None = None,
     offline: bool = False,
     config_from: str | Path | None = None,
+    lora: str | Path | None = None,
 ) -> dict[str, Any]:
     """Describes an artifact (a folder with a manifest) or else a checkpoint; arguments as ``open_checkpoint``'s.
 
@@ -34,13 +38,15 @@ def inspect(
     """
     if mixups.is_artifact(name):
         return _artifact(Artifact.open(name))
-    return _checkpoint(str(name), revision, offline, config_from)
+    from lfm2_export.checkpoint import CheckpointRequest
+
+    return _checkpoint(
+        CheckpointRequest(name=name, revision=revision, offline=offline, config_from=config_from, lora=lora)
+    )
 
 
-def _checkpoint(name: str, revision: str | None, offline: bool, config_from: str | Path | None) -> dict[str, Any]:
-    from lfm2_export.checkpoint import open_checkpoint
-
-    checkpoint = open_checkpoint(name, revision=revision, offline=offline, config_from=config_from)
+def _checkpoint(request: CheckpointRequest) -> dict[str, Any]:
+    checkpoint = request.open()
     config = checkpoint.config
     cache = CacheSpec.from_config(config)
     return {

@@ -49,6 +49,7 @@ def export(
     budget: str | None = None,
     measure: str | Path | None = None,
     config_from: str | Path | None = None,
+    lora: str | Path | None = None,
     requantize_table: bool = False,
     revision: str | None = None,
     offline: bool = False,
@@ -81,6 +82,8 @@ def export(
             float32; None estimates it without data.
         budget: what these two count: "file" (default) or "step", what a decode step reads.
         config_from: for a GGUF file: the checkpoint whose config, tokenizer and templates count instead of the file's.
+        lora: the folder of a LoRA adapter, as peft saves it (adapter_config.json, adapter_model.safetensors), which is
+            merged into the weights as they are read.
         requantize_table: for a GGUF file: a token table that is quantized already is so again, in the scheme's format;
             llama.cpp's 6 bits take 10 here, for exactness.
         options: the backend's own settings (``Backend.OPTIONS``), each of which is checked; None leaves one to the
@@ -93,7 +96,9 @@ def export(
             disk ran out (ResourceError): then what is done waits beside ``output`` for the same call.
     """
     settings = ExportSettings(
-        source=CheckpointRequest(name=checkpoint, revision=revision, offline=offline, config_from=config_from),
+        source=CheckpointRequest(
+            name=checkpoint, revision=revision, offline=offline, config_from=config_from, lora=lora
+        ),
         backend=backend,
         scheme=scheme,
         output=output,
@@ -235,8 +240,8 @@ class _Told:
 def _key(choices: Sequence[ExportChoice], checkpoint: Checkpoint, calibration: Calibration | None) -> str:
     """All that the bytes of an export follow from, but for the weights themselves, which take long to hash: for those
     the size and the times of their files stand."""
-    files = sorted({info.file for info in checkpoint.tensors.values()})
-    stats = [(checkpoint.shard_name(path), path.stat()) for path in files]
+    stats = [(checkpoint.shard_name(path), path.stat()) for path in checkpoint.weight_files]
+    adapter = checkpoint.adapter
     asked = {} if calibration is None else {"calibration": calibration.key()}
     return json.dumps(
         {
@@ -247,6 +252,7 @@ def _key(choices: Sequence[ExportChoice], checkpoint: Checkpoint, calibration: C
                 for choice in choices
             ],
             **asked,
+            **({} if adapter is None else {"lora": adapter.settings_sha256}),
             "versions": recorded_versions(),
         }
     )

@@ -80,12 +80,18 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         type=given,
         help="of a GGUF file: take config, tokenizer and chat template from this folder or Hub id instead",
     )
+    parser.add_argument(
+        "--lora",
+        metavar="DIR",
+        type=given,
+        help="merge this LoRA adapter, as peft saves it, into the checkpoint's weights",
+    )
     parser.add_argument("--offline", action="store_true", help="take Hub checkpoints from the local cache only")
 
 
 def source_options(options: argparse.Namespace) -> dict[str, Any]:
     """What ``add_source`` asked for, as arguments of the functions that open a checkpoint."""
-    return {name: getattr(options, name) for name in ("revision", "offline", "config_from")}
+    return {name: getattr(options, name) for name in ("revision", "offline", "config_from", "lora")}
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "export LiquidAI/LFM2-1.2B -s q8,fp16 -o lfm2-1.2b",
         "export LiquidAI/LFM2-1.2B --backend onnx,executorch -o lfm2-1.2b",
         "export LFM2-1.2B-Q4_0.gguf -o lfm2-1.2b",
+        "export LiquidAI/LFM2-1.2B --lora my-adapter -o my-model",
     ),
     "run": (
         'run lfm2-1.2b "What is C. elegans?"',

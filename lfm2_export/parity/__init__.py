@@ -36,6 +36,7 @@ def measure_parity(
     revision: str | None = None,
     offline: bool = False,
     config_from: str | Path | None = None,
+    lora: str | Path | None = None,
     threads: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> ParityReport:
@@ -44,7 +45,7 @@ def measure_parity(
     Args:
         artifact: its folder.
         checkpoint: a directory, a GGUF file, a Hub id, or a bundled name.
-        config_from: as it was given to ``export``.
+        config_from, lora: as they were given to ``export``.
         backend, scheme: which programs (one scheme or several); default: all.
         text: a UTF-8 file that the checkpoint was not trained on; default: the bundled held-out text.
         max_tokens: how much of the text is used.
@@ -60,7 +61,7 @@ def measure_parity(
     with interrupts.lasting(), swept():
         return hops.measure(
             Path(artifact),
-            CheckpointRequest(name=checkpoint, revision=revision, offline=offline, config_from=config_from),
+            CheckpointRequest(name=checkpoint, revision=revision, offline=offline, config_from=config_from, lora=lora),
             hops.ParityRequest(
                 backend=backend,
                 schemes=(scheme,) if isinstance(scheme, str) else None if scheme is None else tuple(scheme),
@@ -80,6 +81,7 @@ def record_parity(
     revision: str | None = None,
     offline: bool = False,
     config_from: str | Path | None = None,
+    lora: str | Path | None = None,
 ) -> None:
     """Writes a report's figures into the artifact's manifest, and into its model card unless somebody has edited it.
 
@@ -87,5 +89,5 @@ def record_parity(
         ArtifactError: the folder cannot be written, an export is writing to it, or a program is gone.
         ResourceError: the disk is full.
     """
-    source = CheckpointRequest(name=checkpoint, revision=revision, offline=offline, config_from=config_from)
+    source = CheckpointRequest(name=checkpoint, revision=revision, offline=offline, config_from=config_from, lora=lora)
     hops.record(Path(artifact), source, report)
