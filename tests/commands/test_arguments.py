@@ -110,7 +110,7 @@ NO_VALUES: dict[str, list[object]] = {
     "checkpoint": [None, 5, b"a", ["tiny-dense"], True, object()],
     "output": [None, 5, b"a", [], 2**70],
     "backend": [None, 5, [5], b"onnx", {}],
-    "scheme": [None, 5, b"q4", [5], {}, (name for name in ["q4"])],
+    "scheme": [5, b"q4", [5], {}, (name for name in ["q4"])],
     "exclude": [None, 5, b"a", [5], 2**70],
     "algorithm": [5, [], b"refit", object()],
     "calibrate": [5, b"default", ["default"], True, object()],
