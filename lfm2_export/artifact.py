@@ -16,9 +16,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ParamSpec
+from typing import Any, ClassVar, ParamSpec
 
-from lfm2_export import files, json_values, mixups, paths
+from lfm2_export import files, json_values, mixups, notebook, paths
 from lfm2_export.errors import ArtifactError, CheckpointError
 from lfm2_export.folders import Folder, UnexpectedKindError, is_plain_name
 from lfm2_export.hashing import sha256_files
@@ -27,6 +27,7 @@ from lfm2_export.ledger import discard_unlisted
 from lfm2_export.manifest import MANIFEST, MANIFEST_LIMIT, MODEL, CheckpointRecord, FileEntry, Manifest, Program
 from lfm2_export.messages import one_line
 from lfm2_export.preference import preference
+from lfm2_export.resources import human_bytes
 from lfm2_export.staging import Staging, alone, contents, unfinished
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,30 @@ class Artifact:
     path: Path
     manifest: Manifest
     graph_name: str | None = None
+
+    COLUMNS: ClassVar[tuple[str, ...]] = ("backend", "scheme", "file", "size", "state bytes per token")
+
+    def __repr__(self) -> str:
+        programs = one_line(", ".join(map(str, self.programs)), 200) or "no program"
+        return f"Artifact({paths.shown(self.path)!r}: {programs}; made of {self.manifest.checkpoint})"
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The programs, by ``COLUMNS``."""
+        return [
+            (
+                program.backend,
+                program.scheme,
+                program.graphs[MODEL],
+                human_bytes(sum(entry.bytes for entry in program.files.values())),
+                f"{program.cache.bytes_per_token():,}",
+            )
+            for program in self.programs
+        ]
+
+    def _repr_html_(self) -> str:
+        return notebook.table(
+            f"{paths.shown(self.path)}: made of {self.manifest.checkpoint}", self.COLUMNS, self.rows()
+        )
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = True) -> Artifact:

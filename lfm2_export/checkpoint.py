@@ -32,6 +32,7 @@ from lfm2_export.lora import Adapter, MergedTensor, MergedWeights, open_adapter
 from lfm2_export.lora.settings import CONFIG as LORA_CONFIG
 from lfm2_export.matching import match_tensors, with_prefix
 from lfm2_export.messages import listed, shown
+from lfm2_export.packages import explained
 from lfm2_export.packed import KEY as QUANTIZATION
 from lfm2_export.packed import PackedTensor, PackedWeights, exact, read_quantization
 from lfm2_export.quant.formats import Codes, IntFormat
@@ -63,6 +64,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _VOLATILE_KEYS = ("transformers_version", "_name_or_path")
 
 
+@explained
 def open_checkpoint(
     name: str | Path,
     *,
@@ -165,6 +167,10 @@ class Checkpoint:
         self.tensors = adapter.merged(self.tensors, self.model_tensors)
         self._shards[adapter.shard.path] = adapter.shard
         self._merged = MergedWeights({path: one for path, one in self._shards.items() if isinstance(one, Shard)})
+
+    def __repr__(self) -> str:
+        adapter = "" if self.adapter is None else f" + {paths.shown(self.adapter.folder.name)}"
+        return f"Checkpoint({shown(self.name)}{adapter}: {self.config.model_type}, {self.parameter_count:,} parameters)"
 
     def check_decoder(self, asked: str) -> None:
         """Refuses what looks at the next token where there is none.

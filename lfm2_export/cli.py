@@ -108,10 +108,9 @@ def _failed(error: Exception, options: argparse.Namespace | None) -> int:
     if memory.ran_out(error):
         streams.error_line(f"{verb}: the machine ran out of memory; close other programs or use a larger one")
         return ResourceError.exit_code
-    package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
-    if extra := packages.extra_of(package):
-        streams.error_line(f"{verb} needs {package}, which is not installed; pip install 'lfm2-export[{extra}]'")
-        return Lfm2ExportError.exit_code
+    if (lacking := packages.missing(error, verb)) is not None:
+        streams.error_line(str(lacking))
+        return lacking.exit_code
     return _bug(error, verb, verbose)
 
 

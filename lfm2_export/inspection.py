@@ -16,6 +16,7 @@ from lfm2_export.artifact import Artifact
 from lfm2_export.cache import CacheSpec
 from lfm2_export.manifest import Program
 from lfm2_export.messages import as_unicode
+from lfm2_export.packages import explained
 
 if TYPE_CHECKING:
     from lfm2_export.checkpoint import CheckpointRequest
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 LONG_CONTEXT = 32768
 
 
+@explained
 def inspect(
     name: str | Path,
     *,

@@ -20,11 +20,12 @@ from lfm2_export.background import Background
 from lfm2_export.calibration.request import Calibration
 from lfm2_export.calibration.statistics import Statistics
 from lfm2_export.checkpoint import Checkpoint, CheckpointRequest
+from lfm2_export.choices import AlgorithmName, BackendName, BudgetName, SchemeName
 from lfm2_export.export_settings import ExportChoice, ExportSettings
 from lfm2_export.leftovers import swept
 from lfm2_export.manifest import CheckpointRecord, Program
 from lfm2_export.mixing import mixed
-from lfm2_export.packages import recorded_versions
+from lfm2_export.packages import explained, recorded_versions
 from lfm2_export.progress import Progress
 from lfm2_export.quant.schemes import Scheme
 from lfm2_export.resources import check_disk, check_memory, disk_needed
@@ -33,20 +34,21 @@ from lfm2_export.takeover import check_nothing_chosen, taken_over
 logger = logging.getLogger(__name__)
 
 
+@explained
 def export(
     checkpoint: str | Path,
     *,
-    backend: str | Sequence[str] = "onnx",
-    scheme: str | Sequence[str] | None = None,
+    backend: BackendName | Sequence[BackendName] = "onnx",
+    scheme: SchemeName | Sequence[SchemeName] | None = None,
     output: str | Path,
     group_size: int | None = None,
     exclude: str | Sequence[str] = (),
-    algorithm: str | None = None,
+    algorithm: AlgorithmName | None = None,
     calibrate: str | Path | None = None,
     statistics: str | Path | None = None,
     target_bits: float | None = None,
     target_size: str | int | None = None,
-    budget: str | None = None,
+    budget: BudgetName | None = None,
     measure: str | Path | None = None,
     config_from: str | Path | None = None,
     lora: str | Path | None = None,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from lfm2_export import console
+from lfm2_export.artifact import Artifact
 from lfm2_export.backends import BACKENDS, option_flag
 from lfm2_export.commands.base import add_json, add_source, given, source_options
 from lfm2_export.manifest import Program
-from lfm2_export.resources import human_bytes
 
 
 class ExportCommand:
@@ -110,11 +111,12 @@ class ExportCommand:
             programs = [{"backend": p.backend, "scheme": p.scheme, "bytes": _bytes(p)} for p in artifact.programs]
             console.print_json({"artifact": str(artifact.path), "programs": programs})
         else:
-            print_programs(str(artifact.path), artifact.programs)
+            print_programs(artifact)
         return 0
 
 
-def _listed(names: str) -> list[str]:
+def _listed(names: str) -> list[Any]:
+    """For the library to check."""
     return [name.strip() for name in names.split(",") if name.strip()]
 
 
@@ -142,13 +144,9 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def print_programs(title: str, programs: tuple[Program, ...]) -> None:
+def print_programs(artifact: Artifact) -> None:
     """The programs of an artifact as a table."""
-    rows = [
-        (p.backend, p.scheme, p.graphs["model"], human_bytes(_bytes(p)), f"{p.cache.bytes_per_token():,}")
-        for p in programs
-    ]
-    console.print_table(title, ("backend", "scheme", "file", "size", "state bytes per token"), rows)
+    console.print_table(str(artifact.path), artifact.COLUMNS, artifact.rows())
 
 
 def _bytes(program: Program) -> int:

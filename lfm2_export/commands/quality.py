@@ -56,7 +56,7 @@ class QualityCommand:
             if options.json:
                 console.print_json(report.to_json())
             else:
-                console.print_table(f"{report.checkpoint}: {report.text}", page.head(report), page.rows(report))
+                console.print_table(f"{report.checkpoint}: {report.text}", report.columns, report.rows())
                 console.print_line(f"the checkpoint in fp32 has a perplexity of {report.perplexity:.3f}")
         finally:
             if options.report:

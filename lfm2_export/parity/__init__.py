@@ -16,8 +16,9 @@ from pathlib import Path
 
 from lfm2_export import interrupts
 from lfm2_export.checkpoint import CheckpointRequest
+from lfm2_export.choices import BackendName, SchemeName
 from lfm2_export.leftovers import swept
-from lfm2_export.parity import hops
+from lfm2_export.packages import explained
 from lfm2_export.parity.report import ParityReport, ProgramParity
 
 __all__ = ["ParityReport", "ProgramParity", "measure_parity", "record_parity"]
@@ -25,12 +26,13 @@ __all__ = ["ParityReport", "ProgramParity", "measure_parity", "record_parity"]
 DEFAULT_MAX_TOKENS = 4096
 
 
+@explained
 def measure_parity(
     artifact: str | Path,
     checkpoint: str | Path,
     *,
-    backend: str | None = None,
-    scheme: str | Sequence[str] | None = None,
+    backend: BackendName | None = None,
+    scheme: SchemeName | Sequence[SchemeName] | None = None,
     text: str | Path | None = None,
     max_tokens: int = DEFAULT_MAX_TOKENS,
     revision: str | None = None,
@@ -58,6 +60,8 @@ def measure_parity(
         ResourceError: the memory is too small for two fp32 copies of the model.
         Lfm2ExportError: the text cannot be read or is too short.
     """
+    from lfm2_export.parity import hops
+
     with interrupts.lasting(), swept():
         return hops.measure(
             Path(artifact),
@@ -73,6 +77,7 @@ def measure_parity(
         )
 
 
+@explained
 def record_parity(
     artifact: str | Path,
     checkpoint: str | Path,
@@ -89,5 +94,7 @@ def record_parity(
         ArtifactError: the folder cannot be written, an export is writing to it, or a program is gone.
         ResourceError: the disk is full.
     """
+    from lfm2_export.parity import hops
+
     source = CheckpointRequest(name=checkpoint, revision=revision, offline=offline, config_from=config_from, lora=lora)
     hops.record(Path(artifact), source, report)

@@ -13,6 +13,7 @@ from lfm2_export import interrupts
 from lfm2_export.checkpoint import CheckpointRequest
 from lfm2_export.errors import Lfm2ExportError
 from lfm2_export.leftovers import swept
+from lfm2_export.packages import explained
 from lfm2_export.quality.report import Quality, QualityReport
 
 __all__ = ["Quality", "QualityReport", "measure_quality"]
@@ -20,6 +21,7 @@ __all__ = ["Quality", "QualityReport", "measure_quality"]
 DEFAULT_MAX_TOKENS = 8192
 
 
+@explained
 def measure_quality(
     models: Sequence[str | Path],
     checkpoint: str | Path,
