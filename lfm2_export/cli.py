@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from lfm2_export import interrupts, memory, packages, streams
@@ -31,11 +31,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Without ``arguments`` they are those of this process, whose streams and signals then belong to the command until it
     ends; otherwise both are given back.
     """
-    own = arguments is None
+    return _whole(lambda: _parsed(arguments), own=arguments is None)
+
+
+def call(options: argparse.Namespace) -> int:
+    """Runs a command whose arguments the command line of another program has parsed, as ``main`` runs one in a process
+    of its own; ``options.run`` is the command's, ``options.verb`` what its errors call it."""
+    return _whole(lambda: options, own=True)
+
+
+def _whole(parse: Callable[[], argparse.Namespace], *, own: bool) -> int:
     with streams.prepared(own=own):
         try:
             with interrupts.raising(for_good=own):
-                code = _flushed(_run(arguments))
+                code = _flushed(_run(parse))
                 if own:
                     interrupts.leave_with(code)
         except (KeyboardInterrupt, interrupts.Terminated) as error:
@@ -46,10 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
 
 
-def _run(arguments: Sequence[str] | None) -> int:
+def _run(parse: Callable[[], argparse.Namespace]) -> int:
     options = None
     try:
-        options = _parsed(arguments)
+        options = parse()
         interrupts.check()
         return _called(options)
     except interrupts.Terminated:
@@ -84,7 +93,7 @@ def _called(options: argparse.Namespace) -> int:
     from lfm2_export import console
     from lfm2_export.commands import version_text
 
-    if options.version:
+    if getattr(options, "version", False):
         streams.deliver(f"{version_text()}\n")
         return 0
     if options.verb is None:
