@@ -24,7 +24,7 @@ from lfm2_export.folders import Folder, UnexpectedKindError, is_plain_name
 from lfm2_export.hashing import sha256_files
 from lfm2_export.journal import Index
 from lfm2_export.ledger import discard_unlisted
-from lfm2_export.manifest import MANIFEST, MANIFEST_LIMIT, MODEL, CheckpointRecord, FileEntry, Manifest, Program
+from lfm2_export.manifest import CARD, MANIFEST, MANIFEST_LIMIT, MODEL, CheckpointRecord, FileEntry, Manifest, Program
 from lfm2_export.messages import one_line
 from lfm2_export.preference import preference
 from lfm2_export.resources import human_bytes
@@ -35,13 +35,12 @@ logger = logging.getLogger(__name__)
 # Of a text file: the largest tokenizer.json, with a vocabulary of 128,000, has 17 MB.
 _TEXT_LIMIT = 64 << 20
 
-_CARD = "README.md"
 # People edit the model card; a changed one is no damage.
-_NOT_VOUCHED_FOR = (_CARD, MANIFEST)
+_NOT_VOUCHED_FOR = (CARD, MANIFEST)
 _INDEX = Index(
     name=MANIFEST,
     sizes=lambda data: {name: entry.bytes for name, entry in Manifest.from_json(data).all_files().items()},
-    unlisted=(_CARD,),
+    unlisted=(CARD,),
 )
 
 # What an export knows of its checkpoint, for one that goes on from it; a name and a hash for each shard.
@@ -276,7 +275,7 @@ class Artifact:
         with alone(self.path) as folder:
             manifest = _with_parity(_read_manifest(self.path), parity or {}, self.path)
             if readme is not None:
-                folder.write(_CARD, readme.encode())
+                folder.write(CARD, readme.encode())
             folder.write(MANIFEST, manifest.to_json().encode())
         return replace(self, manifest=manifest)
 

@@ -193,6 +193,22 @@ FORWARD_OPTIONS: Mapping[str, Option] = {
 }
 
 
+_ALWAYS_WHOLE = "an artifact's files are copied as they are; leave it out"
+SAVE_OPTIONS: Mapping[str, Option] = {
+    **{
+        name: Option(taken=_anything)
+        for name in ("max_shard_size", "save_original_format", "save_peft_format", "token", "use_auth_token")
+    },
+    "is_main_process": Option(taken=lambda value: value is True, reason="one process saves; leave it out"),
+    "safe_serialization": Option(taken=lambda value: value is True, reason="nothing is ever pickled; leave it out"),
+    "push_to_hub": Option(taken=_nothing, reason="upload the folder afterwards (huggingface-cli upload REPO FOLDER)"),
+    **{
+        name: Option(taken=_nothing, reason=_ALWAYS_WHOLE)
+        for name in ("quantization_config", "save_function", "state_dict", "variant")
+    },
+}
+
+
 def check_attention(implementation: object) -> None:
     """Raises GenerationError for an attention that does not give what the program gives."""
     check_options("set_attn_implementation", {"attn_implementation": implementation}, _LOAD_OPTIONS, ())
