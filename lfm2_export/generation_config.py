@@ -165,6 +165,23 @@ class GenerationConfig:
         raw = read_json_object(path, path.parent, GenerationError, limit=TEXT_LIMIT)
         return cls.from_dict(raw, place=paths.shown(path))
 
+    @classmethod
+    def from_artifact(cls, path: str | Path) -> GenerationConfig:
+        """The settings that came with an artifact's checkpoint, and the tokens that end a reply: those of its
+        ``generation_config.json``, or where that names none those of its ``config.json``.
+
+        Raises:
+            GenerationError: a file is damaged, or a value is out of range.
+        """
+        folder = Path(path)
+        config = cls.from_file(folder / "generation_config.json")
+        model = folder / "config.json"
+        if config.stop_token_ids or not paths.exists(model, GenerationError):
+            return config
+        stated = read_json_object(model, folder, GenerationError, limit=TEXT_LIMIT).get("eos_token_id")
+        stops = cls.from_dict({"eos_token_id": stated}, place=paths.shown(model)).stop_token_ids
+        return replace(config, stop_token_ids=stops)
+
     def override(
         self,
         *,

@@ -120,8 +120,7 @@ def _check_speculation(options: argparse.Namespace) -> None:
 
 def generation_settings(folder: Path) -> GenerationConfig:
     """The settings that came with the checkpoint."""
-    path = folder / "generation_config.json"
-    return GenerationConfig.from_file(path) if path.is_file() else GenerationConfig()
+    return GenerationConfig.from_artifact(folder)
 
 
 def note_speculation(opened: Opened) -> None:
