@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lfm2_export import paths
+from lfm2_export import files, paths
 from lfm2_export.errors import CheckpointError
 from lfm2_export.families.tensors import BACKBONE, HEAD, ModelTensor, TensorClass
 from lfm2_export.lora.merged import merged
@@ -24,6 +24,7 @@ from lfm2_export.safetensors_file import Shard, TensorInfo, read_shard
 
 WEIGHTS = "adapter_model.safetensors"
 _PICKLED = "adapter_model.bin"
+_LIMIT = 64 << 30  # of its weights
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.default)?\.weight")
 _LINEAR = (TensorClass.LINEAR, TensorClass.EXPERTS, TensorClass.HEAD, TensorClass.ROUTER)
 
@@ -102,6 +103,7 @@ def open_adapter(folder: Path) -> Adapter:
         pickled = paths.exists(folder / _PICKLED, CheckpointError)
         why = f"only pickled weights ({_PICKLED}), which can run code and stay closed" if pickled else f"no {WEIGHTS}"
         raise CheckpointError(f"{paths.shown(folder)}: holds {why}; save the adapter with safetensors")
+    files.check(path, folder, CheckpointError, limit=_LIMIT)
     shard = read_shard(path)
     return Adapter(folder=folder, settings=settings, shard=shard, factors=_factors(path, shard))
 

@@ -20,26 +20,8 @@ from lfm2_export.errors import ArtifactError, CheckpointError
 from lfm2_export.manifest import CheckpointRecord
 from lfm2_export.source import ASSETS
 from tests.checkpoints import tiny_config, write_random_checkpoint
+from tests.lora.written import CONFIG, write_adapter
 
-CONFIG: dict[str, Any] = {
-    "peft_type": "LORA",
-    "base_model_name_or_path": "LiquidAI/LFM2-350M",
-    "task_type": "CAUSAL_LM",
-    "r": 4,
-    "lora_alpha": 8,
-    "lora_dropout": 0.05,
-    "target_modules": ["q_proj", "in_proj", "w1"],
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "init_lora_weights": True,
-    "inference_mode": True,
-    "modules_to_save": None,
-    "use_dora": False,
-    "use_rslora": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "peft_version": "0.21.0",
-}
 MODULES = (
     "model.layers.0.conv.in_proj",
     "model.layers.1.self_attn.q_proj",
@@ -58,24 +40,6 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: write_random_checkpoint(folder / name, config, seed=0) for name, config in raw.items()}
 
 
-def write_adapter(
-    folder: Path, base: Path, modules: tuple[str, ...] = MODULES, *, ranks: dict[str, int] | None = None, **changes: Any
-) -> dict[str, torch.Tensor]:
-    """An adapter as peft writes it, of random factors; the product B A of each module in float64."""
-    folder.mkdir(exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps({**CONFIG, **changes}))
-    tensors, products = {}, {}
-    generator = torch.Generator().manual_seed(5)
-    for module in modules:
-        rows, columns = open_checkpoint(base).tensors[f"{module}.weight"].shape
-        rank = (ranks or {}).get(module, changes.get("r", CONFIG["r"]))
-        a, b = torch.randn(rank, columns, generator=generator) / 8, torch.randn(rows, rank, generator=generator) / 8
-        tensors |= {f"base_model.model.{module}.lora_{name}.weight": one for name, one in (("A", a), ("B", b))}
-        products[module] = b.double() @ a.double()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    return products
-
-
 @pytest.mark.parametrize(
     ("changes", "scales"),
     [
@@ -91,7 +55,7 @@ def test_weights_are_those_of_the_base_and_the_scaled_product(
     bases: dict[str, Path], tmp_path: Path, changes: dict[str, Any], scales: dict[str, float]
 ) -> None:
     ranks = {MODULES[0]: 16} if "rank_pattern" in changes else {}
-    products = write_adapter(tmp_path / "adapter", bases["lfm2"], ranks=ranks, **changes)
+    products = write_adapter(tmp_path / "adapter", bases["lfm2"], MODULES, ranks=ranks, **changes)
     base, merged = open_checkpoint(bases["lfm2"]), open_checkpoint(bases["lfm2"], lora=tmp_path / "adapter")
     for name in base.tensors:
         module = name.removesuffix(".weight")
@@ -152,7 +116,7 @@ def test_the_program_is_the_merged_model(bases: dict[str, Path], tmp_path: Path,
 
 def test_an_adapter_is_part_of_what_an_artifact_was_made_of(bases: dict[str, Path], tmp_path: Path) -> None:
     base, adapter = bases["lfm2"], tmp_path / "adapter"
-    write_adapter(adapter, base)
+    write_adapter(adapter, base, MODULES)
     records = [CheckpointRecord.of(open_checkpoint(base)), CheckpointRecord.of(open_checkpoint(base, lora=adapter))]
     (adapter / "adapter_config.json").write_text(json.dumps({**CONFIG, "lora_alpha": 9}))
     records.append(CheckpointRecord.of(open_checkpoint(base, lora=adapter)))
@@ -193,7 +157,7 @@ def test_parity_takes_the_same_adapter(tmp_path: Path) -> None:
 def test_what_is_not_followed_is_refused_by_name(
     bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], words: str
 ) -> None:
-    write_adapter(tmp_path / "adapter", bases["lfm2"])
+    write_adapter(tmp_path / "adapter", bases["lfm2"], MODULES)
     (tmp_path / "adapter/adapter_config.json").write_text(json.dumps({**CONFIG, **changes}))
     command = ["export", str(bases["lfm2"]), "--lora", str(tmp_path / "adapter"), "-o", str(tmp_path / "out")]
     assert cli.main(command) == 2
@@ -233,7 +197,7 @@ def test_factors_of_nothing_are_refused_by_name(
     change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
     words: str,
 ) -> None:
-    write_adapter(tmp_path / "adapter", bases["lfm2"])
+    write_adapter(tmp_path / "adapter", bases["lfm2"], MODULES)
     path = tmp_path / "adapter/adapter_model.safetensors"
     tensors = load_file(path)
     save_file(change(tensors), path)
@@ -251,7 +215,7 @@ def test_folders_that_are_no_adapter(bases: dict[str, Path], tmp_path: Path) -> 
     base = bases["lfm2"]
     assert "no such directory" in said(name=base, lora=tmp_path / "nothing")
     assert "is no LoRA adapter (it has no adapter_config.json)" in said(name=base, lora=base)
-    write_adapter(tmp_path / "adapter", base)
+    write_adapter(tmp_path / "adapter", base, MODULES)
     assert "give that as the checkpoint and this by --lora" in said(name=tmp_path / "adapter")
     (tmp_path / "adapter/adapter_model.safetensors").rename(tmp_path / "adapter/adapter_model.bin")
     assert "only pickled weights (adapter_model.bin), which can run code and stay closed" in said(
