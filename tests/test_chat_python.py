@@ -167,6 +167,7 @@ def test_a_conversation_on_an_artifact_stops_where_its_model_does(tmp_path: Path
     assert one.config == GenerationConfig.from_artifact(folder)
     assert one.config.stop_token_ids
     assert repr(one) == "Chat(1 messages, 0 tokens in the runner)"
+    assert repr(lfm2_export.load_runner(folder)) == "OnnxRunner(2,660 tokens known, 0 of 4,096 held)"
     "".join(one.send("What is a dictionary?"))
     assert one.finish_reason == "stop"
     graph = lfm2_export.Artifact.open(folder / "onnx" / "model.onnx")
