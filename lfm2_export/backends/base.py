@@ -134,6 +134,10 @@ class Runner(Protocol):
     """
 
     @property
+    def program_id(self) -> str:
+        """Names the program, by what its files hold: what snapshots and saved states belong to."""
+
+    @property
     def vocab_size(self) -> int: ...
 
     @property

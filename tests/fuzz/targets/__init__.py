@@ -27,6 +27,7 @@ TARGETS = (
     "packed",
     "pte",
     "safetensors",
+    "state",
     "statistics",
     "tokenizer",
     "tokenizer_config",
