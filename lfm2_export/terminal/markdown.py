@@ -24,6 +24,8 @@ _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 _ITEM = re.compile(r" {0,3}([-*+]|\d{1,9}[.)])(\s|$)")
 _BEGUN_ITEM = re.compile(r"\d{1,9}")
 _EVERY_S = 0.08
+# Of a long block of code a draft takes a while, which the model has to wait: a tenth of the time at most.
+_REST = 9
 
 
 class MarkdownStream:
@@ -33,7 +35,7 @@ class MarkdownStream:
         self._console = console
         self._text = ""
         self._live: Live | None = None
-        self._drawn = 0.0
+        self._next = 0.0  # when it may be drawn again
         self._needs_gap = False  # behind what has been printed
 
     def push(self, text: str) -> None:
@@ -41,7 +43,7 @@ class MarkdownStream:
         while end := finished(self._text):
             self._settle(self._text[:end])
             self._text = self._text[end:]
-        if self._text.strip() and time.monotonic() - self._drawn > _EVERY_S:
+        if self._text.strip() and time.monotonic() > self._next:
             self._draw()
 
     def finish(self) -> None:
@@ -50,12 +52,14 @@ class MarkdownStream:
         self._settle(text)
 
     def _draw(self) -> None:
+        began = time.monotonic()
         if self._live is None:
             self._begin_block()
             self._live = Live(console=self._console, auto_refresh=False, transient=True, redirect_stdout=False)
             self._live.start()
-        self._live.update(_Tail(_Markdown(self._text)), refresh=True)
-        self._drawn = time.monotonic()
+        self._live.update(_Tail(_Markdown(_last_lines(self._text, self._console.height))), refresh=True)
+        done = time.monotonic()
+        self._next = done + max(_EVERY_S, _REST * (done - began))
 
     def _begin_block(self) -> None:
         if self._needs_gap:
@@ -87,6 +91,12 @@ def finished(text: str) -> int:
         was_blank = not line.strip()
         at += len(line)
     return 0
+
+
+def _last_lines(text: str, count: int) -> str:
+    """Of a long block of code, the lines that have room: to colour all of it takes long."""
+    lines = text.lstrip("\n").splitlines(keepends=True)
+    return "".join([lines[0], *lines[-count:]]) if len(lines) > count + 1 and _FENCE.match(lines[0]) else text
 
 
 def _fence(line: str, fence: str) -> str:

@@ -54,11 +54,12 @@ def shown(pieces: list[str], width: int = 90) -> str:
     return paper.getvalue()
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def no_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(markdown, "_EVERY_S", 1e9)
+    monkeypatch.setattr(markdown.MarkdownStream, "_draw", lambda stream: None)
 
 
+@pytest.mark.usefixtures("no_drafts")
 def test_pieces_of_any_size_are_shown_alike() -> None:
     whole = shown([TEXT])
     print(whole)
@@ -68,6 +69,7 @@ def test_pieces_of_any_size_are_shown_alike() -> None:
     assert shown(list(TEXT)) == whole
 
 
+@pytest.mark.usefixtures("no_drafts")
 def test_nothing_of_a_text_is_lost() -> None:
     whole = shown([TEXT])
     words = ("Head", "Some emphasis, code,\nthe next line.", " 1 one", " 2 two", "more of it", "a paragraph", "• other")
@@ -78,6 +80,7 @@ def test_nothing_of_a_text_is_lost() -> None:
         assert word.strip() in flat or word in whole, word
 
 
+@pytest.mark.usefixtures("no_drafts")
 def test_what_steers_a_terminal_is_shown_as_an_escape() -> None:
     text = shown(["a \x1b[2J b", " \x1b", "]0;title\x07"])
     assert "\x1b" not in text
@@ -102,15 +105,19 @@ def test_a_block_is_finished_when_nothing_can_change_it(text: str, end: int) -> 
     assert finished(text) == end
 
 
-def test_a_draft_that_is_taller_than_the_terminal_shows_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fence", ["", "```\n"], ids=["text", "code"])
+def test_a_draft_that_is_taller_than_the_terminal_shows_its_end(monkeypatch: pytest.MonkeyPatch, fence: str) -> None:
     monkeypatch.setattr(markdown, "_EVERY_S", -1)
+    monkeypatch.setattr(markdown, "_REST", -1)
     paper = io.StringIO()
     stream = MarkdownStream(Console(file=paper, width=40, height=8, force_terminal=True))
+    stream.push(fence)
     for number in range(30):
         stream.push(f"line {number}\n")
     drafts = paper.getvalue()
-    last = drafts[drafts.rindex("line 24") :]
+    last = drafts[drafts.rindex("line 27") :]
     assert "line 29" in last
+    assert "line 2\n" not in last
     stream.finish()
     final = paper.getvalue()[len(drafts) :]
     assert all(f"line {number}" in final for number in range(30))

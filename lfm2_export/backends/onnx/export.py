@@ -85,6 +85,7 @@ def export_program(request: ExportRequest) -> ExportedProgram:
     cache = CacheSpec.from_config(config, scheme.activation_dtype)
     request.phase(TRACING)
     graphs = make_graphs(config, plan, cache)
+    own_cache = graphs.own_cache
     placements = place(plan, config)
     data_files = data_file_names(request.file_name, placements)
     folder = request.folder / FOLDER
@@ -115,6 +116,7 @@ def export_program(request: ExportRequest) -> ExportedProgram:
         operators=graphs.operators,
         tensors=tensors,
         kind=request.kind,
+        own_cache=None if own_cache == cache else own_cache,
     )
 
 
