@@ -11,7 +11,7 @@ help:
 	@echo "make demo      export the bundled checkpoint as fp32 and q4, prove it, generate text from both"
 	@echo "make test      run the tests"
 	@echo "make test-oldest  run them with the versions of oldest.txt, in .venv-oldest"
-	@echo "make wheels    build the wheels into dist/: lfm2-export and the bundled checkpoints' own"
+	@echo "make wheels    build the wheels into dist/: lfm2-export, the bundled checkpoints' own, and optimum-cli's command"
 	@echo "make lint      ruff format and check, mypy"
 	@echo "make sanitize  run the C++ kernels' and operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make fuzz      fuzz the readers of files for MINUTES=5 (of one: TARGET=checkpoint); Linux on x86-64"
@@ -51,7 +51,7 @@ test-oldest: $(OLDEST)/.installed
 # setuptools takes up what an earlier build left.
 wheels: $(STAMP)
 	rm -rf build/lib integrations/*/build
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist . integrations/lfm2-export-demo
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist . integrations/lfm2-export-demo integrations/optimum-lfm2
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

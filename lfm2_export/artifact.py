@@ -16,17 +16,18 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ParamSpec
+from typing import Any, ClassVar, ParamSpec
 
-from lfm2_export import files, json_values, paths
+from lfm2_export import files, json_values, mixups, notebook, paths
 from lfm2_export.errors import ArtifactError, CheckpointError
 from lfm2_export.folders import Folder, UnexpectedKindError, is_plain_name
 from lfm2_export.hashing import sha256_files
 from lfm2_export.journal import Index
 from lfm2_export.ledger import discard_unlisted
-from lfm2_export.manifest import MANIFEST, MANIFEST_LIMIT, MODEL, CheckpointRecord, FileEntry, Manifest, Program
+from lfm2_export.manifest import CARD, MANIFEST, MANIFEST_LIMIT, MODEL, CheckpointRecord, FileEntry, Manifest, Program
 from lfm2_export.messages import one_line
 from lfm2_export.preference import preference
+from lfm2_export.resources import human_bytes
 from lfm2_export.staging import Staging, alone, contents, unfinished
 
 logger = logging.getLogger(__name__)
@@ -34,13 +35,12 @@ logger = logging.getLogger(__name__)
 # Of a text file: the largest tokenizer.json, with a vocabulary of 128,000, has 17 MB.
 _TEXT_LIMIT = 64 << 20
 
-_CARD = "README.md"
 # People edit the model card; a changed one is no damage.
-_NOT_VOUCHED_FOR = (_CARD, MANIFEST)
+_NOT_VOUCHED_FOR = (CARD, MANIFEST)
 _INDEX = Index(
     name=MANIFEST,
     sizes=lambda data: {name: entry.bytes for name, entry in Manifest.from_json(data).all_files().items()},
-    unlisted=(_CARD,),
+    unlisted=(CARD,),
 )
 
 # What an export knows of its checkpoint, for one that goes on from it; a name and a hash for each shard.
@@ -88,28 +88,53 @@ def _warn_of_unfinished(workspace: Path, folder: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Artifact:
-    """An opened artifact; ``path`` is its folder."""
+    """An opened artifact; ``path`` is its folder. ``graph_name``: the program's file by which it was opened; that
+    program alone is then found."""
 
     path: Path
     manifest: Manifest
+    graph_name: str | None = None
+
+    COLUMNS: ClassVar[tuple[str, ...]] = ("backend", "scheme", "file", "size", "state bytes per token")
+
+    def __repr__(self) -> str:
+        programs = one_line(", ".join(map(str, self.programs)), 200) or "no program"
+        return f"Artifact({paths.shown(self.path)!r}: {programs}; made of {self.manifest.checkpoint})"
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The programs, by ``COLUMNS``."""
+        return [
+            (
+                program.backend,
+                program.scheme,
+                program.graphs[MODEL],
+                human_bytes(sum(entry.bytes for entry in program.files.values())),
+                f"{program.cache.bytes_per_token():,}",
+            )
+            for program in self.programs
+        ]
+
+    def _repr_html_(self) -> str:
+        return notebook.table(
+            f"{paths.shown(self.path)}: made of {self.manifest.checkpoint}", self.COLUMNS, self.rows()
+        )
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = True) -> Artifact:
         """Reads the manifest and, with ``verify``, checks every file of it that is there. Changes nothing; where an
         export into the folder was interrupted in its last step, a warning says so, and what is whole can be used.
+        A program's own file (``.onnx``, ``.pte``) stands for the folder with this program alone.
 
         Raises:
             ArtifactError: the folder or its manifest is missing or damaged, or a program's file was changed.
         """
-        folder = Path(path)
+        folder, graph = mixups.folder_and_graph(path)
         if not paths.is_folder(folder, ArtifactError):
-            raise ArtifactError(
-                f"{paths.shown(folder)}: no such directory; give the folder that `lfm2-export export` wrote"
-            )
+            raise mixups.no_artifact(path)
         if (workspace := unfinished(folder)) is not None:
             _warn_of_unfinished(workspace, folder)
         with _blaming_interruption(folder):
-            artifact = cls(path=folder, manifest=_read_manifest(folder))
+            artifact = cls(path=folder, manifest=_read_manifest(folder), graph_name=graph)
         if verify:
             artifact.verify()
         return artifact
@@ -204,20 +229,32 @@ class Artifact:
         """All programs, the preferred one first."""
         return tuple(sorted(self.manifest.programs, key=preference))
 
+    def select(self, backend: str | None = None, scheme: str | None = None) -> tuple[Program, ...]:
+        """Those of a backend and scheme, the preferred one first; of one that was opened by a program's file, that
+        program alone."""
+        return tuple(
+            program
+            for program in self.programs
+            if backend in (None, program.backend)
+            and scheme in (None, program.scheme)
+            and (self.graph_name is None or self.graph_name in program.graphs.values())
+        )
+
     def program(self, backend: str | None = None, scheme: str | None = None) -> Program:
         """The preferred program among those of a backend and scheme.
 
         Raises:
             ArtifactError: there is none; the message lists those that there are.
         """
-        fitting = [p for p in self.programs if backend in (None, p.backend) and scheme in (None, p.scheme)]
+        fitting = self.select(backend, scheme)
         # A download may hold one of several; where it holds none of those asked for, opening says what is missing.
         for program in (*(p for p in fitting if self.is_here(p)), *fitting):
             return program
         asked = " ".join(word for word in (backend, scheme) if word is not None) or "any"
         there = one_line(", ".join(map(str, self.programs)), 120) or "none"
+        where = "" if self.graph_name is None else f" in {paths.shown(self.graph_name, 60)}"
         raise ArtifactError(
-            f"{paths.shown(self.path)}: has no {asked} program, only: {there}; export it into this folder first"
+            f"{paths.shown(self.path)}: has no {asked} program{where}, only: {there}; export it into this folder first"
         )
 
     def graph(self, program: Program, role: str) -> Path | None:
@@ -238,7 +275,7 @@ class Artifact:
         with alone(self.path) as folder:
             manifest = _with_parity(_read_manifest(self.path), parity or {}, self.path)
             if readme is not None:
-                folder.write(_CARD, readme.encode())
+                folder.write(CARD, readme.encode())
             folder.write(MANIFEST, manifest.to_json().encode())
         return replace(self, manifest=manifest)
 

@@ -8,19 +8,26 @@ before every assistant turn (to regenerate it, or to edit what the user said aft
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lfm2_export.artifact import Artifact
+from lfm2_export.asynchronous import streamed
 from lfm2_export.backends.base import Mark, Runner, check_fits
 from lfm2_export.chat_template import Message
+from lfm2_export.choices import BackendName, KernelsName, KvCacheName, SchemeName
 from lfm2_export.constraints import Constraint
 from lfm2_export.errors import ContextLimitError, GenerationError
 from lfm2_export.generation import FinishReason, continue_from
 from lfm2_export.generation_config import GenerationConfig
+from lfm2_export.logprobs import Choice, choice_of
+from lfm2_export.messages import shown
+from lfm2_export.replies import StopStrings
+from lfm2_export.runners import load_runner
 from lfm2_export.speculation import SpeculativeRunner
 from lfm2_export.states import State, read_state, write_state
 from lfm2_export.text import StreamDecoder, Tokenizer
@@ -62,6 +69,9 @@ class Chat:
         tools: JSON schemas of functions that the model may call.
         variables: more names for the chat template.
         chat_template: one of the tokenizer's by name, or Jinja source; by default as ``render_chat`` chooses.
+        messages: a conversation to go on with, which may begin with a system message.
+        stop: strings that end a reply; no part of one is given out, or kept in ``messages``.
+        logprobs: how many of the likeliest tokens of each place of a reply to keep (``logprobs``); None: nothing.
         skip_special_tokens: True: the text given out has no markers of tool calls and the like. ``messages`` always
             has them: a template is to write the reply again as the model did.
     """
@@ -76,6 +86,9 @@ class Chat:
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
+        messages: Sequence[Message] | None = None,
+        stop: str | Sequence[str] = (),
+        logprobs: int | None = None,
         skip_special_tokens: bool = False,
     ):
         self.config = config
@@ -86,7 +99,11 @@ class Chat:
         self._variables = variables
         self._template = chat_template
         self._skip = skip_special_tokens
-        self._messages: list[Message] = list(self._system)
+        self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        self._top = check_top(logprobs)
+        self._logprobs: list[Choice] = []
+        self._messages: list[Message] = started_with(messages, self._system)
+        self._system = [one for one in self._messages[:1] if one["role"] == "system"]
         self._places: list[_Place] = []
         self._transcripts: list[_Transcript] = []
         self._finish_reason: FinishReason | None = None
@@ -94,6 +111,45 @@ class Chat:
         self._prefilled_tokens = 0
         self._prompt = ""
         self._reply_tokens = 0
+
+    @classmethod
+    def from_artifact(
+        cls,
+        path: str | Path | Artifact,
+        *,
+        config: GenerationConfig | None = None,
+        backend: BackendName | None = None,
+        scheme: SchemeName | None = None,
+        threads: int | None = None,
+        kernels: KernelsName | None = None,
+        kv_cache: KvCacheName | None = None,
+        **options: Any,
+    ) -> Chat:
+        """A conversation on a runner of its own, with the artifact's settings and stop tokens.
+
+        Args:
+            path: the artifact's folder, a program in it, or an opened one.
+            config: in place of the artifact's settings (``GenerationConfig.from_artifact``).
+            backend, scheme, threads, kernels, kv_cache: as in ``load_runner``.
+            options: those of ``Chat`` itself (``system``, ``stop``, ...).
+
+        Raises:
+            ArtifactError, RunnerError, GenerationError: as ``load_runner``, ``Tokenizer.from_dir`` and ``Chat``.
+        """
+        artifact = path if isinstance(path, Artifact) else Artifact.open(path, verify=False)
+        runner = load_runner(
+            artifact, backend=backend, scheme=scheme, threads=threads, kernels=kernels, kv_cache=kv_cache
+        )
+        settings = GenerationConfig.from_artifact(artifact.path) if config is None else config
+        return cls(runner, Tokenizer.from_dir(artifact.path), settings, **options)
+
+    def __repr__(self) -> str:
+        return f"Chat({len(self._messages)} messages, {int(self._runner.lengths.max(initial=0))} tokens in the runner)"
+
+    @property
+    def logprobs(self) -> list[Choice]:
+        """How likely the last reply's tokens were, one after the other, where it was asked for."""
+        return list(self._logprobs)
 
     @property
     def messages(self) -> list[Message]:
@@ -176,6 +232,10 @@ class Chat:
             GenerationError: while the reply is read, where the runner was used for something else meanwhile.
         """
         return self._reply([*self._messages, *_as_messages(content)], constrain)
+
+    def asend(self, content: str | Message) -> AsyncGenerator[str, None]:
+        """``send`` for code that awaits: each token is computed in a thread."""
+        return streamed(lambda: self.send(content))
 
     def regenerate(self) -> Iterator[str]:
         """Another reply instead of the last one; nothing is prefilled again."""
@@ -333,6 +393,7 @@ class Chat:
             self._tokenizer, skip_special_tokens=self._skip or None, stop_tokens=self.config.stop_tokens
         )
         reply: list[int] = []
+        stops, self._logprobs = StopStrings(self._stop), []
         self._check_undisturbed(prompt, reply, turn)
         try:
             events = continue_from(self._runner, logits, [prompt.tokens], self.config, constraint=constraint)
@@ -340,12 +401,19 @@ class Chat:
                 reply.append(event.token)
                 self._reply_tokens = len(reply)
                 self._finish_reason = event.finish_reason
-                yield decoder.push(event.token)
+                if self._top is not None and event.logits is not None:
+                    self._logprobs.append(choice_of(event.token, event.logits, self._top, self._tokenizer))
+                yield stops.push(decoder.push(event.token))
+                if stops.found is not None:
+                    self._finish_reason = "stop"
+                    return
                 if event.finish_reason is None:
                     self._check_undisturbed(prompt, reply, turn)
-            yield decoder.finish()
+            yield stops.push(decoder.finish()) + stops.finish()
         finally:
-            if turn == self._turn:
+            if turn == self._turn and stops.found is not None:
+                self._record_stopped(prompt, reply, stops.found)
+            elif turn == self._turn:
                 self._record(prompt, text, reply)
 
     def _check_undisturbed(self, prompt: _Place, reply: list[int], turn: int) -> None:
@@ -360,6 +428,12 @@ class Chat:
         held = len(prompt.tokens) + max(0, len(reply) - 1)
         return self._runner.is_valid(prompt.mark) and self._runner.lengths.tolist() == [held]
 
+    def _record_stopped(self, prompt: _Place, reply: list[int], stop: str) -> None:
+        """Takes a reply that a stop string ended into the conversation: what came before it. The runner is behind it,
+        so the next turn goes on from the prompt."""
+        said = self._tokenizer.decode(reply)
+        self._messages.append({"role": "assistant", "content": said.partition(stop)[0]})
+
     def _record(self, prompt: _Place, text: str, reply: list[int]) -> None:
         """Takes the reply, a cut short one too, into the conversation and marks its end."""
         if self._is_after(prompt, reply):
@@ -370,6 +444,27 @@ class Chat:
         content = self._tokenizer.decode(said)
         self._messages.append({"role": "assistant", "content": content})
         self._remember(prompt.tokens + said, text + content)
+
+
+def check_top(logprobs: int | None) -> int | None:
+    """Raises: GenerationError, where ``logprobs`` is no count."""
+    if logprobs is not None and (type(logprobs) is not int or logprobs < 0):
+        raise GenerationError(f"logprobs={shown(logprobs)}: give how many of the likeliest tokens to keep, 0 or more")
+    return logprobs
+
+
+def started_with(messages: Sequence[Message] | None, system: Sequence[Message]) -> list[Message]:
+    """The conversation to begin with.
+
+    Raises:
+        GenerationError: it is no list of messages, or there are two system messages.
+    """
+    given = list(messages or ())
+    if not all(isinstance(one, Mapping) and "role" in one for one in given):
+        raise GenerationError(f"messages={shown(given)}: a list of dicts with role and content expected")
+    if system and given and given[0]["role"] == "system":
+        raise GenerationError("chat: a system message is given twice, by system and in messages; leave one out")
+    return [*system, *given]
 
 
 def _as_messages(content: str | Message | Sequence[Message]) -> list[Message]:

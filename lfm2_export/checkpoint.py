@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from lfm2_export import files, paths, retrieval
+from lfm2_export import files, mixups, paths, retrieval
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import CheckpointError
 from lfm2_export.families import find_family
@@ -28,8 +28,11 @@ from lfm2_export.gguf import open_gguf
 from lfm2_export.gguf import weights as gguf_weights
 from lfm2_export.gguf.weights import GgufShard, published_tensors
 from lfm2_export.hashing import sha256_files
+from lfm2_export.lora import Adapter, MergedTensor, MergedWeights, open_adapter
+from lfm2_export.lora.settings import CONFIG as LORA_CONFIG
 from lfm2_export.matching import match_tensors, with_prefix
 from lfm2_export.messages import listed, shown
+from lfm2_export.packages import explained
 from lfm2_export.packed import KEY as QUANTIZATION
 from lfm2_export.packed import PackedTensor, PackedWeights, exact, read_quantization
 from lfm2_export.quant.formats import Codes, IntFormat
@@ -61,12 +64,14 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _VOLATILE_KEYS = ("transformers_version", "_name_or_path")
 
 
+@explained
 def open_checkpoint(
     name: str | Path,
     *,
     revision: str | None = None,
     offline: bool = False,
     config_from: str | Path | None = None,
+    lora: str | Path | None = None,
 ) -> Checkpoint:
     """Opens a checkpoint by directory, GGUF file, bundled name or Hub id and checks all that can be checked without its
     weights.
@@ -74,6 +79,7 @@ def open_checkpoint(
     Args:
         config_from: for a GGUF file: the checkpoint (directory, bundled name or Hub id) whose config, tokenizer, chat
             template and generation settings count instead of those in the file.
+        lora: the folder of a LoRA adapter, as peft saves it, that is merged into the weights as they are read.
 
     Raises:
         CheckpointError: it cannot be found, or its files are missing, damaged or do not fit its config.
@@ -81,8 +87,9 @@ def open_checkpoint(
         ResourceError: the download filled the disk.
     """
     source = resolve(str(name), revision=revision, offline=offline)
+    adapter = None if lora is None else open_adapter(Path(lora))
     if config_from is None:
-        return Checkpoint(str(name), source)
+        return Checkpoint(str(name), source, adapter=adapter)
     if not source.is_gguf:
         raise CheckpointError(
             f"{paths.shown(source.path)}: is no GGUF file and has a config of its own; leave --config-from out"
@@ -92,7 +99,7 @@ def open_checkpoint(
         raise CheckpointError(
             f"--config-from {paths.shown(companions.path)}: give a folder or a Hub id, not a GGUF file"
         )
-    return Checkpoint(str(name), source, companions.path)
+    return Checkpoint(str(name), source, companions.path, adapter)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +111,13 @@ class CheckpointRequest:
     revision: str | None = None
     offline: bool = False
     config_from: str | Path | None = None
+    lora: str | Path | None = None
 
     def open(self) -> Checkpoint:
         """As ``open_checkpoint``."""
-        return open_checkpoint(self.name, revision=self.revision, offline=self.offline, config_from=self.config_from)
+        return open_checkpoint(
+            self.name, revision=self.revision, offline=self.offline, config_from=self.config_from, lora=self.lora
+        )
 
 
 class Checkpoint:
@@ -116,14 +126,16 @@ class Checkpoint:
 
     ``revision`` is the commit of a Hub snapshot; ``raw_config`` is config.json as it stands, but for what it says of
     packed weights, ``config`` its meaning. ``retriever``: sentence-transformers' files of an encoder that has them.
+    ``adapter`` is what its weights are merged with.
     """
 
-    def __init__(self, name: str, source: Source, companions: Path | None = None):
+    def __init__(self, name: str, source: Source, companions: Path | None = None, adapter: Adapter | None = None):
         self.name = name
         self.source = source
         self._gguf = open_gguf(source.path, companions) if source.is_gguf else None
         self.path = source.path if self._gguf is None else self._gguf.folder
         self.revision = source.revision
+        mixups.refuse_artifact(self.path)
         self.raw_config = _read_config(self.path)
         place = paths.shown(self.path / "config.json")
         self.family = find_family(self.raw_config, place)
@@ -142,6 +154,23 @@ class Checkpoint:
         self.model_tensors: Mapping[str, ModelTensor] = self.family.tensors(self.config)
         fused = self.family.fused_tensors(self.config)
         self.tensors: Mapping[str, TensorInfo] = match_tensors(source.path, self.model_tensors, fused, stored)
+        self.adapter = adapter
+        self._merged: MergedWeights | None = None
+        if adapter is not None:
+            self._merge(adapter)
+
+    def _merge(self, adapter: Adapter) -> None:
+        if self.is_quantized:
+            raise CheckpointError(
+                f"{paths.shown(self.source.path)}: is quantized already; --lora is for the unquantized checkpoint"
+            )
+        self.tensors = adapter.merged(self.tensors, self.model_tensors)
+        self._shards[adapter.shard.path] = adapter.shard
+        self._merged = MergedWeights({path: one for path, one in self._shards.items() if isinstance(one, Shard)})
+
+    def __repr__(self) -> str:
+        adapter = "" if self.adapter is None else f" + {paths.shown(self.adapter.folder.name)}"
+        return f"Checkpoint({shown(self.name)}{adapter}: {self.config.model_type}, {self.parameter_count:,} parameters)"
 
     def check_decoder(self, asked: str) -> None:
         """Refuses what looks at the next token where there is none.
@@ -191,6 +220,16 @@ class Checkpoint:
         return {} if self._gguf is None else gguf_weights.exact_formats(self.tensors)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether other libraries read the same weights from its folder."""
+        return not self.is_quantized and self.adapter is None
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """All files that its weights come from."""
+        return sorted(self._shards)
+
+    @property
     def is_quantized(self) -> bool:
         """Whether it is of a format that other libraries read otherwise, if at all: GGUF, or packed safetensors."""
         return self._gguf is not None or self._packed is not None
@@ -203,7 +242,7 @@ class Checkpoint:
         """
         info, form = self.tensors[name].rows(rows), self.exact_formats[name]
         reader = self._reader(info)
-        assert not isinstance(reader, Shard)
+        assert not isinstance(reader, Shard | MergedWeights)
         for block in reader.code_blocks(info, block_rows):
             check_finite(f"{name}: scales", block.scale)
             yield block.in_groups_of(form.group_size)
@@ -307,13 +346,15 @@ class Checkpoint:
         return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
 
     def shard_hashes(self) -> dict[str, str]:
-        """SHA-256 of every weight file by its name; streamed once, then remembered.
+        """SHA-256 of every weight file by its name, and of what an adapter's settings mean; streamed once, then
+        remembered.
 
         Raises:
             CheckpointError: a file cannot be read, or one of the Hub's cache is not what the Hub said it is (its name
                 there is its hash).
         """
-        return dict(self._shard_hashes)
+        settings = {} if self.adapter is None else {LORA_CONFIG: self.adapter.settings_sha256}
+        return self._shard_hashes | settings
 
     @cached_property
     def _shard_hashes(self) -> dict[str, str]:
@@ -373,7 +414,10 @@ class Checkpoint:
     def _part(self, info: TensorInfo, rows: slice | None) -> np.ndarray:
         return self._reader(info).float32(info.rows(rows))
 
-    def _reader(self, info: TensorInfo) -> Shard | GgufShard | PackedWeights:
+    def _reader(self, info: TensorInfo) -> Shard | GgufShard | PackedWeights | MergedWeights:
+        if isinstance(info, MergedTensor):
+            assert self._merged is not None
+            return self._merged
         if isinstance(info, PackedTensor):
             assert self._packed is not None
             return self._packed
@@ -418,8 +462,8 @@ def _without_config(folder: Path) -> CheckpointError:
     settings = files.read_json_object(adapter, folder, CheckpointError, limit=_CONFIG_LIMIT)
     base, kind = settings.get("base_model_name_or_path"), settings.get("peft_type")
     return CheckpointError(
-        f"{place}: is an adapter ({shown(kind)}) for {shown(base)}, not a model; merge it into its base first (peft: "
-        "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)), then export that"
+        f"{place}: is an adapter ({shown(kind)}) for {shown(base)}, not a model; give that as the checkpoint and this "
+        "by --lora, or merge it with peft (merge_and_unload) and export the result"
     )
 
 

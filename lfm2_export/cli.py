@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from lfm2_export import interrupts, memory, packages, streams
@@ -31,11 +31,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Without ``arguments`` they are those of this process, whose streams and signals then belong to the command until it
     ends; otherwise both are given back.
     """
-    own = arguments is None
+    return _whole(lambda: _parsed(arguments), own=arguments is None)
+
+
+def call(options: argparse.Namespace) -> int:
+    """Runs a command whose arguments the command line of another program has parsed, as ``main`` runs one in a process
+    of its own; ``options.run`` is the command's, ``options.verb`` what its errors call it."""
+    return _whole(lambda: options, own=True)
+
+
+def _whole(parse: Callable[[], argparse.Namespace], *, own: bool) -> int:
     with streams.prepared(own=own):
         try:
             with interrupts.raising(for_good=own):
-                code = _flushed(_run(arguments))
+                code = _flushed(_run(parse))
                 if own:
                     interrupts.leave_with(code)
         except (KeyboardInterrupt, interrupts.Terminated) as error:
@@ -46,10 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
 
 
-def _run(arguments: Sequence[str] | None) -> int:
+def _run(parse: Callable[[], argparse.Namespace]) -> int:
     options = None
     try:
-        options = _parsed(arguments)
+        options = parse()
         interrupts.check()
         return _called(options)
     except interrupts.Terminated:
@@ -66,12 +75,9 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     _check_memory()
     # torch's threads beside a runtime's own: those that wait must not take the cores from those that work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from lfm2_export.commands.parser import build_parser
+    from lfm2_export.commands.parser import CommandLine
 
-    parser = build_parser()
-    options = parser.parse_args(arguments)
-    options.print_help = parser.print_help
-    return options
+    return CommandLine().parse(arguments)
 
 
 def _check_memory() -> None:
@@ -87,7 +93,7 @@ def _called(options: argparse.Namespace) -> int:
     from lfm2_export import console
     from lfm2_export.commands import version_text
 
-    if options.version:
+    if getattr(options, "version", False):
         streams.deliver(f"{version_text()}\n")
         return 0
     if options.verb is None:
@@ -111,10 +117,9 @@ def _failed(error: Exception, options: argparse.Namespace | None) -> int:
     if memory.ran_out(error):
         streams.error_line(f"{verb}: the machine ran out of memory; close other programs or use a larger one")
         return ResourceError.exit_code
-    package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
-    if extra := packages.extra_of(package):
-        streams.error_line(f"{verb} needs {package}, which is not installed; pip install 'lfm2-export[{extra}]'")
-        return Lfm2ExportError.exit_code
+    if (lacking := packages.missing(error, verb)) is not None:
+        streams.error_line(str(lacking))
+        return lacking.exit_code
     return _bug(error, verb, verbose)
 
 

@@ -11,11 +11,14 @@ import json
 import logging
 import math
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -30,6 +33,7 @@ logger = logging.getLogger(__name__)
 _WIDE = 160  # of a pipe, where rich would otherwise fold tables at 80 columns
 _CELL_LIMIT = 400
 _ALLOWED_CONTROLS = "\n\t"
+_FIRST_LINE_AFTER = _LINES_APART = 5.0  # seconds
 
 
 class _Paper(io.StringIO):
@@ -87,15 +91,41 @@ def _can_spell(text: str) -> bool:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Columns whose cells are all numbers stand to the right."""
+    """Columns whose cells are all numbers stand to the right. Where no terminal reads it: a line for the title, one
+    for the columns, one for each row, two spaces or more between cells, nothing else."""
     cells = [[_cell(cell) for cell in row] for row in rows]
+    if not streams.is_terminal():
+        _deliver("".join(f"{line}\n" for line in _plain_lines(title, columns, cells)))
+        return
     table = Table(title=_plain(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
-        numeric = bool(cells) and all(row[index].plain[:1].isdigit() for row in cells)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if _is_numeric(cells, index) else "left"
+        table.add_column(column, justify=justify, overflow="fold")
     for row in cells:
         table.add_row(*row)
     _deliver(_rendered(sys.stdout, table))
+
+
+def _is_numeric(cells: Sequence[Sequence[Text]], column: int) -> bool:
+    return bool(cells) and all(row[column].plain[:1].isdigit() for row in cells)
+
+
+def _plain_lines(title: str, columns: Sequence[str], cells: Sequence[Sequence[Text]]) -> Iterator[str]:
+    yield one_line(title)
+    lines = [list(columns), *([cell.plain for cell in row] for row in cells)]
+    widths = [max(cell_len(line[index]) for line in lines) for index in range(len(columns))]
+    numeric = [_is_numeric(cells, index) for index in range(len(columns))]
+    for line in lines:
+        padded = [
+            f"{' ' * (width - cell_len(text))}{text}" if right else f"{text}{' ' * (width - cell_len(text))}"
+            for text, width, right in zip(line, widths, numeric, strict=True)
+        ]
+        yield "  ".join(padded).rstrip()
+
+
+def print_line(text: str) -> None:
+    """A result that is a sentence."""
+    _deliver(f"{text}\n")
 
 
 def _cell(cell: object) -> Text:
@@ -150,32 +180,91 @@ def error(text: str) -> None:
 
 @contextmanager
 def export_progress() -> Iterator[ExportProgress]:
-    """A bar on stderr with the bytes of checkpoint read and the time left; nothing where stderr is no terminal."""
-    # A twentieth of what `lfm2-export --help` takes.
-    from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-
-    console = stderr()
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        tasks: list[Any] = []
-
-        def start(label: str, total: int) -> None:
-            for task in tasks:
-                bar.update(task, visible=False)
-            tasks.append(bar.add_task(one_line(label), total=total))
-
+    """On a terminal a bar on stderr with what is being done, how much of it is done and the time left; elsewhere a line
+    for each phase and each tenth of it that takes a while."""
+    with _drawn() if sys.stderr.isatty() else _Lines() as shown:
         yield ExportProgress(
-            start=start,
-            advance=lambda nbytes: bar.advance(tasks[-1], nbytes),
+            phase=lambda label: shown.begin(label, None, _no_amount),
+            start=lambda label, total: shown.begin(label, total, human_bytes),
+            start_steps=lambda label, total: shown.begin(label, total, str),
+            advance=shown.advance,
             continued=_note_continued,
             told=note,
         )
+
+
+def _no_amount(amount: int) -> str:
+    return ""
+
+
+class _Lines:
+    """Progress for a log: what begins, and how far long work is. What begins first is told when it takes a while: most
+    that cannot be done is refused in it, and a refusal is one line."""
+
+    def __init__(self) -> None:
+        self._label, self._total = "", 0
+        self._amount: Callable[[int], str] = _no_amount
+        self._done, self._told, self._when = 0, 0, 0.0
+        self._first: threading.Timer | None = None
+
+    def __enter__(self) -> _Lines:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._first is not None:
+            self._first.cancel()
+
+    def begin(self, label: str, total: int | None, amount: Callable[[int], str]) -> None:
+        self._label, self._total, self._amount = label, total or 0, amount
+        self._done, self._told, self._when = 0, 0, time.monotonic()
+        line = f"{label} ({amount(total)})" if total else label
+        if self._first is None:
+            self._first = threading.Timer(_FIRST_LINE_AFTER, note, (line,))
+            self._first.daemon = True
+            self._first.start()
+        else:
+            self._first.cancel()
+            note(line)
+
+    def advance(self, amount: int) -> None:
+        self._done += amount
+        tenth = 10 * self._done // max(1, self._total)
+        if tenth > self._told and time.monotonic() - self._when >= _LINES_APART:
+            self._told, self._when = tenth, time.monotonic()
+            share = 100 * self._done // self._total
+            note(f"{self._label}: {share} %, {self._amount(self._done)} of {self._amount(self._total)}")
+
+
+class _Bar:
+    """The one visible task of rich's progress."""
+
+    def __init__(self, bar: Any):
+        self._bar, self._task = bar, None
+
+    def begin(self, label: str, total: int | None, amount: Callable[[int], str]) -> None:
+        if self._task is not None:
+            self._bar.update(self._task, visible=False)
+        self._task = self._bar.add_task(one_line(label), total=total, amount=amount)
+
+    def advance(self, amount: int) -> None:
+        self._bar.advance(self._task, amount)
+
+
+@contextmanager
+def _drawn() -> Iterator[_Bar]:
+    # A twentieth of what `lfm2-export --help` takes.
+    from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
+
+    class Amount(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            if task.total is None:
+                return Text()
+            amount = task.fields["amount"]
+            return Text(f"{amount(int(task.completed))} of {amount(int(task.total))}")
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), Amount())
+    with Progress(*columns, TimeRemainingColumn(), console=stderr(), transient=True) as bar:
+        yield _Bar(bar)
 
 
 def _note_continued(done: int, total: int) -> None:
@@ -184,8 +273,8 @@ def _note_continued(done: int, total: int) -> None:
 
 @contextmanager
 def busy(label: str) -> Iterator[Callable[[str], None]]:
-    """A spinner on stderr for work whose length is not known, nothing where stderr is no terminal; call what it gives
-    with what is being done now."""
+    """A spinner on stderr for work whose length is not known; call what it gives with what is being done now. Where
+    stderr is no terminal, a line for each such call."""
     console = stderr()
     status = console.status(_plain(label)) if console.is_terminal else None
 
@@ -194,6 +283,8 @@ def busy(label: str) -> Iterator[Callable[[str], None]]:
         logger.info("%s: %s", label, step)
         if status is not None:
             status.update(_plain(f"{label}: {step}"))
+        elif not logger.isEnabledFor(logging.INFO):  # else the log has just said it
+            note(f"{label}: {step}")
 
     with status or nullcontext():
         yield doing

@@ -19,10 +19,12 @@ from lfm2_export.backends import get_backend
 from lfm2_export.backends.arguments import check_rows
 from lfm2_export.backends.base import RunnerOptions, TokenRows
 from lfm2_export.backends.encoder import EncoderRunner
+from lfm2_export.choices import BackendName, SchemeName
 from lfm2_export.errors import ArtifactError, ContextLimitError, RunnerError
 from lfm2_export.heads import ATTENDED, EXPANSION, PADDING, SENTENCE, TOKENS
 from lfm2_export.manifest import ENCODER
 from lfm2_export.messages import listed, shown
+from lfm2_export.packages import explained
 from lfm2_export.retrieval import TextSettings
 from lfm2_export.text import Tokenizer
 
@@ -39,8 +41,13 @@ class Tokens:
     kept: np.ndarray
 
 
+@explained
 def load_encoder(
-    path: str | Path | Artifact, *, backend: str | None = None, scheme: str | None = None, threads: int | None = None
+    path: str | Path | Artifact,
+    *,
+    backend: BackendName | None = None,
+    scheme: SchemeName | None = None,
+    threads: int | None = None,
 ) -> Encoder:
     """An encoder on one program of the artifact at ``path``; files are checked against the manifest first.
 

@@ -61,6 +61,10 @@ class GenerationError(Lfm2ExportError):
     """A generation setting, prompt or chat template is not usable."""
 
 
+class MissingPackageError(Lfm2ExportError, ImportError):
+    """Something asks for a package that only an extra of this one brings; the message has the command."""
+
+
 class ResourceError(Lfm2ExportError):
     """The machine lacks the memory or disk that the work needs."""
 

@@ -46,15 +46,28 @@ _FROM_FILE = (
     "min_new_tokens",
     "max_new_tokens",
 )
+# To give one of these is to ask for sampling.
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 # Words that must not be written, and their tokens.
 _MOST_WORDS, _LONGEST_WORD = 100_000, 1_000
 # In the file, but about something else than choosing tokens.
 _NOT_OURS = {"eos_token_id", "bos_token_id", "pad_token_id", "transformers_version", "_from_model_config"}
 
 
+class _DefaultFloat(float):
+    """A default, told from the same number given."""
+
+
+class _DefaultInt(int):
+    """A default, told from the same number given."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
     """Settings of one generation.
+
+    ``do_sample`` None is settled here: True where a setting of sampling was given (a temperature, for instance), so
+    that ``GenerationConfig(temperature=0.3)`` samples as ``--temperature 0.3`` does; a ``seed`` alone changes nothing.
 
     With ``do_sample`` False or ``temperature`` 0 the likeliest token is taken (greedy); only ``repetition_penalty``
     then changes the scores. ``top_k`` 0, ``top_p`` 1, ``min_p`` 0, ``typical_p`` 1, ``epsilon_cutoff`` 0,
@@ -69,14 +82,14 @@ class GenerationConfig:
         GenerationError: a value is out of range.
     """
 
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 50
-    top_p: float = 1.0
-    min_p: float = 0.0
-    typical_p: float = 1.0
-    epsilon_cutoff: float = 0.0
-    eta_cutoff: float = 0.0
+    do_sample: bool | None = None
+    temperature: float = _DefaultFloat(1.0)
+    top_k: int = _DefaultInt(50)
+    top_p: float = _DefaultFloat(1.0)
+    min_p: float = _DefaultFloat(0.0)
+    typical_p: float = _DefaultFloat(1.0)
+    epsilon_cutoff: float = _DefaultFloat(0.0)
+    eta_cutoff: float = _DefaultFloat(0.0)
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
@@ -89,6 +102,9 @@ class GenerationConfig:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        if self.do_sample is None:
+            given = (getattr(self, name) for name in _SAMPLING)
+            object.__setattr__(self, "do_sample", not all(isinstance(v, _DefaultFloat | _DefaultInt) for v in given))
         if not isinstance(self.do_sample, bool):
             raise _error("do_sample", self.do_sample, "true or false")
         values: dict[str, Any] = {
@@ -129,7 +145,8 @@ class GenerationConfig:
         stops = raw.get("eos_token_id")
         stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
         try:
-            return cls(**known, stop_token_ids=tuple(stops))
+            # In a file a temperature alone does not switch sampling on: so transformers reads it.
+            return cls(**{"do_sample": False, **known}, stop_token_ids=tuple(stops))
         except GenerationError as error:
             # The file has another name for them.
             fault = re.sub("^stop_token_ids=", "eos_token_id=", str(error))
@@ -137,7 +154,7 @@ class GenerationConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> GenerationConfig:
-        """Reads ``generation_config.json``, or the defaults where there is no such file.
+        """Reads ``generation_config.json``, or the defaults (greedy) where there is no such file.
 
         Raises:
             GenerationError: it is no JSON object in a regular file of at most 1 MiB, or a value is out of range.
@@ -147,6 +164,23 @@ class GenerationConfig:
             return cls()
         raw = read_json_object(path, path.parent, GenerationError, limit=TEXT_LIMIT)
         return cls.from_dict(raw, place=paths.shown(path))
+
+    @classmethod
+    def from_artifact(cls, path: str | Path) -> GenerationConfig:
+        """The settings that came with an artifact's checkpoint, and the tokens that end a reply: those of its
+        ``generation_config.json``, or where that names none those of its ``config.json``.
+
+        Raises:
+            GenerationError: a file is damaged, or a value is out of range.
+        """
+        folder = Path(path)
+        config = cls.from_file(folder / "generation_config.json")
+        model = folder / "config.json"
+        if config.stop_token_ids or not paths.exists(model, GenerationError):
+            return config
+        stated = read_json_object(model, folder, GenerationError, limit=TEXT_LIMIT).get("eos_token_id")
+        stops = cls.from_dict({"eos_token_id": stated}, place=paths.shown(model)).stop_token_ids
+        return replace(config, stop_token_ids=stops)
 
     def override(
         self,
@@ -172,7 +206,7 @@ class GenerationConfig:
     ) -> GenerationConfig:
         """A copy with everything replaced that is not None.
 
-        Asking for a seed or a setting of sampling asks for sampling, unless ``do_sample`` is given too.
+        Asking for a setting of sampling asks for sampling, unless ``do_sample`` is given too; a seed alone does not.
         """
         sampling: dict[str, Any] = {
             "temperature": temperature,
@@ -182,7 +216,6 @@ class GenerationConfig:
             "typical_p": typical_p,
             "epsilon_cutoff": epsilon_cutoff,
             "eta_cutoff": eta_cutoff,
-            "seed": seed,
         }
         if do_sample is None and any(value is not None for value in sampling.values()):
             do_sample = True
@@ -198,6 +231,7 @@ class GenerationConfig:
             "min_new_tokens": min_new_tokens,
             "max_new_tokens": max_new_tokens,
             "stop_token_ids": stop_token_ids,
+            "seed": seed,
         }
         return replace(self, **{name: value for name, value in options.items() if value is not None})
 

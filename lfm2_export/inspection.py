@@ -9,39 +9,46 @@ from __future__ import annotations
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lfm2_export import paths
+from lfm2_export import mixups
 from lfm2_export.artifact import Artifact
 from lfm2_export.cache import CacheSpec
-from lfm2_export.errors import ArtifactError
-from lfm2_export.manifest import MANIFEST, Program
+from lfm2_export.manifest import Program
 from lfm2_export.messages import as_unicode
+from lfm2_export.packages import explained
+
+if TYPE_CHECKING:
+    from lfm2_export.checkpoint import CheckpointRequest
 
 LONG_CONTEXT = 32768
 
 
+@explained
 def inspect(
     name: str | Path,
     *,
     revision: str | None = None,
     offline: bool = False,
     config_from: str | Path | None = None,
+    lora: str | Path | None = None,
 ) -> dict[str, Any]:
     """Describes an artifact (a folder with a manifest) or else a checkpoint; arguments as ``open_checkpoint``'s.
 
     Raises:
         Lfm2ExportError: it is neither, or damaged.
     """
-    if paths.exists(Path(name) / MANIFEST, ArtifactError):
+    if mixups.is_artifact(name):
         return _artifact(Artifact.open(name))
-    return _checkpoint(str(name), revision, offline, config_from)
+    from lfm2_export.checkpoint import CheckpointRequest
+
+    return _checkpoint(
+        CheckpointRequest(name=name, revision=revision, offline=offline, config_from=config_from, lora=lora)
+    )
 
 
-def _checkpoint(name: str, revision: str | None, offline: bool, config_from: str | Path | None) -> dict[str, Any]:
-    from lfm2_export.checkpoint import open_checkpoint
-
-    checkpoint = open_checkpoint(name, revision=revision, offline=offline, config_from=config_from)
+def _checkpoint(request: CheckpointRequest) -> dict[str, Any]:
+    checkpoint = request.open()
     config = checkpoint.config
     cache = CacheSpec.from_config(config)
     moved = CacheSpec.from_config(config, bounded=True)
@@ -76,7 +83,7 @@ def _artifact(artifact: Artifact) -> dict[str, Any]:
         "name": as_unicode(str(artifact.path)),
         "family": record.model_type,
         "checkpoint": str(record),
-        "programs": [_program(program, artifact) for program in artifact.programs],
+        "programs": [_program(program, artifact) for program in artifact.select()],
         "edited_files": [as_unicode(name) for name in artifact.edited()],
         "missing_files": [as_unicode(name) for name in artifact.missing()],
     }

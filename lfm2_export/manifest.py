@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 MANIFEST = "lfm2_export.json"
+CARD = "README.md"
 
 # What a program is: of a decoder, which has a state (``Program.cache``), or of an encoder, which has none.
 DECODER, ENCODER = "decoder", "encoder"

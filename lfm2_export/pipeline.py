@@ -15,16 +15,17 @@ from pathlib import Path
 
 from lfm2_export import companions, interrupts, model_card
 from lfm2_export.artifact import Artifact, ArtifactWriter
-from lfm2_export.backends.program import Estimate, ExportedProgram, ExportRequest
+from lfm2_export.backends.program import WEIGHTS, Estimate, ExportedProgram, ExportRequest
 from lfm2_export.background import Background
 from lfm2_export.calibration.request import Calibration
 from lfm2_export.calibration.statistics import Statistics
 from lfm2_export.checkpoint import Checkpoint, CheckpointRequest
+from lfm2_export.choices import AlgorithmName, BackendName, BudgetName, SchemeName
 from lfm2_export.export_settings import ExportChoice, ExportSettings
 from lfm2_export.leftovers import swept
 from lfm2_export.manifest import CheckpointRecord, Program
 from lfm2_export.mixing import mixed
-from lfm2_export.packages import recorded_versions
+from lfm2_export.packages import explained, recorded_versions
 from lfm2_export.progress import Progress
 from lfm2_export.quant.schemes import Scheme
 from lfm2_export.resources import check_disk, check_memory, disk_needed
@@ -33,34 +34,38 @@ from lfm2_export.takeover import check_nothing_chosen, taken_over
 logger = logging.getLogger(__name__)
 
 
+@explained
 def export(
     checkpoint: str | Path,
     *,
-    backend: str = "onnx",
-    scheme: str | Sequence[str] = "q4",
+    backend: BackendName | Sequence[BackendName] = "onnx",
+    scheme: SchemeName | Sequence[SchemeName] | None = None,
     output: str | Path,
     group_size: int | None = None,
     exclude: str | Sequence[str] = (),
-    algorithm: str | None = None,
+    algorithm: AlgorithmName | None = None,
     calibrate: str | Path | None = None,
     statistics: str | Path | None = None,
     target_bits: float | None = None,
     target_size: str | int | None = None,
-    budget: str | None = None,
+    budget: BudgetName | None = None,
     measure: str | Path | None = None,
     config_from: str | Path | None = None,
+    lora: str | Path | None = None,
     requantize_table: bool = False,
     revision: str | None = None,
     offline: bool = False,
     progress: Progress | None = None,
     **options: int | str | None,
 ) -> Artifact:
-    """Exports a checkpoint under one or more schemes into a folder.
+    """Exports a checkpoint for one or more backends under one or more schemes into a folder.
 
     Args:
         checkpoint: a directory, a Hub id, a bundled name ("tiny-moe", "tiny-dense", "tiny-lfm3"), or a GGUF file, which
             is taken over bit for bit where its types are grids of ours (Q4_0, Q8_0, Q6_K).
-        scheme: one name or several.
+        backend: "onnx", "executorch", or several.
+        scheme: one name or several, of which each backend makes those that it has; None: each backend's default (q4 for
+            onnx, 8da4w for executorch).
         output: a folder that does not exist, is empty, or is an artifact of the same checkpoint, which is added to.
         group_size: weights that share a scale, in the schemes that have groups; default: the scheme's.
         exclude: one or several patterns of tensor names (as in ``fnmatch``) to leave unquantized in those schemes.
@@ -79,6 +84,8 @@ def export(
             float32; None estimates it by the statistics of ``calibrate``, else without data.
         budget: what these two count: "file" (default) or "step", what a decode step reads.
         config_from: for a GGUF file: the checkpoint whose config, tokenizer and templates count instead of the file's.
+        lora: the folder of a LoRA adapter, as peft saves it (adapter_config.json, adapter_model.safetensors), which is
+            merged into the weights as they are read.
         requantize_table: for a GGUF file: a token table that is quantized already is so again, in the scheme's format;
             llama.cpp's 6 bits take 10 here, for exactness.
         options: the backend's own settings (``Backend.OPTIONS``), each of which is checked; None leaves one to the
@@ -91,7 +98,9 @@ def export(
             disk ran out (ResourceError): then what is done waits beside ``output`` for the same call.
     """
     settings = ExportSettings(
-        source=CheckpointRequest(name=checkpoint, revision=revision, offline=offline, config_from=config_from),
+        source=CheckpointRequest(
+            name=checkpoint, revision=revision, offline=offline, config_from=config_from, lora=lora
+        ),
         backend=backend,
         scheme=scheme,
         output=output,
@@ -111,21 +120,21 @@ def export(
 
 
 def _run(settings: ExportSettings, progress: Progress) -> Artifact:
-    choice = settings.choice()
+    asked = settings.choices()
     opened = settings.source.open()
     companions.check(opened)
-    choice = replace(choice, schemes=_with_widths(settings, choice, opened))
+    progress.phase("choosing what is stored how")
+    choices = [replace(choice, schemes=_with_widths(settings, choice, opened)) for choice in asked]
     calibration = Calibration.asked(opened, settings.calibrate, settings.statistics)
     record = Background(lambda: writer.confirm(CheckpointRecord.of(opened)))
     # A backend's files lie in the folder of its name.
-    key = _key(settings.backend, choice, opened, calibration)
-    writer = ArtifactWriter(settings.output, record.result, into=[settings.backend], key=key)
+    backends = [choice.backend for choice in choices]
+    writer = ArtifactWriter(settings.output, record.result, into=backends, key=_key(choices, opened, calibration))
     with interrupts.lasting(), swept(), writer:
         if (finished := writer.finished()) is not None:
             return finished
         return _Export(
-            backend=settings.backend,
-            choice=choice,
+            choices=choices,
             checkpoint=opened,
             record=record,
             calibration=calibration,
@@ -148,8 +157,7 @@ class _Export:
     """All that the stages take, from the first weight on. ``record`` is the checkpoint's, once it is hashed;
     ``calibration`` is None where none was asked for."""
 
-    backend: str
-    choice: ExportChoice
+    choices: Sequence[ExportChoice]
     checkpoint: Checkpoint
     record: Background[CheckpointRecord]
     calibration: Calibration | None
@@ -159,33 +167,37 @@ class _Export:
     def run(self) -> Artifact:
         known = None if self.calibration is None else self.calibration.existing(self.writer.ledgers)
         requests = self._requests(known)
-        self._check_resources([self.choice.lowering.estimate(request) for request in requests])
+        self._check_resources([choice.lowering.estimate(request) for choice, request in requests])
         # Hashing reads every shard: it runs beside the export, once nothing cheap can refuse the work any more.
         self.record.start()
         if self.calibration is not None and known is None:
             requests = self._requests(self.calibration.collected(self.writer.ledgers, self.progress))
-        for request in requests:
-            self._add(request)
+        for choice, request in requests:
+            self._add(choice, request)
         return self._finish()
 
-    def _requests(self, statistics: Statistics | None) -> list[ExportRequest]:
-        """One for each scheme. Until there are statistics, widths are those that the weights alone suggest: in the same
-        budget, so that the estimate of disk and memory holds."""
-        schemes: Sequence[Scheme] = self.choice.schemes
-        if statistics is not None and not self.checkpoint.exact_formats:
-            make_plan, widths = self.choice.lowering.make_plan, self.choice.widths
-            schemes = mixed(self.checkpoint, schemes, make_plan, widths, statistics)
-        return [self._request(scheme, statistics) for scheme in schemes]
+    def _requests(self, statistics: Statistics | None) -> list[tuple[ExportChoice, ExportRequest]]:
+        """One for each backend's schemes. Until there are statistics, widths are those that the weights alone suggest:
+        in the same budget, so that the estimate of disk and memory holds."""
+        found = []
+        for choice in self.choices:
+            schemes: Sequence[Scheme] = choice.schemes
+            if statistics is not None and not self.checkpoint.exact_formats:
+                schemes = mixed(self.checkpoint, schemes, choice.lowering.make_plan, choice.widths, statistics)
+            found += [(choice, self._request(choice, scheme, statistics)) for scheme in schemes]
+        return found
 
-    def _request(self, scheme: Scheme, statistics: Statistics | None) -> ExportRequest:
+    def _request(self, choice: ExportChoice, scheme: Scheme, statistics: Statistics | None) -> ExportRequest:
+        told = _Told(self.progress, f"{choice.backend} {scheme.name}", self.checkpoint.total_bytes)
         return ExportRequest(
             checkpoint=self.checkpoint,
             scheme=scheme,
-            file_name=self.choice.lowering.SCHEMES[scheme.name],
+            file_name=choice.lowering.SCHEMES[scheme.name],
             folder=self.writer.root,
-            algorithm=self.choice.algorithm,
-            progress=self.progress.advance,
-            options=self.choice.options,
+            algorithm=choice.algorithm,
+            progress=told.advance,
+            phase=told.begin,
+            options=choice.options,
             ledgers=self.writer.ledgers,
             statistics=statistics,
         )
@@ -197,35 +209,60 @@ class _Export:
         if done := sum(estimate.done_bytes for estimate in estimates):
             self.progress.continued(done, len(estimates) * self.checkpoint.total_bytes)
 
-    def _add(self, request: ExportRequest) -> None:
-        logger.info("lowering %s to %s %s", self.checkpoint.name, self.backend, request.scheme.name)
-        self.progress.start(f"{self.backend} {request.scheme.name}", self.checkpoint.total_bytes)
-        made = self.choice.lowering.export_program(request)
+    def _add(self, choice: ExportChoice, request: ExportRequest) -> None:
+        logger.info("lowering %s to %s %s", self.checkpoint.name, choice.backend, request.scheme.name)
+        made = choice.lowering.export_program(request)
         interrupts.check()
-        self.writer.add_program(_program(self.backend, request.scheme, made), made.files)
+        self.writer.add_program(_program(choice.backend, request.scheme, made), made.files)
 
     def _finish(self) -> Artifact:
+        self.progress.phase("hashing the checkpoint, putting files into place")
         companions.carry_over(self.checkpoint, self.writer)
-        self.choice.lowering.runtime_files(self.checkpoint, self.writer)
+        for choice in self.choices:
+            choice.lowering.runtime_files(self.checkpoint, self.writer)
         card = model_card.render(self.record.result(), self.writer.programs, self.checkpoint)
         self.writer.write_text("README.md", card)
         interrupts.check()
         return self.writer.commit()
 
 
-def _key(backend: str, choice: ExportChoice, checkpoint: Checkpoint, calibration: Calibration | None) -> str:
+class _Told:
+    """What one program's export says of itself, as the progress of the whole: a program may read weights several
+    times, and a weight that two of its tensors share twice."""
+
+    def __init__(self, progress: Progress, name: str, total: int):
+        self._progress, self._name, self._total, self._read = progress, name, total, 0
+
+    def begin(self, phase: str) -> None:
+        label = f"{self._name}: {phase}"
+        if phase != WEIGHTS:
+            self._progress.phase(label)
+            return
+        self._progress.start(label, self._total)
+        self._progress.advance(self._read)
+
+    def advance(self, nbytes: int) -> None:
+        new = min(nbytes, self._total - self._read)
+        self._read += new
+        self._progress.advance(new)
+
+
+def _key(choices: Sequence[ExportChoice], checkpoint: Checkpoint, calibration: Calibration | None) -> str:
     """All that the bytes of an export follow from, but for the weights themselves, which take long to hash: for those
     the size and the times of their files stand."""
-    files = sorted({info.file for info in checkpoint.tensors.values()})
-    stats = [(checkpoint.shard_name(path), path.stat()) for path in files]
+    stats = [(checkpoint.shard_name(path), path.stat()) for path in checkpoint.weight_files]
+    adapter = checkpoint.adapter
     asked = {} if calibration is None else {"calibration": calibration.key()}
     return json.dumps(
         {
             "config": checkpoint.config_sha256,
             "shards": [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats],
-            "backend": backend,
-            "schemes": list(map(repr, choice.schemes)),
-            "options": {"algorithm": choice.algorithm, **asked, **choice.options},
+            "programs": [
+                (choice.backend, list(map(repr, choice.schemes)), {"algorithm": choice.algorithm, **choice.options})
+                for choice in choices
+            ],
+            **asked,
+            **({} if adapter is None else {"lora": adapter.settings_sha256}),
             "versions": recorded_versions(),
         }
     )

@@ -10,6 +10,10 @@ def _ignore_start(label: str, total: int) -> None:
     pass
 
 
+def _ignore_phase(label: str) -> None:
+    pass
+
+
 def _ignore_advance(amount: int) -> None:
     pass
 
@@ -24,13 +28,17 @@ def _ignore_told(text: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """``start(label, total)`` begins a step of so many bytes, ``advance(amount)`` says how many more are done.
+    """``phase(label)`` begins work whose length is not known (tracing), ``start(label, total)`` work of so many bytes,
+    ``start_steps(label, total)`` work of so many steps; ``advance(amount)`` says how much more of the last two is done,
+    which never comes to more than the total.
 
     ``continued(done, total)`` is called once, before the work, where an export that was interrupted goes on: bytes of
     the checkpoint (counted once a scheme) that are done, and those in all. ``told(text)``: what long work will take.
     """
 
     continued: Callable[[int, int], None] = _ignore_continued
+    phase: Callable[[str], None] = _ignore_phase
     start: Callable[[str, int], None] = _ignore_start
+    start_steps: Callable[[str, int], None] = _ignore_start
     advance: Callable[[int], None] = _ignore_advance
     told: Callable[[str], None] = _ignore_told

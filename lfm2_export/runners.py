@@ -13,19 +13,22 @@ from lfm2_export import paths
 from lfm2_export.artifact import Artifact
 from lfm2_export.backends import get_backend
 from lfm2_export.backends.base import Runner, RunnerOptions
+from lfm2_export.choices import BackendName, KernelsName, KvCacheName, SchemeName
 from lfm2_export.errors import ArtifactError
 from lfm2_export.manifest import ENCODER, Program
 from lfm2_export.messages import shown
+from lfm2_export.packages import explained
 
 
+@explained
 def load_runner(
     path: str | Path | Artifact,
     *,
-    backend: str | None = None,
-    scheme: str | None = None,
+    backend: BackendName | None = None,
+    scheme: SchemeName | None = None,
     threads: int | None = None,
-    kernels: str | None = None,
-    kv_cache: str | None = None,
+    kernels: KernelsName | None = None,
+    kv_cache: KvCacheName | None = None,
 ) -> Runner:
     """A runner on one program of the artifact at ``path``; files are checked against the manifest first.
 

@@ -22,6 +22,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from lfm2_export import files, paths, retrieval
+from lfm2_export.choices import BackendName, SchemeName
 from lfm2_export.encoders import Encoder, load_encoder
 from lfm2_export.errors import ArtifactError
 from lfm2_export.heads import ATTENDED, HIDDEN, PADDING, SENTENCE
@@ -31,7 +32,11 @@ if TYPE_CHECKING:
 
 
 def load(
-    path: str | Path | Artifact, *, backend: str | None = None, scheme: str | None = None, threads: int | None = None
+    path: str | Path | Artifact,
+    *,
+    backend: BackendName | None = None,
+    scheme: SchemeName | None = None,
+    threads: int | None = None,
 ) -> SentenceTransformer:
     """A model on one program of the artifact at ``path``; arguments as ``load_encoder``'s.
 

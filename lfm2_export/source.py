@@ -23,6 +23,7 @@ ASSETS = Path(__file__).parent / "assets"
 BUNDLED = ("tiny-moe", "tiny-dense", "tiny-lfm3")
 COMPANION = "lfm2_export_demo"  # the distribution that brings them where lfm2-export is installed from a wheel
 SUFFIX = ".gguf"
+PROGRAMS = (".onnx", ".pte")  # of an artifact
 
 WEIGHT_PATTERNS = ("config.json", "*.safetensors", "*.safetensors.index.json")
 DATA_PATTERNS = (*WEIGHT_PATTERNS, "*.json", "*.jinja", "LICENSE*", "tokenizer.model")
@@ -46,9 +47,9 @@ def _nested_but(folder: str, last: str) -> tuple[str, ...]:
 
 _IGNORED = _nested_but("additional_chat_templates", "a")  # of ".jinja": no other data file's name ends so
 
-_HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*", re.ASCII)
+HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*", re.ASCII)
 _HUB_FILE = re.compile(
-    rf"(?P<repository>{_HUB_ID.pattern})/(?P<file>(?:[\w.-]+/)*[\w][\w.-]*\{SUFFIX})", re.ASCII | re.IGNORECASE
+    rf"(?P<repository>{HUB_ID.pattern})/(?P<file>(?:[\w.-]+/)*[\w][\w.-]*\{SUFFIX})", re.ASCII | re.IGNORECASE
 )
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -83,12 +84,13 @@ def resolve(name: str, *, revision: str | None = None, offline: bool = False) ->
         if name.lower().endswith(SUFFIX):
             _refuse_revision(name, revision, "a file")
             return Source(path=Path(name))
+        what = "an exported program" if name.lower().endswith(PROGRAMS) else "a file"
         raise CheckpointError(
-            f"{name}: is a file, not a checkpoint; give the folder that holds config.json, or a {SUFFIX} file"
+            f"{name}: is {what}, not a checkpoint; give the folder that holds config.json, or a {SUFFIX} file"
         )
     if found := _HUB_FILE.fullmatch(name):
         return _file_from_hub(name, found["repository"], found["file"], revision, offline)
-    if not _HUB_ID.fullmatch(name):
+    if not HUB_ID.fullmatch(name):
         kind = "file" if name.lower().endswith(SUFFIX) else "directory"
         raise CheckpointError(
             f"{name}: no such {kind}, and neither a bundled checkpoint ({', '.join(BUNDLED)}) "

@@ -24,6 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lfm2_export.artifact import Artifact
 from lfm2_export.backends.base import Runner, RunnerOptions
+from lfm2_export.choices import BackendName, KernelsName, KvCacheName, SchemeName
 from lfm2_export.errors import GenerationError
 from lfm2_export.manifest import Program
 from lfm2_export.messages import shown
@@ -93,11 +94,11 @@ class ExportedModelForCausalLM(ProgramModule, GenerationMixin):
         torch_dtype: object = None,
         subfolder: str | None = None,
         output_loading_info: bool = False,
-        scheme: str | None = None,
-        backend: str | None = None,
+        scheme: SchemeName | None = None,
+        backend: BackendName | None = None,
         threads: int | None = None,
-        kernels: str | None = None,
-        kv_cache: str | None = None,
+        kernels: KernelsName | None = None,
+        kv_cache: KvCacheName | None = None,
         **options: Any,
     ) -> ExportedModelForCausalLM:
         """Opens an artifact. Nothing is fetched, unpickled or run from it, whatever is asked for.

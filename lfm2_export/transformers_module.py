@@ -8,23 +8,29 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 from transformers import PreTrainedConfig
 
 from lfm2_export import transformers_weights as weights
+from lfm2_export.artifact import Artifact
 from lfm2_export.backends.base import Runner
+from lfm2_export.copies import copy_artifact
 from lfm2_export.errors import GenerationError
 from lfm2_export.manifest import MODEL, Program
 from lfm2_export.messages import one_line
 from lfm2_export.transformers_cache import StateDesk
 from lfm2_export.transformers_options import (
     CPU,
+    SAVE_OPTIONS,
     AttributeRefusedError,
     check_attention,
     check_device,
+    check_options,
     no_such,
     refuse,
     served_dtype,
@@ -38,7 +44,7 @@ _INSIDE = "an exported program's weights are inside it, quantized; the checkpoin
 _NO_MODULES = "an exported program is one graph without modules; use the checkpoint's model for that"
 _ELSEWHERE = "an exported program does not have it; use the checkpoint's model for that"
 _ADAPTERS = "an exported program takes no adapters; merge one into the checkpoint and export that"
-_FILES = "an exported program is saved already; copy or upload the artifact's folder"
+_UPLOAD = "upload the artifact's folder (huggingface-cli upload REPO FOLDER)"
 
 # Why what people ask for first is not there; of the rest it is said in general.
 _REASONS = {
@@ -49,7 +55,7 @@ _REASONS = {
     **dict.fromkeys(("resize_position_embeddings", "set_output_embeddings"), _FIXED),
     **dict.fromkeys(("get_buffer", "get_parameter", "state_dict"), _INSIDE),
     **dict.fromkeys(("add_adapter", "delete_adapter", "enable_adapters", "load_adapter", "set_adapter"), _ADAPTERS),
-    **dict.fromkeys(("push_to_hub", "save_pretrained"), _FILES),
+    "push_to_hub": _UPLOAD,
     **dict.fromkeys(("apply", "base_model", "get_decoder", "get_submodule", "layers", "lm_head", "model"), _NO_MODULES),
     **dict.fromkeys(("register_forward_hook", "register_forward_pre_hook", "set_submodule"), _NO_MODULES),
 }
@@ -96,6 +102,20 @@ class ProgramModule:
             f"  context: {self.runner.context_length:,} tokens\n"
             ")"
         )
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        """Copies the artifact, with all of its programs, into a folder that is new or empty.
+
+        Args:
+            save_directory: the folder.
+            options: transformers' other ones, which are taken where they change nothing.
+
+        Raises:
+            GenerationError: an option that there is not, or that cannot be followed.
+            ArtifactError: the folder holds something, or cannot be written.
+        """
+        check_options("save_pretrained", options, SAVE_OPTIONS, ("save_directory",))
+        copy_artifact(Artifact.open(self.name_or_path, verify=False), Path(save_directory))
 
     # What would move it or change its type
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from transformers import GenerationConfig
 
 from lfm2_export.errors import GenerationError
 from lfm2_export.messages import shown
+from lfm2_export.spelling import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ _SERVED = {
 # How accelerate spreads a model over what is there; a program is on the CPU whatever is.
 _SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 # Of wrong names, how many a message quotes, and how much of one is compared with the right ones.
-_NAMES, _LONGEST = 3, 60
+_NAMES = 3
 
 
 class AttributeRefusedError(GenerationError, AttributeError):
@@ -74,9 +74,7 @@ def no_such(kind: str, names: Sequence[str], known: Collection[str]) -> str:
 
 
 def _hint(name: str, known: Collection[str]) -> str:
-    public = sorted(other for other in known if not other.startswith("_"))
-    near = get_close_matches(name[:_LONGEST], public, n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
+    return did_you_mean(name, sorted(other for other in known if not other.startswith("_")))
 
 
 def refuse(name: str, given: bool, reason: str) -> None:
@@ -191,6 +189,22 @@ FORWARD_OPTIONS: Mapping[str, Option] = {
     **{
         name: Option(taken=_nothing, reason=_PACKED)
         for name in ("cu_seq_lens_k", "cu_seq_lens_q", "max_length_k", "max_length_q", "seq_idx")
+    },
+}
+
+
+_ALWAYS_WHOLE = "an artifact's files are copied as they are; leave it out"
+SAVE_OPTIONS: Mapping[str, Option] = {
+    **{
+        name: Option(taken=_anything)
+        for name in ("max_shard_size", "save_original_format", "save_peft_format", "token", "use_auth_token")
+    },
+    "is_main_process": Option(taken=lambda value: value is True, reason="one process saves; leave it out"),
+    "safe_serialization": Option(taken=lambda value: value is True, reason="nothing is ever pickled; leave it out"),
+    "push_to_hub": Option(taken=_nothing, reason="upload the folder afterwards (huggingface-cli upload REPO FOLDER)"),
+    **{
+        name: Option(taken=_nothing, reason=_ALWAYS_WHOLE)
+        for name in ("quantization_config", "save_function", "state_dict", "variant")
     },
 }
 

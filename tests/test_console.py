@@ -163,3 +163,39 @@ def test_the_help_tells_of_verbose_and_of_exit_codes(capsys: pytest.CaptureFixtu
     assert "70 a bug of this program; 128 and the number of the signal" in text
     assert cli.main(["run", "--help"]) == 0
     assert "--verbose" in capsys.readouterr().out
+
+
+def test_progress_in_a_log_is_lines_that_never_say_more_than_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What begins first is told only where it takes a while: a refusal is one line."""
+    monkeypatch.setattr(console, "_LINES_APART", 0.0)
+    with printing(io.StringIO) as output, console.export_progress() as progress:
+        progress.phase("looking")
+        progress.phase("onnx q4: tracing")
+        progress.start("onnx q4: weights", 1000)
+        for _ in range(100):
+            progress.advance(10)
+        progress.start_steps("calibrating", 4)
+        progress.advance(4)
+    first, begun, *shares, calibrating, all_steps = output.getvalue().splitlines()
+    assert (first, begun) == ("onnx q4: tracing", "onnx q4: weights (1.0 kB)")
+    assert shares == [f"onnx q4: weights: {n} %, {10 * n} bytes of 1.0 kB" for n in range(10, 100, 10)] + [
+        "onnx q4: weights: 100 %, 1.0 kB of 1.0 kB"
+    ]
+    assert (calibrating, all_steps) == ("calibrating (4)", "calibrating: 100 %, 4 of 4")
+
+
+def test_progress_on_a_terminal_names_steps_and_bytes_as_what_they_are() -> None:
+    with printing(Terminal, "xterm") as output, console.export_progress() as progress:
+        progress.start_steps("calibrating", 4)
+        progress.advance(3)
+        progress.start("weights", 2000)
+        progress.advance(1000)
+    printed = output.getvalue()
+    assert "1.0 kB of 2.0 kB" in printed
+    assert "bytes of 4" not in printed
+
+
+def test_work_in_steps_is_lines_where_nobody_sees_a_spinner() -> None:
+    with printing(io.StringIO) as output, console.busy("comparing") as doing:
+        doing("model")
+    assert output.getvalue() == "comparing: model\n"

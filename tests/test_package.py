@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+import lfm2_export
 from lfm2_export.source import BUNDLED
+from tests.checkpoints import tiny_config, write_random_checkpoint
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "executorch", "numpy")
@@ -67,7 +69,7 @@ assert code == 2, code
     assert "pip install 'lfm2-export[export]'" in done.stderr
 
 
-COMPANION = "integrations/lfm2-export-demo"
+COMPANIONS = ("integrations/lfm2-export-demo", "integrations/optimum-lfm2")
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +81,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "build", "*.egg-info"))
     for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, copy)
-    sources = (copy, copy / COMPANION)
+    sources = (copy, *(copy / companion for companion in COMPANIONS))
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), *map(str, sources)]
     done = subprocess.run(command, capture_output=True, text=True)
     if "No matching distribution found for setuptools" in done.stderr:
@@ -122,3 +124,42 @@ def inspected(folder: Path, code: int) -> subprocess.CompletedProcess[str]:
     )
     assert done.returncode == code, done.stderr
     return done
+
+
+def test_the_command_has_a_name_of_its_own_too(wheels: dict[str, Path]) -> None:
+    """Liquid's own tools install an ``lfm2-export``."""
+    archive = zipfile.ZipFile(wheels["lfm2_export"])
+    (name,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
+    scripts = [line for line in archive.read(name).decode().splitlines() if "=" in line]
+    assert scripts == ["lfm2-export = lfm2_export.cli:main", "lfm2x = lfm2_export.cli:main"]
+
+
+def test_optimum_cli_has_our_export(wheels: dict[str, Path], tmp_path: Path) -> None:
+    """Found by optimum where the wheel is installed, here beside the environment's packages; the same files, byte for
+    byte, as from ``export``, and the same line for a mistake."""
+    pytest.importorskip("optimum", reason="pip install 'optimum>=2.3'")
+    zipfile.ZipFile(wheels["optimum_lfm2"]).extractall(tmp_path / "site")
+    checkpoint = write_random_checkpoint(tmp_path / "checkpoint", tiny_config("lfm2"), seed=3)
+
+    def optimum_cli(*arguments: str, installed: bool = True) -> subprocess.CompletedProcess[str]:
+        places = [str(tmp_path / "site")] * installed + [str(ROOT)]
+        return subprocess.run(
+            [sys.executable, "-c", "from optimum.commands.optimum_cli import main; main()", *arguments],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(places), "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
+
+    command = ("export", "lfm2", str(checkpoint), "out", "--scheme", "q4,fp32", "--group-size", "32")
+    done = optimum_cli(*command)
+    assert done.returncode == 0, done.stderr
+    assert "onnx/model_q4.onnx" in done.stdout
+    artifact = lfm2_export.Artifact.open(tmp_path / "out")
+    direct = lfm2_export.export(checkpoint, scheme=["q4", "fp32"], group_size=32, output=tmp_path / "direct")
+    assert artifact.manifest.all_files() == direct.manifest.all_files()
+    refused = optimum_cli("export", "lfm2", str(checkpoint), "other", "--scheme", "q5")
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].startswith("lfm2-export: scheme 'q5' is unknown")
+    assert not (tmp_path / "other").exists()
+    assert optimum_cli(*command, installed=False).returncode == 2  # optimum alone knows no lfm2

@@ -99,6 +99,7 @@ class Copying:
     """A backend whose program is the checkpoint itself, run eagerly."""
 
     SCHEMES = {"fp32": "copy.safetensors"}  # noqa: RUF012
+    DEFAULT_SCHEME = "fp32"
     OPTIONS = {"flavour": ExportOption(kind=str, metavar="NAME", help="recorded and nothing else")}  # noqa: RUF012
     TESTED_WITH: dict[str, str] = {}  # noqa: RUF012
     KL_TOLERANCE = 0.0

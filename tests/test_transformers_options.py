@@ -323,3 +323,24 @@ def test_code_that_a_configuration_names_is_never_run(folder, tmp_path, monkeypa
     assert model.config.model_type == "lfm2_moe"
     assert model.generate(torch.tensor([[1, 2]]), max_new_tokens=1, trust_remote_code=True).shape == (1, 3)
     assert not (tmp_path / "was run").exists()
+
+
+def test_a_model_is_saved_as_a_copy_of_its_artifact(tmp_path, folder, opened):
+    model = opened(torch_dtype=torch.float32, low_cpu_mem_usage=True, trust_remote_code=False)
+    model.save_pretrained(tmp_path / "new" / "copy", safe_serialization=True, max_shard_size="5GB")
+    made = lfm2_export.Artifact.open(tmp_path / "new" / "copy")
+    assert made.manifest == lfm2_export.Artifact.open(folder).manifest
+    assert made.missing() == []
+    assert (made.path / "README.md").read_bytes() == (folder / "README.md").read_bytes()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["copy"]
+    model.save_pretrained(folder)  # where it is
+    with pytest.raises(ArtifactError, match="is not an empty folder"):
+        model.save_pretrained(made.path.parent)
+    for options, words in (
+        ({"push_to_hub": True}, "push_to_hub=True: upload the folder afterwards"),
+        ({"state_dict": {"a": 1}}, "state_dict=.*: an artifact's files are copied as they are"),
+        ({"safe_serialisation": True}, r"'safe_serialisation' \(did you mean safe_serialization\?\)"),
+    ):
+        with pytest.raises(GenerationError, match=words):
+            model.save_pretrained(tmp_path / "other", **options)
+    assert not (tmp_path / "other").exists()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from lfm2_export.errors import ExportError
 from lfm2_export.messages import shown
 from lfm2_export.registry import Registry
+from lfm2_export.spelling import did_you_mean
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,7 +56,8 @@ class FullPrecision:
 class Backend(Protocol):
     """What a backend offers.
 
-    ``SCHEMES``: those that it lowers, with the name of the program's file. ``OPTIONS``: settings of its own for
+    ``SCHEMES``: those that it lowers, with the name of the program's file; ``DEFAULT_SCHEME``: the one that is made
+    where none is asked for. ``OPTIONS``: settings of its own for
     ``export``, by their keyword. ``TESTED_WITH``: the runtimes that tests open a scheme's program with; under "family
     scheme" where a family's are others.
     ``KL_TOLERANCE``: how far (mean KL divergence) int8 activations may take a quantized program from the eager model
@@ -63,6 +65,7 @@ class Backend(Protocol):
     """
 
     SCHEMES: Mapping[str, str]
+    DEFAULT_SCHEME: str
     OPTIONS: Mapping[str, ExportOption]
     TESTED_WITH: Mapping[str, str]
     KL_TOLERANCE: float
@@ -125,5 +128,7 @@ def get_backend(name: str) -> Backend:
         ExportError: there is no such backend; the message lists those that there are.
     """
     if name not in BACKENDS:
-        raise ExportError(f"backend {shown(name)} is unknown; known backends: {', '.join(BACKENDS)}")
+        raise ExportError(
+            f"backend {shown(name)} is unknown{did_you_mean(name, BACKENDS)}; known backends: {', '.join(BACKENDS)}"
+        )
     return BACKENDS[name]

@@ -17,14 +17,16 @@ from lfm2_export.checkpoint import Checkpoint
 from lfm2_export.manifest import DECODER, ENCODER, StoredTensor, TensorSpec
 from lfm2_export.quant.schemes import Scheme
 
+TRACING, WEIGHTS, LOWERING = "tracing", "weights", "tracing and lowering"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRequest:
     """One program to make. ``file_name`` is the program's file; ``algorithm`` names a quantization algorithm;
-    ``options`` are those of the backend's own settings that were given (``Backend.OPTIONS``); ``progress`` is told how
-    many bytes of the checkpoint each step consumed. ``ledgers`` is the folder for the files'
-    ledgers, ``*.ledger``, by which a killed export is continued; None for one that is not to be. ``statistics`` are
-    those that the algorithm needs, None for one that needs none."""
+    ``options`` are those of the backend's own settings that were given (``Backend.OPTIONS``); ``phase`` is told
+    what begins, ``WEIGHTS`` before weights are read; ``progress`` then how many bytes of the checkpoint each step
+    consumed. ``ledgers`` is the folder for the files' ledgers, ``*.ledger``, by which a killed export is continued;
+    None for one that is not to be. ``statistics`` are those that the algorithm needs, None for one that needs none."""
 
     checkpoint: Checkpoint
     scheme: Scheme
@@ -32,6 +34,7 @@ class ExportRequest:
     folder: Path
     algorithm: str
     progress: Callable[[int], None]
+    phase: Callable[[str], None] = lambda label: None
     options: Mapping[str, Any] = field(default_factory=dict)
     ledgers: Path | None = None
     statistics: Statistics | None = None

@@ -75,6 +75,12 @@ class RunnerBase(ABC):
         self._marks: weakref.WeakKeyDictionary[Mark, Any] = weakref.WeakKeyDictionary()
         self._block: _Block | None = None
 
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self._vocab_size:,} tokens known, {int(self.lengths.max(initial=0)):,} of "
+            f"{self._context_length:,} held)"
+        )
+
     @property
     def vocab_size(self) -> int:
         return self._vocab_size

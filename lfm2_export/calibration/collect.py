@@ -132,7 +132,7 @@ class _Collection:
         steps: list[Callable[[], _Measured | None]] = [self._embed]
         steps += [lambda layer=layer: self._layer(layer) for layer in range(layers)]  # type: ignore[misc]
         steps.append(self._head)
-        self.progress.start("calibrating", len(steps))
+        self.progress.start_steps("calibrating", len(steps))
         self.progress.advance(self.space.state.steps)
         data = self.space.open_data(self.layout.nbytes)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lfm2_export.commands.base import Command, version_text
 from lfm2_export.commands.chat import ChatCommand
 from lfm2_export.commands.check import BenchCommand, ParityCommand
+from lfm2_export.commands.completion import CompletionCommand
 from lfm2_export.commands.demo import DemoCommand
 from lfm2_export.commands.embed import EmbedCommand
 from lfm2_export.commands.export import ExportCommand
@@ -25,6 +26,7 @@ COMMANDS: tuple[Command, ...] = (
     InspectCommand(),
     SupportCommand(),
     DemoCommand(),
+    CompletionCommand(),
 )
 
 __all__ = ["COMMANDS", "version_text"]

@@ -37,18 +37,24 @@ def given(text: str) -> str:
 
 
 def add_artifact(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("artifact", metavar="DIR", type=given, help="a folder that `lfm2-export export` wrote")
+    parser.add_argument(
+        "artifact", metavar="DIR", type=given, help="a folder that `lfm2-export export` wrote, or a program in it"
+    )
     add_program_choice(parser)
 
 
 def add_program_choice(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", help="which backend's program (default: onnx where the folder has it)")
-    parser.add_argument("--scheme", help="which scheme's program (default: the preferred one in the folder)")
+    parser.add_argument("--scheme", "-s", help="which scheme's program (default: the preferred one in the folder)")
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", "-t", type=int, metavar="N", help="CPU threads (default: every core)")
 
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
     """How a program is run here."""
-    parser.add_argument("--threads", type=int, help="CPU threads (default: every core)")
+    add_threads(parser)
     parser.add_argument(
         "--kernels",
         choices=[str(kernels) for kernels in Kernels],
@@ -74,12 +80,18 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         type=given,
         help="of a GGUF file: take config, tokenizer and chat template from this folder or Hub id instead",
     )
+    parser.add_argument(
+        "--lora",
+        metavar="DIR",
+        type=given,
+        help="merge this LoRA adapter, as peft saves it, into the checkpoint's weights",
+    )
     parser.add_argument("--offline", action="store_true", help="take Hub checkpoints from the local cache only")
 
 
 def source_options(options: argparse.Namespace) -> dict[str, Any]:
     """What ``add_source`` asked for, as arguments of the functions that open a checkpoint."""
-    return {name: getattr(options, name) for name in ("revision", "offline", "config_from")}
+    return {name: getattr(options, name) for name in ("revision", "offline", "config_from", "lora")}
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -20,6 +20,7 @@ from lfm2_export.commands.base import (
 )
 from lfm2_export.errors import Lfm2ExportError
 from lfm2_export.manifest import ENCODER
+from lfm2_export.mixups import check_order
 from lfm2_export.resources import human_bytes
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class ParityCommand:
     def run(self, options: argparse.Namespace) -> int:
         from lfm2_export.parity import measure_parity
 
+        check_order("parity", options.artifact, options.checkpoint)
         check_max_kl(options.max_kl)
         if options.max_kl is not None:
             refuse_encoder(options.artifact, "--max-kl")
@@ -131,7 +133,7 @@ def print_parity(report: ParityReport) -> None:
     console.print_table("parity", report.COLUMNS, report.rows())
     for remark in report.remarks():
         console.note(remark)
-    print(report.verdict())
+    console.print_line(report.verdict())
 
 
 class BenchCommand:
@@ -140,8 +142,8 @@ class BenchCommand:
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         add_artifact(parser)
-        parser.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="default: 512")
-        parser.add_argument("--new-tokens", type=int, default=128, metavar="N", help="default: 128")
+        parser.add_argument("--prompt-tokens", "-p", type=int, default=512, metavar="N", help="default: 512")
+        parser.add_argument("--new-tokens", "-n", type=int, default=128, metavar="N", help="default: 128")
         parser.add_argument("--rounds", type=int, default=3, metavar="N", help="medians over N rounds (default: 3)")
         parser.add_argument("--profile", action="store_true", help="also show where a step's time goes, by operator")
         add_machine(parser)

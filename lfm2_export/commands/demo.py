@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lfm2_export import __version__, console
 from lfm2_export.artifact import Artifact
+from lfm2_export.choices import SchemeName
 from lfm2_export.commands.base import given
 from lfm2_export.commands.check import print_parity
 from lfm2_export.commands.export import print_programs
@@ -17,7 +18,7 @@ from lfm2_export.manifest import CheckpointRecord
 from lfm2_export.runners import load_runner
 from lfm2_export.text import Tokenizer
 
-SCHEMES = ("fp32", "q4")
+SCHEMES: tuple[SchemeName, ...] = ("fp32", "q4")
 PROMPT = "What is a dictionary?"
 MAX_NEW_TOKENS = 64
 PARITY_TOKENS = 1024  # a quarter of what `lfm2-export parity` takes: a demo is waited for
@@ -39,7 +40,7 @@ class DemoCommand:
 
         folder = Path(options.output) / options.checkpoint
         artifact = _existing(folder, options.checkpoint) or _export(folder, options.checkpoint)
-        print_programs(str(folder), artifact.programs)
+        print_programs(artifact)
         with console.busy("comparing with the eager model") as doing:
             report = measure_parity(
                 artifact.path, options.checkpoint, scheme=SCHEMES, max_tokens=PARITY_TOKENS, progress=doing
@@ -70,7 +71,7 @@ def _export(folder: Path, checkpoint: str) -> Artifact:
         return export(checkpoint, scheme=SCHEMES, output=folder, progress=progress)
 
 
-def _generate(artifact: Artifact, scheme: str, prompt: str) -> None:
+def _generate(artifact: Artifact, scheme: SchemeName, prompt: str) -> None:
     tokenizer = Tokenizer.from_dir(artifact.path)
     config = generation_settings(artifact.path).override(max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
     runner = load_runner(artifact, scheme=scheme)

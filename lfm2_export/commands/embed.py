@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from lfm2_export import console
-from lfm2_export.commands.base import add_artifact, add_json
+from lfm2_export.commands.base import add_artifact, add_json, add_threads
 from lfm2_export.encoders import DEFAULT_BATCH_SIZE, load_encoder
 from lfm2_export.errors import RunnerError
 from lfm2_export.text import check_text
@@ -38,7 +38,7 @@ class EmbedCommand:
         parser.add_argument(
             "--batch-size", type=int, default=DEFAULT_BATCH_SIZE, metavar="N", help="texts at once (default: 32)"
         )
-        parser.add_argument("--threads", type=int, help="CPU threads (default: every core)")
+        add_threads(parser)
         add_json(parser)
 
     def run(self, options: argparse.Namespace) -> int:

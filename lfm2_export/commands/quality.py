@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from lfm2_export import console
-from lfm2_export.commands.base import add_json, add_source, given, source_options
+from lfm2_export.commands.base import add_json, add_source, add_threads, given, source_options
 from lfm2_export.commands.check import add_max_kl, check_max_kl, check_writable
 
 
@@ -29,7 +29,7 @@ class QualityCommand:
         parser.add_argument("--max-tokens", type=int, metavar="N", default=8192, help="of the text (default: 8192)")
         add_max_kl(parser)
         parser.add_argument("--report", metavar="FILE.html", type=given, help="also write a page with plots")
-        parser.add_argument("--threads", type=int, help="CPU threads (default: every core)")
+        add_threads(parser)
         add_source(parser)
         add_json(parser)
 
@@ -56,8 +56,8 @@ class QualityCommand:
             if options.json:
                 console.print_json(report.to_json())
             else:
-                console.print_table(f"{report.checkpoint}: {report.text}", page.head(report), page.rows(report))
-                print(f"the checkpoint in fp32 has a perplexity of {report.perplexity:.3f}")
+                console.print_table(f"{report.checkpoint}: {report.text}", report.columns, report.rows())
+                console.print_line(f"the checkpoint in fp32 has a perplexity of {report.perplexity:.3f}")
         finally:
             if options.report:
                 page.write(report, options.report)

@@ -24,6 +24,8 @@ from lfm2_export.commands.talk import (
 )
 from lfm2_export.errors import GenerationError
 from lfm2_export.generation import TokenEvent, generate
+from lfm2_export.messages import shown
+from lfm2_export.mixups import is_artifact
 
 
 class RunCommand:
@@ -32,7 +34,13 @@ class RunCommand:
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         add_artifact(parser)
-        parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to say; - reads standard input")
+        parser.add_argument(
+            "words",
+            metavar="PROMPT",
+            nargs="*",
+            help="what to say; - or nothing at all reads standard input where that is no terminal",
+        )
+        parser.add_argument("--prompt", "-p", metavar="TEXT", help="the prompt as an option")
         parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
         add_generation(parser)
         add_speculation(parser)
@@ -40,8 +48,9 @@ class RunCommand:
         add_json(parser)
 
     def run(self, options: argparse.Namespace) -> int:
+        asked = _asked(options)
         opened = open_for_text(options)
-        prompt = _read_prompt() if options.prompt == "-" else options.prompt
+        prompt = _read_prompt() if asked == "-" else asked
         ids = encode_prompt(opened.tokenizer, prompt, raw=options.raw, system=options.system)
         started = time.perf_counter()
         events = generate(opened.runner, [ids], opened.config)
@@ -66,6 +75,24 @@ class RunCommand:
 def _described(opened: Opened) -> str:
     kernels = kernels_of(opened.runner)
     return f"{opened.program} on {kernels}" if kernels else str(opened.program)
+
+
+def _asked(options: argparse.Namespace) -> str:
+    """The prompt as given, "-" for standard input.
+
+    Raises:
+        GenerationError: there are two, or none and a terminal where it would be read from.
+    """
+    words = " ".join(options.words)
+    if options.words and is_artifact(words) and not is_artifact(options.artifact):
+        raise GenerationError(f"the artifact comes first; say `lfm2-export run {words} {shown(options.artifact)}`")
+    if options.prompt is not None and options.words:
+        raise GenerationError(f"two prompts: {shown(options.prompt)} by --prompt, and {shown(words)}; leave one out")
+    if options.prompt is None and not options.words:
+        if standard_input().isatty():
+            raise GenerationError(f'a prompt is missing; say `lfm2-export run {options.artifact} "TEXT"`')
+        return "-"
+    return words if options.prompt is None else options.prompt
 
 
 def _read_prompt() -> str:

@@ -97,7 +97,8 @@ def _limits(options: argparse.Namespace) -> Limits:
 
 def _open(folder: Path, options: argparse.Namespace) -> Model | tuple[str, Encoder]:
     """A model that generates text, or an encoder with its name."""
-    artifact, name = Artifact.open(folder, verify=False), _name(folder)
+    artifact = Artifact.open(folder, verify=False)
+    name = _name(artifact.path)
     program = artifact.program(options.backend, options.scheme)
     with console.busy(f"loading {program}"):
         if program.kind == ENCODER:

@@ -82,7 +82,7 @@ def _print_artifact(found: dict[str, Any]) -> None:
     for program in found["programs"]:
         if bits := program["bits_per_weight"]:
             counted = ", ".join(f"{bits[name]:.2f} of {what}" for name, what in _COUNTED.items() if name in bits)
-            print(f"{program['backend']} {program['scheme']}: bits a weight: {counted}")
+            console.print_line(f"{program['backend']} {program['scheme']}: bits a weight: {counted}")
     for program in found["programs"]:
         if program["state_bytes_at_32k_rings"] is not None:
             print(
@@ -92,7 +92,7 @@ def _print_artifact(found: dict[str, Any]) -> None:
             )
     for program in found["programs"]:
         for said in filter(None, (program["mixture"], program["calibration"])):
-            print(one_line(f"{program['backend']} {program['scheme']}: {said}"))
+            console.print_line(one_line(f"{program['backend']} {program['scheme']}: {said}"))
     absent = [f"{program['backend']} {program['scheme']}" for program in found["programs"] if not program["here"]]
     for note, names in (
         ("not in this folder", absent),
@@ -100,7 +100,7 @@ def _print_artifact(found: dict[str, Any]) -> None:
         ("missing", found["missing_files"]),
     ):
         if names:
-            print(f"{note}: {listed(names)}")
+            console.print_line(f"{note}: {listed(names)}")
 
 
 # What bits a weight are counted of.

@@ -42,13 +42,19 @@ class Opened:
 
 
 def add_generation(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="stop after N tokens (default: 512)")
-    parser.add_argument("--temperature", type=float, help="0: always the likeliest token")
-    parser.add_argument("--top-k", type=int, help="choose among the k likeliest")
-    parser.add_argument("--top-p", type=float, help="choose among the likeliest that add up to p")
-    parser.add_argument("--min-p", type=float, help="drop what is below min_p times the likeliest")
+    parser.add_argument(
+        "--max-new-tokens", "-n", type=int, metavar="N", help="stop after N tokens (default: the checkpoint's, or 512)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        help="above 0: draw tokens; 0: always the likeliest one (default: the checkpoint's)",
+    )
+    parser.add_argument("--top-k", type=int, help="draw from the k likeliest")
+    parser.add_argument("--top-p", type=float, help="draw from the likeliest that add up to p")
+    parser.add_argument("--min-p", type=float, help="draw without what is below min_p times the likeliest")
     parser.add_argument("--repetition-penalty", type=float, help="above 1: avoid tokens that were there")
-    parser.add_argument("--seed", type=int, help="make sampling repeatable")
+    parser.add_argument("--seed", type=int, help="draw the same tokens each time; alone it does not switch drawing on")
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument(
         "--skip-special-tokens",
@@ -114,8 +120,7 @@ def _check_speculation(options: argparse.Namespace) -> None:
 
 def generation_settings(folder: Path) -> GenerationConfig:
     """The settings that came with the checkpoint."""
-    path = folder / "generation_config.json"
-    return GenerationConfig.from_file(path) if path.is_file() else GenerationConfig()
+    return GenerationConfig.from_artifact(folder)
 
 
 def note_speculation(opened: Opened) -> None:

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from lfm2_export import interrupts
 from lfm2_export.checkpoint import CheckpointRequest
+from lfm2_export.choices import BackendName, SchemeName
 from lfm2_export.leftovers import swept
-from lfm2_export.parity import hops
+from lfm2_export.packages import explained
 from lfm2_export.parity.report import ParityReport, ProgramParity
 
 __all__ = ["ParityReport", "ProgramParity", "measure_parity", "record_parity"]
@@ -25,17 +26,19 @@ __all__ = ["ParityReport", "ProgramParity", "measure_parity", "record_parity"]
 DEFAULT_MAX_TOKENS = 4096
 
 
+@explained
 def measure_parity(
     artifact: str | Path,
     checkpoint: str | Path,
     *,
-    backend: str | None = None,
-    scheme: str | Sequence[str] | None = None,
+    backend: BackendName | None = None,
+    scheme: SchemeName | Sequence[SchemeName] | None = None,
     text: str | Path | None = None,
     max_tokens: int = DEFAULT_MAX_TOKENS,
     revision: str | None = None,
     offline: bool = False,
     config_from: str | Path | None = None,
+    lora: str | Path | None = None,
     threads: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> ParityReport:
@@ -44,7 +47,7 @@ def measure_parity(
     Args:
         artifact: its folder.
         checkpoint: a directory, a GGUF file, a Hub id, or a bundled name.
-        config_from: as it was given to ``export``.
+        config_from, lora: as they were given to ``export``.
         backend, scheme: which programs (one scheme or several); default: all.
         text: a UTF-8 file that the checkpoint was not trained on; default: the bundled held-out text.
         max_tokens: how much of the text is used.
@@ -57,10 +60,12 @@ def measure_parity(
         ResourceError: the memory is too small for two fp32 copies of the model.
         Lfm2ExportError: the text cannot be read or is too short.
     """
+    from lfm2_export.parity import hops
+
     with interrupts.lasting(), swept():
         return hops.measure(
             Path(artifact),
-            CheckpointRequest(name=checkpoint, revision=revision, offline=offline, config_from=config_from),
+            CheckpointRequest(name=checkpoint, revision=revision, offline=offline, config_from=config_from, lora=lora),
             hops.ParityRequest(
                 backend=backend,
                 schemes=(scheme,) if isinstance(scheme, str) else None if scheme is None else tuple(scheme),
@@ -72,6 +77,7 @@ def measure_parity(
         )
 
 
+@explained
 def record_parity(
     artifact: str | Path,
     checkpoint: str | Path,
@@ -80,6 +86,7 @@ def record_parity(
     revision: str | None = None,
     offline: bool = False,
     config_from: str | Path | None = None,
+    lora: str | Path | None = None,
 ) -> None:
     """Writes a report's figures into the artifact's manifest, and into its model card unless somebody has edited it.
 
@@ -87,5 +94,7 @@ def record_parity(
         ArtifactError: the folder cannot be written, an export is writing to it, or a program is gone.
         ResourceError: the disk is full.
     """
-    source = CheckpointRequest(name=checkpoint, revision=revision, offline=offline, config_from=config_from)
+    from lfm2_export.parity import hops
+
+    source = CheckpointRequest(name=checkpoint, revision=revision, offline=offline, config_from=config_from, lora=lora)
     hops.record(Path(artifact), source, report)

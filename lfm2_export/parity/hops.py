@@ -64,7 +64,7 @@ def measure(path: Path, source: CheckpointRequest, request: ParityRequest) -> Pa
     else:
         model, measured = _measure_decoder(artifact, programs, opened, sample, request)
     return ParityReport(
-        artifact=path.name,
+        artifact=artifact.path.name,
         checkpoint=str(artifact.manifest.checkpoint),
         text=f"{sample.tokens} tokens of {sample.description}",
         model=model,
@@ -113,7 +113,7 @@ def _choose(artifact: Artifact, backend: str | None, schemes: tuple[str, ...] | 
     if schemes is not None:
         return tuple(artifact.program(backend, scheme) for scheme in dict.fromkeys(schemes))
     artifact.program(backend)  # raises where there is none
-    return tuple(program for program in artifact.programs if backend in (None, program.backend))
+    return artifact.select(backend)
 
 
 def _memory_needed(checkpoint: Checkpoint, programs: Iterable[Program], sample: Sample) -> int:

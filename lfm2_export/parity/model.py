@@ -110,11 +110,11 @@ def _theirs(checkpoint: Checkpoint, ids: Tensor) -> _Theirs:
 
 
 def _their_model(checkpoint: Checkpoint, reference: ReferenceConfig | None) -> Any:
-    """As transformers loads it; what a quantized checkpoint stands for, which it does not read or rounds, is given to
+    """As transformers loads it; what it does not read or rounds (quantized weights, those with an adapter) is given to
     it."""
     _check_known(checkpoint.config.model_type)
     options: dict[str, Any] = {"dtype": torch.float32, "experts_implementation": "eager"}
-    if not checkpoint.is_quantized:
+    if checkpoint.is_plain:
         if reference is not None:
             options["config"] = _their_config(reference.raw)
         return transformers.AutoModelForCausalLM.from_pretrained(checkpoint.path, local_files_only=True, **options)

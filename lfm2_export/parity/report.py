@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from lfm2_export import notebook
 from lfm2_export.manifest import DECODER, ENCODER, Program
 from lfm2_export.parity.figures import FULL_PRECISION, KL, Hop, finite
 
@@ -65,6 +66,14 @@ class ParityReport:
     model: Hop
     programs: tuple[ProgramParity, ...]
     versions: Mapping[str, str]
+
+    def __repr__(self) -> str:
+        programs = ", ".join(str(measured.program) for measured in self.programs)
+        verdict = "passed" if self.passed else f"{len(self.failures())} figures fell short"
+        return f"ParityReport({self.artifact} and {self.checkpoint}: {programs}: {verdict})"
+
+    def _repr_html_(self) -> str:
+        return notebook.table(self.verdict(), self.COLUMNS, self.rows())
 
     @property
     def passed(self) -> bool:

@@ -13,6 +13,7 @@ from lfm2_export import interrupts
 from lfm2_export.checkpoint import CheckpointRequest
 from lfm2_export.errors import Lfm2ExportError
 from lfm2_export.leftovers import swept
+from lfm2_export.packages import explained
 from lfm2_export.quality.report import Quality, QualityReport
 
 __all__ = ["Quality", "QualityReport", "measure_quality"]
@@ -20,6 +21,7 @@ __all__ = ["Quality", "QualityReport", "measure_quality"]
 DEFAULT_MAX_TOKENS = 8192
 
 
+@explained
 def measure_quality(
     models: Sequence[str | Path],
     checkpoint: str | Path,
@@ -31,6 +33,7 @@ def measure_quality(
     revision: str | None = None,
     offline: bool = False,
     config_from: str | Path | None = None,
+    lora: str | Path | None = None,
     threads: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> QualityReport:
@@ -46,6 +49,7 @@ def measure_quality(
         text: a UTF-8 file that neither training nor calibration saw; default: the bundled held-out text.
         base: a file of ``llama-perplexity --kl-divergence-base``, whose tokens and probabilities stand for text and
             checkpoint.
+        lora: the adapter that was merged into it, as it was given to ``export``.
         write_base: a file to write, in that format, for llama-perplexity.
         max_tokens: how much of the text is used.
         threads: of the runners; default: every core.
@@ -66,7 +70,7 @@ def measure_quality(
     with interrupts.lasting(), swept():
         return measure.measure(
             [Path(model) for model in models],
-            CheckpointRequest(name=checkpoint, revision=revision, offline=offline, config_from=config_from),
+            CheckpointRequest(name=checkpoint, revision=revision, offline=offline, config_from=config_from, lora=lora),
             measure.QualityRequest(
                 text=text,
                 base=None if base is None else Path(base),

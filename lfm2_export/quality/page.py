@@ -15,23 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from lfm2_export.quality.report import Quality, QualityReport
-from lfm2_export.resources import human_bytes
 from lfm2_export.templating import Table, fill_in, write_page
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _BOTTOM, _TOP = 720, 380, 64, 150, 40, 12
 _LAYER = re.compile(r"layers\.(\d+)\.")
-HEAD = (
-    "model",
-    "kind",
-    "KL",
-    "± of the mean",
-    "KL, 99 %",
-    "same top token",
-    "perplexity",
-    "size",
-    "bits",
-    "bits, step",
-)
 
 
 def write(report: QualityReport, path: str | Path) -> None:
@@ -48,40 +35,11 @@ def render(report: QualityReport) -> str:
             "perplexity": f"{report.perplexity:.3f}",
             "text": report.text,
             "scatter": _scatter(report),
-            "models": Table.of(head(report), rows(report)),
+            "models": Table.of(report.columns, report.rows()),
             "plots": [
                 plot for model in report.models for plot in (_errors(model), _experts(model)) if plot is not None
             ],
         },
-    )
-
-
-def head(report: QualityReport) -> tuple[str, ...]:
-    """The table's columns: of a mixture one more."""
-    return HEAD if all(model.mean_same_experts is None for model in report.models) else (*HEAD, "same experts")
-
-
-def rows(report: QualityReport) -> list[tuple[str, ...]]:
-    """The figures of every model as the table shows them."""
-    return [(*_row(model), *_of_experts(model)) for model in report.models]
-
-
-def _of_experts(model: Quality) -> tuple[str, ...]:
-    return () if model.mean_same_experts is None else (f"{model.mean_same_experts:.2%}",)
-
-
-def _row(model: Quality) -> tuple[str, ...]:
-    return (
-        model.name,
-        model.kind,
-        f"{model.kl:.2e}",
-        f"{model.kl_error:.1e}",
-        f"{model.kl_p99:.2e}",
-        f"{model.top1_agreement:.2%}",
-        f"{model.perplexity:.3f}",
-        human_bytes(model.size.file_bytes),
-        f"{model.size.file_bits:.2f}",
-        f"{model.size.step_bits:.2f}",
     )
 
 

@@ -12,7 +12,22 @@ from typing import Any
 
 import numpy as np
 
+from lfm2_export import notebook
 from lfm2_export.parity.divergence import Divergence
+from lfm2_export.resources import human_bytes
+
+_COLUMNS = (
+    "model",
+    "kind",
+    "KL",
+    "± of the mean",
+    "KL, 99 %",
+    "same top token",
+    "perplexity",
+    "size",
+    "bits",
+    "bits, step",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +90,22 @@ class Quality:
             same_experts=same_experts or {},
         )
 
+    def row(self) -> tuple[str, ...]:
+        """The figures as a table shows them; of a mixture one more."""
+        shown = (
+            self.name,
+            self.kind,
+            f"{self.kl:.2e}",
+            f"{self.kl_error:.1e}",
+            f"{self.kl_p99:.2e}",
+            f"{self.top1_agreement:.2%}",
+            f"{self.perplexity:.3f}",
+            human_bytes(self.size.file_bytes),
+            f"{self.size.file_bits:.2f}",
+            f"{self.size.step_bits:.2f}",
+        )
+        return shown if self.mean_same_experts is None else (*shown, f"{self.mean_same_experts:.2%}")
+
     @property
     def mean_same_experts(self) -> float | None:
         """Over the layers; None for a dense model."""
@@ -97,6 +128,24 @@ class QualityReport:
     perplexity: float
     models: tuple[Quality, ...]
     versions: Mapping[str, str]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of ``rows``: of a mixture one more."""
+        return (
+            _COLUMNS if all(model.mean_same_experts is None for model in self.models) else (*_COLUMNS, "same experts")
+        )
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The figures of every model as a table shows them."""
+        return [model.row() for model in self.models]
+
+    def __repr__(self) -> str:
+        models = ", ".join(f"{model.name}: KL {model.kl:.2e}" for model in self.models)
+        return f"QualityReport({self.checkpoint}, {self.tokens} tokens: {models})"
+
+    def _repr_html_(self) -> str:
+        return notebook.table(f"{self.checkpoint}: {self.text}", self.columns, self.rows())
 
     def frontier(self) -> tuple[Quality, ...]:
         """The models that no other one beats in both KL and bytes of the file, smallest first."""

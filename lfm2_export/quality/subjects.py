@@ -64,7 +64,7 @@ def find_subjects(
         return [_of_gguf(model, checkpoint, config_from, threads)]
     artifact = Artifact.open(model, verify=False)
     check_origin(artifact, checkpoint)
-    programs = [artifact.present(program) for program in artifact.programs if artifact.is_here(program)]
+    programs = [artifact.present(program) for program in artifact.select() if artifact.is_here(program)]
     if not programs:
         raise ArtifactError(f"{paths.shown(model)}: none of its programs is here; export or download one")
     artifact.verify(*programs)

@@ -16,9 +16,10 @@ from typing import Any, Literal, NamedTuple
 
 from lfm2_export.errors import QuantizationError
 from lfm2_export.families.tensors import EMBEDDING, HEAD, ModelTensor, TensorClass
-from lfm2_export.messages import one_line
+from lfm2_export.messages import one_line, shown
 from lfm2_export.quant.formats import FloatFormat, IntFormat, WeightFormat
 from lfm2_export.registry import Registry
+from lfm2_export.spelling import did_you_mean
 
 # Of a pattern that a person types: as much of it is shown, and compared with the names.
 _LONGEST_PATTERN = 120
@@ -173,7 +174,9 @@ def get_scheme(name: str) -> Scheme:
         QuantizationError: there is none; the message lists those that are.
     """
     if name not in SCHEMES:
-        raise QuantizationError(f"scheme {name!r} is unknown; known schemes: {', '.join(SCHEMES)}")
+        raise QuantizationError(
+            f"scheme {shown(name)} is unknown{did_you_mean(name, SCHEMES)}; known schemes: {', '.join(SCHEMES)}"
+        )
     return SCHEMES[name]
 
 

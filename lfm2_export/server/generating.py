@@ -18,8 +18,8 @@ from lfm2_export.backends.runner_base import DEFAULT_CHUNK_SIZE
 from lfm2_export.constraints import Constraint
 from lfm2_export.generation import continue_from
 from lfm2_export.generation_config import GenerationConfig
+from lfm2_export.logprobs import Choice, choice_of
 from lfm2_export.replies import StopStrings
-from lfm2_export.server.logprobs import Choice, choice_of
 from lfm2_export.server.prefixes import PrefixCache
 from lfm2_export.text import StreamDecoder, Tokenizer
 

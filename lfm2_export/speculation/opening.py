@@ -53,7 +53,7 @@ def speculating(
 def _model(folder: Path, tokenizer: Tokenizer, options: RunnerOptions | None) -> ModelDrafter:
     artifact = Artifact.open(folder, verify=False)
     program = artifact.program(None, None)
-    if Tokenizer.from_dir(folder).vocabulary() != tokenizer.vocabulary():
+    if Tokenizer.from_dir(artifact.path).vocabulary() != tokenizer.vocabulary():
         raise ArtifactError(
             f"{paths.shown(folder)}: has another vocabulary than the model that it is to draft for; name an artifact "
             "of the same family, or lookup"

@@ -34,6 +34,7 @@ from tests.fuzz.bundle import Part
 from tests.fuzz.targets import FOLDER, state, statistics
 from tests.fuzz.targets.manifest import FILES
 from tests.gguf.written import write as write_gguf
+from tests.lora.written import write_adapter
 from tests.packed import written as packed_weights
 
 _SMALL = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64}
@@ -52,6 +53,7 @@ def write_all() -> None:
         _write_exported(Path(scratch))
         _write_gguf(Path(scratch))
         _write_packed(Path(scratch))
+        _write_adapters(Path(scratch))
     _write_pte()
     _write_manifests()
     _write_tokenizers()
@@ -125,6 +127,17 @@ def _write_packed(scratch: Path) -> None:
         data = shard.read_bytes()[8 + int.from_bytes(shard.read_bytes()[:8], "little") :]
         config = (folder / "config.json").read_bytes()
         _put("packed", name, _bundle({"config.json": config, "header.json": _header(shard), "data": data}))
+
+
+def _write_adapters(scratch: Path) -> None:
+    """For the dense checkpoint, with everything that is followed; of weights the header alone."""
+    modules = ("model.layers.0.conv.in_proj", "model.layers.1.self_attn.q_proj", "model.layers.0.feed_forward.w1")
+    followed = {"use_rslora": True, "alpha_pattern": {"q_proj": 3.5}, "rank_pattern": {"w1": 4}}
+    folder = scratch / "adapter"
+    write_adapter(folder, scratch / "dense", modules, ranks={modules[2]: 4}, r=2, **followed)
+    shard = folder / "adapter_model.safetensors"
+    config = (folder / "adapter_config.json").read_bytes()
+    _put("lora", "patterns", _bundle({"adapter_config.json": config, shard.name: _header(shard)}))
 
 
 def _write_checkpoints(scratch: Path) -> None:

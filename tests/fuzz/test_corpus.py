@@ -16,6 +16,7 @@ _MUTATIONS = {
     "artifact": 80,
     "chat_template": 80,
     "checkpoint": 80,
+    "lora": 80,
     "onnx_graph": 40,
     "tokenizer": 40,
     "tokenizer_config": 40,

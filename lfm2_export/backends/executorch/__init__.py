@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lfm2_export.quant.schemes import Scheme
 
 SCHEMES = {"fp32": "model_fp32.pte", "8da4w": "model_8da4w.pte"}
+DEFAULT_SCHEME = "8da4w"
 OPTIONS = {
     "max_context": ExportOption(
         kind=int, metavar="N", help="positions that a .pte program's buffers hold (default: 4096)"

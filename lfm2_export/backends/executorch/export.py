@@ -18,7 +18,7 @@ import torch
 from lfm2_export import interrupts
 from lfm2_export.backends.executorch.plan import MoeOp, PtePlan, make_plan
 from lfm2_export.backends.executorch.stream import PteStream, read_bytes
-from lfm2_export.backends.program import Estimate, ExportedProgram, ExportRequest
+from lfm2_export.backends.program import LOWERING, WEIGHTS, Estimate, ExportedProgram, ExportRequest
 from lfm2_export.backends.weights.widths import describe
 from lfm2_export.cache import CacheSpec
 from lfm2_export.config import ModelConfig
@@ -235,7 +235,9 @@ def _export_one(
     from lfm2_export.backends.executorch.weights import ProgramWeights
 
     plan = stream.plan
+    request.phase(WEIGHTS)
     tensors = stream.write(request.checkpoint, report)
+    request.phase(LOWERING)
     spill = Spill(stream.paths)
     weights = ProgramWeights(plan, stream.places, spill)
     made = _encoder_program if plan.config.encoder is not None else _decoder_program

@@ -43,6 +43,7 @@ SCHEMES = {
     "q4": "model_q4.onnx",
     "q4f16": "model_q4f16.onnx",
 }
+DEFAULT_SCHEME = "q4"
 OPTIONS: dict[str, ExportOption] = {}
 TESTED_WITH = {
     "fp32": "lfm2-export, onnxruntime, onnxruntime-genai, Transformers.js (Node)",

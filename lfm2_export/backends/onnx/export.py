@@ -23,7 +23,7 @@ from lfm2_export.backends.onnx.weights import (
     data_file_sizes,
     place,
 )
-from lfm2_export.backends.program import Estimate, ExportedProgram, ExportRequest
+from lfm2_export.backends.program import TRACING, WEIGHTS, Estimate, ExportedProgram, ExportRequest
 from lfm2_export.backends.weights.pieces import CHUNK_VALUES, Placement, pieces
 from lfm2_export.backends.weights.plan import WeightPlan
 from lfm2_export.backends.weights.stream import FIGURES, WeightStream, bytes_on_disk
@@ -83,6 +83,7 @@ def export_program(request: ExportRequest) -> ExportedProgram:
     config, scheme = request.checkpoint.config, request.scheme
     plan = make_plan(config, scheme)
     cache = CacheSpec.from_config(config, scheme.activation_dtype)
+    request.phase(TRACING)
     graphs = make_graphs(config, plan, cache)
     own_cache = graphs.own_cache
     placements = place(plan, config)
@@ -101,6 +102,7 @@ def export_program(request: ExportRequest) -> ExportedProgram:
         ledger=_ledger(request, plan, placements),
         statistics=request.statistics,
     )
+    request.phase(WEIGHTS)
     tensors = stream.write(plan, computed_tensors(config))
     names = _save_graphs(graphs, request.file_name, folder)
     return ExportedProgram(

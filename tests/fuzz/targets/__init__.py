@@ -21,6 +21,7 @@ TARGETS = (
     "checkpoint",
     "generation_config",
     "gguf",
+    "lora",
     "manifest",
     "onnx_graph",
     "packed",
