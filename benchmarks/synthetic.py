@@ -22,7 +22,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from lfm2_export.errors import Lfm2ExportError
-from lfm2_export.families import get_family
+from lfm2_export.families import find_family
+from lfm2_export.families.lfm2_dspark import own_tensors
 from lfm2_export.families.tensors import ModelTensor, Part, TensorClass, Tensors
 from lfm2_export.resources import check_disk
 from lfm2_export.source import ASSETS
@@ -118,9 +119,9 @@ def write_random_checkpoint(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(dict(raw_config), indent=2))
-    family = get_family(raw_config["model_type"])
+    family = find_family(raw_config, "config.json")
     config = family.parse_config(raw_config)
-    published = family.tensors(config)
+    published = own_tensors(config) if config.drafter is not None else family.tensors(config)
     stored = {name: [name] for name in published}
     shapes = {name: tensor.shape for name, tensor in published.items()}
     if fused:
@@ -231,7 +232,7 @@ def to_stored(values: np.ndarray, dtype: str) -> np.ndarray:
 
 def stored_bytes(raw_config: Mapping[str, Any], dtype: str = "BF16") -> int:
     """Bytes of all weights of a checkpoint with this config."""
-    family = get_family(raw_config["model_type"])
+    family = find_family(raw_config, "config.json")
     tensors = family.tensors(family.parse_config(raw_config))
     return sum(math.prod(tensor.shape) for tensor in tensors.values()) * _ITEMSIZE[dtype]
 

@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "export": "lfm2_export.pipeline",
+    "load_drafter": "lfm2_export.drafters",
     "load_encoder": "lfm2_export.encoders",
     "load_runner": "lfm2_export.runners",
     "open_checkpoint": "lfm2_export.checkpoint",
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from lfm2_export.artifact import Artifact as Artifact
     from lfm2_export.chat import Chat as Chat
     from lfm2_export.checkpoint import open_checkpoint as open_checkpoint
+    from lfm2_export.drafters import load_drafter as load_drafter
     from lfm2_export.encoders import Encoder as Encoder
     from lfm2_export.encoders import load_encoder as load_encoder
     from lfm2_export.encoders import max_sim as max_sim

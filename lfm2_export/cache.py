@@ -85,8 +85,8 @@ class CacheSpec:
     @classmethod
     def from_config(cls, config: ModelConfig, dtype: str = "float32", *, bounded: bool = False) -> CacheSpec:
         """``bounded``: sliding layers keep no more than their window, the token that is to come left out. An encoder
-        has no state."""
-        if config.encoder is not None:
+        has no state, and a drafter none that a caller keeps."""
+        if config.encoder is not None or config.drafter is not None:
             return cls(tensors=())
         tensors: list[StateTensor] = []
         shape: tuple[int | str, ...]

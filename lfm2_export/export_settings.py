@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import NoneType
 
@@ -31,6 +31,7 @@ _KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
     "statistics": ((*_PATH, NoneType), "a name or None"),
     "budget": ((str, NoneType), "a name or None"),
     "config_from": ((*_PATH, NoneType), "a name or None"),
+    "target": ((*_PATH, NoneType), "a folder or None"),
     "measure": ((*_PATH, NoneType), "a file or None"),
     "target_size": ((str, int, NoneType), "bytes, a size such as 700MB, or None"),
     "target_bits": ((int, float, NoneType), "a number or None"),
@@ -87,6 +88,25 @@ class ExportSettings:
         schemes = self._customized(_schemes(lowering, self.backend, _names("scheme", self.scheme)), excluded)
         check_mixable(schemes, widths, self.group_size)
         return ExportChoice(lowering=lowering, schemes=schemes, algorithm=algorithm, widths=widths, options=options)
+
+    def for_drafter(self, choice: ExportChoice) -> ExportChoice:
+        """The same for a drafter, whose widths are the scheme's own: nothing is measured on it alone.
+
+        Raises:
+            ExportError: the backend has no drafters of a scheme, or something was asked for that they have not.
+        """
+        for scheme in choice.schemes:
+            if scheme.name not in choice.lowering.DRAFTER_SCHEMES:
+                known = ", ".join(choice.lowering.DRAFTER_SCHEMES) or "none"
+                raise ExportError(
+                    f"scheme {scheme.name!r}: backend {self.backend} has no drafters of it, only: {known}; pass one of "
+                    "onnx's fp32, q8 and q4"
+                )
+        names = ("calibrate", "statistics", "target_bits", "target_size", "budget", "measure")
+        for name in names:
+            if (value := getattr(self, name)) is not None:
+                raise ExportError(f"{option_flag(name)} {value}: is not for drafters; leave it out")
+        return replace(choice, widths=MixRequest(by_default=False, algorithm=choice.algorithm))
 
     def _customized(self, schemes: Sequence[Scheme], excluded: Sequence[str]) -> tuple[Scheme, ...]:
         """The schemes with what was asked for in those that quantize; that is refused where none does."""

@@ -50,6 +50,7 @@ def export(
     measure: str | Path | None = None,
     config_from: str | Path | None = None,
     requantize_table: bool = False,
+    target: str | Path | None = None,
     revision: str | None = None,
     offline: bool = False,
     progress: Progress | None = None,
@@ -81,6 +82,8 @@ def export(
         config_from: for a GGUF file: the checkpoint whose config, tokenizer and templates count instead of the file's.
         requantize_table: for a GGUF file: a token table that is quantized already is so again, in the scheme's format;
             llama.cpp's 6 bits take 10 here, for exactness.
+        target: of a drafter, and only of one: the artifact of the model that it drafts for, whose token table and head
+            it borrows.
         options: the backend's own settings (``Backend.OPTIONS``), each of which is checked; None leaves one to the
             backend. executorch has ``max_context``, positions that the buffers hold (4096); ``moe_op``, how quantized
             experts run: "stock" (default: ExecuTorch's operator), "lfm2" (ours) or "both"; ``embedding_bits``, how
@@ -91,7 +94,9 @@ def export(
             disk ran out (ResourceError): then what is done waits beside ``output`` for the same call.
     """
     settings = ExportSettings(
-        source=CheckpointRequest(name=checkpoint, revision=revision, offline=offline, config_from=config_from),
+        source=CheckpointRequest(
+            name=checkpoint, revision=revision, offline=offline, config_from=config_from, target=target
+        ),
         backend=backend,
         scheme=scheme,
         output=output,
@@ -113,6 +118,8 @@ def export(
 def _run(settings: ExportSettings, progress: Progress) -> Artifact:
     choice = settings.choice()
     opened = settings.source.open()
+    if opened.config.drafter is not None:
+        choice = settings.for_drafter(choice)
     companions.check(opened)
     choice = replace(choice, schemes=_with_widths(settings, choice, opened))
     calibration = Calibration.asked(opened, settings.calibrate, settings.statistics)

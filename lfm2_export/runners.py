@@ -14,7 +14,7 @@ from lfm2_export.artifact import Artifact
 from lfm2_export.backends import get_backend
 from lfm2_export.backends.base import Runner, RunnerOptions
 from lfm2_export.errors import ArtifactError
-from lfm2_export.manifest import ENCODER, Program
+from lfm2_export.manifest import DRAFTER, ENCODER, Program
 from lfm2_export.messages import shown
 
 
@@ -53,6 +53,11 @@ def open_runner(artifact: Artifact, program: Program, options: RunnerOptions) ->
         raise ArtifactError(
             f"{paths.shown(artifact.path)}: {program} is an encoder, which generates no text; use `lfm2-export embed` "
             "or lfm2_export.load_encoder"
+        )
+    if program.kind == DRAFTER:
+        raise ArtifactError(
+            f"{paths.shown(artifact.path)}: {program} is a drafter, which generates no text by itself; give its model, "
+            "and this folder with --speculate"
         )
     artifact.verify(program)
     return get_backend(program.backend).load_runner(artifact.path, artifact.present(program), options)

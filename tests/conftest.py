@@ -17,6 +17,7 @@ from filelock import FileLock
 
 import lfm2_export
 from tests.checkpoints import write_random_checkpoint
+from tests.drafters import write_drafter
 from tests.encoder_checkpoints import write_encoder
 from tests.faults.forks import Forks
 
@@ -92,6 +93,22 @@ def random_artifact(once: Once) -> Callable[..., Exported]:
             lfm2_export.export(folder / "checkpoint", scheme=schemes, output=folder / "artifact", **options)
 
         folder = once(f"random-{key}", make)
+        return Exported(checkpoint=folder / "checkpoint", artifact=folder / "artifact")
+
+    return exported
+
+
+@pytest.fixture(scope="session")
+def random_drafter(once: Once) -> Callable[..., Exported]:
+    """``random_drafter(target, schemes)``: a random drafter for an artifact of ``tests.drafters.TARGET``, and what it
+    was exported as. Leave both unchanged."""
+
+    def exported(target: Path, schemes: Sequence[str] = ("q4",)) -> Exported:
+        def make(folder: Path) -> None:
+            write_drafter(folder / "checkpoint")
+            lfm2_export.export(folder / "checkpoint", scheme=schemes, output=folder / "artifact", target=target)
+
+        folder = once("-".join(["drafter", target.parent.name, *schemes]), make)
         return Exported(checkpoint=folder / "checkpoint", artifact=folder / "artifact")
 
     return exported

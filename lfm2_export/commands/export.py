@@ -71,6 +71,12 @@ class ExportCommand:
                     help=option.help,
                 )
         parser.add_argument(
+            "--target",
+            metavar="ARTIFACT",
+            type=given,
+            help="of a drafter: the artifact of the model that it drafts for, whose token table and head it borrows",
+        )
+        parser.add_argument(
             "--requantize-table",
             action="store_true",
             help="of a quantized checkpoint: quantize its token table again, as the scheme does, not taking it over",
@@ -97,6 +103,7 @@ class ExportCommand:
                 budget=options.budget,
                 measure=options.measure,
                 requantize_table=options.requantize_table,
+                target=options.target,
                 **source_options(options),
                 progress=progress,
                 **{name: getattr(options, name) for backend in BACKENDS.values() for name in backend.OPTIONS},

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from lfm2_export.backends.onnx import own_ops, passes
-from lfm2_export.backends.onnx.trace import trace, trace_encoder, without_collection
+from lfm2_export.backends.onnx.trace import trace, trace_drafter, trace_encoder, without_collection
 from lfm2_export.backends.onnx.variants import CPU, LFM2, LFM2_KV8, LFM2_KV8_SCORING, LFM2_SCORING, SCORING
 from lfm2_export.backends.weights.plan import WeightPlan
 from lfm2_export.cache import CacheSpec
@@ -46,6 +46,8 @@ def make_graphs(config: ModelConfig, plan: WeightPlan, cache: CacheSpec) -> Grap
     """
     if config.encoder is not None:
         return _encoder_graphs(config, plan)
+    if config.drafter is not None:
+        return _drafter_graphs(config, plan)
     model = trace(config, plan, cache)
     _rewrite(model, plan, lambda: passes.name_axes(model, cache))
     operators = passes.check_operators(model, passes.expected_operators(config, plan))
@@ -58,6 +60,28 @@ def _encoder_graphs(config: ModelConfig, plan: WeightPlan) -> Graphs:
     _rewrite(model, plan, lambda: passes.name_encoder_axes(model))
     operators = passes.check_operators(model, passes.expected_encoder_operators(config, plan))
     return Graphs(by_role={MODEL: model}, operators=operators)
+
+
+def _drafter_graphs(config: ModelConfig, plan: WeightPlan) -> Graphs:
+    """The graph on stock operators, and the same with our products where these take its weights: a drafter's results
+    need not be the same bits in any company."""
+    model = trace_drafter(config, plan)
+    _rewrite(model, plan, lambda: passes.name_drafter_axes(model, config))
+    expected = passes.expected_drafter_operators(config, plan)
+    found = {MODEL: model}
+    operators = passes.check_operators(model, expected)
+    if own_ops.fits(plan):
+        own = found[LFM2] = model.clone()
+        _use_own_products(own, plan, expected["MatMulNBits"])
+        passes.number_nodes(own)
+    return Graphs(by_role=found, operators=operators)
+
+
+def _use_own_products(model: ir.Model, plan: WeightPlan, expected: int) -> None:
+    if (count := own_ops.use_own_products(model)) != expected:
+        raise ExportError(f"{count} of {expected} products became our own; this is a defect, please report it")
+    own_ops.use_own_float_products(model)
+    own_ops.fuse_feed_forwards(model, plan)
 
 
 def _rewrite(model: ir.Model, plan: WeightPlan, name_axes: Callable[[], int]) -> None:

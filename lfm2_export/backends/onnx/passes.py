@@ -13,6 +13,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from onnxscript import optimizer
 
+from lfm2_export.backends.onnx.draft_graph import draft_inputs, draft_outputs
 from lfm2_export.backends.onnx.plan import ROPE_TABLES, Layout
 from lfm2_export.backends.weights.plan import WeightPlan
 from lfm2_export.cache import BATCH, TOTAL, CacheSpec
@@ -118,6 +119,11 @@ def name_encoder_axes(model: ir.Model) -> int:
     rows = (BATCH, SEQUENCE)
     outputs = {value.name: rows for value in model.graph.outputs} | {SENTENCE: (BATCH,)}
     return _name_axes(model, {"input_ids": rows, "attention_mask": rows}, outputs)
+
+
+def name_drafter_axes(model: ir.Model, config: ModelConfig) -> int:
+    """The same of a drafter's."""
+    return _name_axes(model, draft_inputs(config), draft_outputs(config))
 
 
 def _name_axes(
@@ -248,6 +254,23 @@ def expected_encoder_operators(config: ModelConfig, plan: WeightPlan) -> dict[st
         "SkipSimplifiedLayerNormalization": 2 * config.num_hidden_layers,
         "MatMulNBits": sum(w.layout is Layout.MATMUL for w in quantized),
         "GatherBlockQuantized": sum(w.layout is Layout.TABLE for w in quantized),
+    }
+
+
+def expected_drafter_operators(config: ModelConfig, plan: WeightPlan) -> dict[str, int]:
+    """The same of a drafter, whose Markov matrices are read once for each proposal."""
+    assert config.drafter is not None
+    quantized = [w for w in plan.values() if isinstance(w.format, IntFormat)]
+    layers, again = config.num_hidden_layers, [f"markov_head.{name}" for name in ("markov_w1", "markov_w2")]
+    readings = {weight.name: config.drafter.block_size if weight.name in again else 1 for weight in quantized}
+    return {
+        # The first norm of the block, that of the streams, and those of q and k.
+        "SimplifiedLayerNormalization": 2 + 2 * layers,
+        "SkipSimplifiedLayerNormalization": 2 * layers,
+        "MatMulNBits": sum(readings[w.name] for w in quantized if w.layout is Layout.MATMUL),
+        "GatherBlockQuantized": sum(readings[w.name] for w in quantized if w.layout is Layout.TABLE),
+        "Softmax": layers,
+        "ArgMax": config.drafter.block_size,
     }
 
 
