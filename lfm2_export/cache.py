@@ -26,6 +26,12 @@ TOTAL = "total_sequence_length"
 # Of a position's scale, in caches of int8: a float32 behind its codes.
 SCALE_BYTES = 4
 
+
+def residual_name(layer: int) -> str:
+    """The output with the residual stream behind a layer, [batch_size, tokens, hidden_size], of a graph that has it."""
+    return f"residual.{layer}"
+
+
 CONV_STATE, KEY_STATE, VALUE_STATE = "conv", "key", "value"
 
 

@@ -1,7 +1,8 @@
 """The graphs of one program: the portable one, those for faster CPU kernels, and those that score every position.
 
 In: a model's config, a weight plan, a cache spec. Out: ``onnx_ir`` models with the artifact's names, operator counts
-checked, that differ in a few nodes and share every initializer, so that one data file serves them all.
+checked, that differ in a few nodes and share every initializer, so that one data file serves them all. Those that our
+runners alone open also return the residual stream behind every layer, for a run that asks for it: drafters read some.
 """
 
 from __future__ import annotations
@@ -104,6 +105,7 @@ def _variants(model: ir.Model, config: ModelConfig, plan: WeightPlan, cache: Cac
     if passes.allow_int8_experts(cpu):
         found[CPU] = cpu
     found[SCORING] = _scoring(cpu)
+    passes.show_residuals(found[SCORING], config)
     if own_ops.fits(plan):
         found[LFM2] = _on_own_operators(model, config, plan)
         found[LFM2_SCORING] = _verifying(found[LFM2], cache)
@@ -113,6 +115,7 @@ def _variants(model: ir.Model, config: ModelConfig, plan: WeightPlan, cache: Cac
 
 def _on_own_operators(model: ir.Model, config: ModelConfig, plan: WeightPlan) -> ir.Model:
     own = model.clone()
+    passes.show_residuals(own, config)
     before = passes.expected_operators(config, plan)
     counts = own_ops.use_own_products(own), own_ops.use_own_experts(own, config)
     if counts != (before["MatMulNBits"], before["QMoE"]):

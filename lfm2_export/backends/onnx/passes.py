@@ -16,7 +16,7 @@ from onnxscript import optimizer
 from lfm2_export.backends.onnx.draft_graph import draft_inputs, draft_outputs
 from lfm2_export.backends.onnx.plan import ROPE_TABLES, Layout
 from lfm2_export.backends.weights.plan import WeightPlan
-from lfm2_export.cache import BATCH, TOTAL, CacheSpec
+from lfm2_export.cache import BATCH, TOTAL, CacheSpec, residual_name
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import ExportError
 from lfm2_export.heads import SENTENCE
@@ -182,6 +182,29 @@ def allow_int8_experts(model: ir.Model) -> int:
     for node in nodes:
         node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 4)
     return len(nodes)
+
+
+def show_residuals(model: ir.Model, config: ModelConfig) -> int:
+    """Makes the residual stream behind every layer an output: what drafters read. It is computed anyway, and handed out
+    where a run asks for it. Returns how many."""
+    nodes = [node for node in model.graph if node.op_type == "SkipSimplifiedLayerNormalization"]
+    # Two norms a layer, of which the first one's addition closes the layer before.
+    sums = [node.outputs[3] for node in nodes[1::2]]
+    if len(nodes) != 2 * config.num_hidden_layers:
+        raise ExportError(f"{len(nodes)} additions to the residual stream; this is a defect, please report it")
+    for layer, value in enumerate(sums):
+        value.name = residual_name(layer)
+        value.type = _activations(model)
+        value.shape = ir.Shape((BATCH, SEQUENCE, config.hidden_size))
+        model.graph.outputs.append(value)
+    return len(sums)
+
+
+def _activations(model: ir.Model) -> ir.TypeProtocol:
+    """The type of what flows between a graph's layers, which is its state's too."""
+    state = next(value for value in model.graph.outputs if value.name != "logits")
+    assert state.type is not None
+    return ir.TensorType(state.dtype)
 
 
 def score_every_position(model: ir.Model) -> int:
