@@ -45,8 +45,8 @@ log = logging.getLogger("train_drafter")
 SEED = 11
 BLOCK, RANK, LAYERS = 8, 64, 2
 TEXTS, PROMPT, NEW = 768, 16, 112
-STEPS, TEXTS_PER_STEP, BLOCKS_PER_TEXT = 400, 8, 16
-PEAK_LR, WARMUP = 2e-3, 20
+STEPS, TEXTS_PER_STEP, BLOCKS_PER_TEXT = 600, 8, 16
+PEAK_LR, WARMUP = 4e-3, 20
 # A row counts only where all before it are right: later ones weigh less.
 ROW_WEIGHT = 0.85
 MEASURED = 12
@@ -166,19 +166,26 @@ def loss_of(net: Lfm2DSparkDraftModel, texts: Tensor, streams: Tensor, anchors: 
 
 
 def train_(
-    net: Lfm2DSparkDraftModel, target: DecoderForCausalLM, texts: Tensor, *, steps: int, per_step: int, prompt: int
+    net: Lfm2DSparkDraftModel,
+    target: DecoderForCausalLM,
+    texts: Tensor,
+    *,
+    steps: int,
+    per_step: int,
+    prompt: int,
+    peak_lr: float = PEAK_LR,
 ) -> None:
     """Trains in place; blocks begin behind the prompts, where the text is the target's own."""
     generator, began = torch.Generator().manual_seed(SEED), time.monotonic()
     learned = [p for name, p in net.named_parameters() if not name.startswith(("model.", "lm_head."))]
     net.model.embed_tokens.weight.requires_grad_(False)
     net.lm_head.weight.requires_grad_(False)
-    optimizer = torch.optim.AdamW(learned, lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(learned, lr=peak_lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     last = texts.shape[1] - net.draft.block_size - 1
     for step in range(steps):
         rate = min(1.0, (step + 1) / WARMUP) * (1 + math.cos(math.pi * step / steps)) / 2
         for group in optimizer.param_groups:
-            group["lr"] = PEAK_LR * max(0.02, rate)
+            group["lr"] = peak_lr * max(0.02, rate)
         rows = texts[torch.randint(len(texts), (per_step,), generator=generator)]
         anchors = torch.randint(prompt, last + 1, (per_step, BLOCKS_PER_TEXT), generator=generator)
         loss = loss_of(net, rows, streams_of(target, rows, net.draft.target_layers), anchors)

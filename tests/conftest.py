@@ -17,7 +17,6 @@ from filelock import FileLock
 
 import lfm2_export
 from tests.checkpoints import write_random_checkpoint
-from tests.drafters import write_drafter
 from tests.encoder_checkpoints import write_encoder
 from tests.faults.forks import Forks
 
@@ -105,6 +104,8 @@ def random_drafter(once: Once) -> Callable[..., Exported]:
 
     def exported(target: Path, schemes: Sequence[str] = ("q4",)) -> Exported:
         def make(folder: Path) -> None:
+            from tests.drafters import write_drafter
+
             write_drafter(folder / "checkpoint")
             lfm2_export.export(folder / "checkpoint", scheme=schemes, output=folder / "artifact", target=target)
 
@@ -112,6 +113,21 @@ def random_drafter(once: Once) -> Callable[..., Exported]:
         return Exported(checkpoint=folder / "checkpoint", artifact=folder / "artifact")
 
     return exported
+
+
+@pytest.fixture(scope="session")
+def taught(once: Once, artifact: Callable[[str], Path]) -> Path:
+    """The artifact (q4) of a drafter for tiny-dense that is often right on ``tests.drafters.PROMPTS``."""
+
+    def make(folder: Path) -> None:
+        from tests.drafters import teach_drafter  # imports torch, as few tests need to
+
+        teach_drafter(folder / "checkpoint")
+        lfm2_export.export(
+            folder / "checkpoint", output=folder / "artifact", target=artifact("tiny-dense"), algorithm="round"
+        )
+
+    return once("taught-drafter", make) / "artifact"
 
 
 @pytest.fixture(scope="session")

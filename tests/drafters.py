@@ -16,8 +16,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from examples import train_drafter
+from lfm2_export.checkpoint import open_checkpoint
+from lfm2_export.models.loading import load_model
+from lfm2_export.text import Tokenizer
 from tests.checkpoints import tiny_config, write_random_checkpoint
 
+# What the taught drafter was trained to say.
+PROMPTS, NEW = ("The list of files", "Once upon a time there", "def add(a, b):", "Return the value of"), 96
 LAYERS, MASK = (0, 2, 3), 3
 TARGET = tiny_config("lfm2", hidden_size=64, intermediate_size=96)
 
@@ -56,6 +62,21 @@ def drafter_config(target: Mapping[str, Any] = TARGET, **overrides: Any) -> dict
 
 def write_drafter(folder: Path, raw_config: Mapping[str, Any] | None = None, *, seed: int = 1) -> Path:
     return write_random_checkpoint(folder, raw_config or drafter_config(), seed=seed, dtype="F32")
+
+
+def teach_drafter(folder: Path) -> None:
+    """Writes a drafter for tiny-dense that was trained for some seconds on the very texts of ``PROMPTS``."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    checkpoint = open_checkpoint("tiny-dense")
+    target, tokenizer = load_model(checkpoint).requires_grad_(False), Tokenizer.from_dir(checkpoint.path)
+    prompts = torch.tensor([tokenizer.encode(prompt)[:4] for prompt in PROMPTS])
+    texts = train_drafter.greedy_texts(target, prompts, NEW)
+    raw = train_drafter.drafter_config(target, num_hidden_layers=1, block_size=5, markov_rank=32, intermediate_size=128)
+    net = train_drafter.new_drafter(raw, target)
+    train_drafter.train_(net, target, texts, steps=80, per_step=4, prompt=1, peak_lr=1e-2)
+    train_drafter.write_checkpoint(folder, raw, net)
+    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
