@@ -45,8 +45,8 @@ log = logging.getLogger("train_drafter")
 SEED = 11
 BLOCK, RANK, LAYERS = 8, 64, 2
 TEXTS, PROMPT, NEW = 768, 16, 112
-STEPS, TEXTS_PER_STEP, BLOCKS_PER_TEXT = 600, 8, 16
-PEAK_LR, WARMUP = 4e-3, 20
+STEPS, TEXTS_PER_STEP, BLOCKS_PER_TEXT = 300, 8, 16
+PEAK_LR, WARMUP = 2e-3, 20
 # A row counts only where all before it are right: later ones weigh less.
 ROW_WEIGHT = 0.85
 MEASURED = 12

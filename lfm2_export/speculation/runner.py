@@ -101,11 +101,16 @@ class SpeculativeRunner:
         self._copied: weakref.WeakKeyDictionary[Snapshot, list[int] | None] = weakref.WeakKeyDictionary()
 
     def _listen(self, drafter: ReadsStreams) -> None:
-        width = self._runner.tap(drafter.layers, drafter.hear) if isinstance(self._runner, TapsStreams) else 0
+        if not isinstance(self._runner, TapsStreams):
+            raise RunnerError(
+                "this program gives no residual streams, which the drafter reads; take the model's on onnx"
+            )
+        width = self._runner.tap(drafter.layers, drafter.hear)
         if width != drafter.width:
+            self._runner.tap((), None)
             raise RunnerError(
                 f"this program gives residual streams of {width} numbers, the drafter reads {drafter.width}; export "
-                "the drafter again, for a model on onnx"
+                "the drafter again with --target and this artifact"
             )
 
     def release(self) -> Runner:
@@ -230,7 +235,12 @@ class SpeculativeRunner:
             controller.took_drafting(len(draft.tokens), self._clock() - started, at_once=drafter.at_once)
         elif draft.tokens:
             draft = Draft(tokens=draft.tokens[: controller.width(draft.kind)], kind=draft.kind)
-        return draft
+        return self._known(draft)
+
+    def _known(self, draft: Draft) -> Draft:
+        """Without what follows the first that is no token of the program's: a drafter may be anybody's."""
+        end = next((i for i, token in enumerate(draft.tokens) if not 0 <= token < self.vocab_size), None)
+        return draft if end is None else Draft(tokens=draft.tokens[:end], kind=draft.kind)
 
     def settle(self, rejected: bool = False) -> None:
         """Takes back what was proposed and not chosen: the runner behind this one then holds what ``lengths`` says."""

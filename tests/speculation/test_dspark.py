@@ -37,6 +37,7 @@ class Recording:
     width: int = 1
     block_size: int = 4
     confidence: Sequence[float] = (1.0, 1.0, 1.0, 1.0)
+    says: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         self.rows = np.empty((0, 1), np.float32)
@@ -51,9 +52,8 @@ class Recording:
     def propose(self, streams: np.ndarray, anchor: int) -> ProposedBlock:
         assert len(streams) >= 1
         self.rows = np.concatenate([self.rows, streams])
-        return ProposedBlock(
-            tokens=anchor + 1 + np.arange(self.block_size), confidence=np.array(self.confidence, np.float32)
-        )
+        tokens = anchor + 1 + np.arange(self.block_size) if self.says is None else np.array(self.says)
+        return ProposedBlock(tokens=tokens, confidence=np.array(self.confidence, np.float32))
 
 
 def streams(*places: int) -> np.ndarray:
@@ -183,5 +183,31 @@ def test_a_drafter_of_another_model_is_refused(artifact: Callable[[str], Path], 
 def test_a_model_that_gives_no_streams_is_refused(taught: Path):
     runner = HashRunner()
     runner.can_score = True
-    with pytest.raises(RunnerError, match="gives residual streams of 0 numbers, the drafter reads 768"):
+    with pytest.raises(RunnerError, match="this program gives no residual streams, which the drafter reads"):
         SpeculativeRunner(runner, StreamDrafter(lfm2_export.load_drafter(taught, threads=1)))
+
+
+def test_a_drafter_that_reads_other_widths_is_refused(artifact: Callable[[str], Path]):
+    runner = lfm2_export.load_runner(artifact("tiny-dense"), scheme="fp32", threads=1)
+    for drafter, text in (
+        (Recording(layers=(0, 2), width=5), "residual streams of 512 numbers, the drafter reads 5; export the drafter"),
+        (Recording(layers=(0, 6)), "does not give the residual stream behind layer 6"),
+    ):
+        with pytest.raises(RunnerError, match=text):
+            SpeculativeRunner(runner, StreamDrafter(drafter), inexact=True)
+
+
+def test_what_is_no_token_is_not_verified(artifact: Callable[[str], Path]):
+    """A drafter may be anybody's: what it says must not stop the text."""
+    folder = artifact("tiny-dense")
+    runner = lfm2_export.load_runner(folder, scheme="fp32", threads=1)
+    vocab, ids = runner.vocab_size, Tokenizer.from_dir(folder).encode(PROMPTS[0])[:4]
+    wild = Recording(layers=(0,), width=256, says=[vocab - 1, vocab, -1, 5])
+    wild.rows = np.empty((0, 256), np.float32)
+    config = GenerationConfig(max_new_tokens=8)
+    (plain,) = complete(runner, [ids], config)
+    report = Report(drafter="wild")
+    ours = SpeculativeRunner(runner, StreamDrafter(wild), inexact=True, controller=Always(most=4, report=report))
+    (found,) = complete(ours, [ids], config)
+    assert found.tokens == plain.tokens
+    assert report.drafted == report.verified_steps > 0

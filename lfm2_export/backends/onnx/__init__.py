@@ -99,7 +99,7 @@ const generator = await pipeline("text-generation", "<this folder or repository>
 
 _HOW_TO_DRAFT = """## Run it
 
-Beside the artifact of its model, whose decoding it makes faster and changes in nothing:
+Beside the artifact of its model (`{target}`), whose decoding it makes faster and changes in nothing:
 
 ```
 pip install lfm2-export
@@ -133,7 +133,8 @@ def how_to_run(programs: Sequence[Program]) -> str:
     """The card's section on onnxruntime, onnxruntime-genai and Transformers.js."""
     first = programs[0]
     if first.kind == DRAFTER:
-        return _HOW_TO_DRAFT
+        target = one_line(first.options["drafter"]["target_name"])
+        return _HOW_TO_DRAFT.format(target=target.replace("`", "'"))
     dtype = one_line(first.scheme).replace('"', "'")
     if first.kind == DECODER:
         return _HOW_TO_RUN.format(dtype=dtype)

@@ -6,6 +6,7 @@ and values, with room for more than it holds: the graph reads the buffers as the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ class OnnxDrafter:
             **self._cache,
         }
         found = self._run(feeds, count)
+        self._check_results(found, count)
         for name, new in zip(self._past, self._new, strict=True):
             self._cache[name][:, :, self.held : self.held + count] = found[new]
         self.held += count
@@ -82,6 +84,21 @@ class OnnxDrafter:
                     f"{paths.shown(self._path)}: the memory is too small for {count} positions; {LESS}"
                 ) from error
             raise RunnerError(f"{paths.shown(self._path)}: onnxruntime fails ({shown(str(error))})") from error
+
+    def _check_results(self, found: Mapping[str, np.ndarray], count: int) -> None:
+        """A graph may say one thing of its outputs and do another."""
+        shapes = {
+            name: (1, old.shape[1], count, old.shape[3])
+            for name, old in zip(self._new, self._cache.values(), strict=True)
+        }
+        block: dict[str, tuple[int, ...]] = {name: (self.block_size,) for name in (TOKENS, CONFIDENCE) if name in found}
+        for name, shape in {**shapes, **block}.items():
+            kind = "i" if name == TOKENS else "f"
+            if found[name].shape != shape or found[name].dtype.kind != kind:
+                raise RunnerError(
+                    f"{paths.shown(self._path)}: {name} came out as {found[name].dtype} {list(found[name].shape)}, "
+                    f"{list(shape)} expected; export again"
+                )
 
     def _make_room(self, positions: int) -> None:
         """At least doubles, so that growing stays rare."""
