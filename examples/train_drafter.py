@@ -5,8 +5,8 @@
 In: a target that fits into memory as float32, and the beginnings of the texts of `_bundled_corpus`. Out: a checkpoint
 as published ones are, for `lfm2-export export drafter --target ARTIFACT`. The target goes on greedily from every
 beginning; its text is what the drafter has to say, its residual streams are what the drafter reads. Table and head are
-the target's and stay as they are. `--measure` exports both (q4) and counts tokens a pass on beginnings that were kept
-out, beside prompt lookup's.
+the target's and stay as they are. It takes three to four minutes of one core. `--measure` exports both (q4) and counts
+tokens a pass on beginnings that were kept out, beside prompt lookup's: 3.2 and 2.0 for tiny-dense.
 
 Shapes: B texts of T tokens; M blocks a text, of R rows; S layers that are read; D width; V vocabulary.
 """
