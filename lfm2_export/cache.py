@@ -27,7 +27,7 @@ TOTAL = "total_sequence_length"
 SCALE_BYTES = 4
 
 
-def residual_name(layer: int) -> str:
+def residual_name(layer: int | str) -> str:
     """The output with the residual stream behind a layer, [batch_size, tokens, hidden_size], of a graph that has it."""
     return f"residual.{layer}"
 

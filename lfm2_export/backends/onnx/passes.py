@@ -200,6 +200,16 @@ def show_residuals(model: ir.Model, config: ModelConfig) -> int:
     return len(sums)
 
 
+def hide_residuals(model: ir.Model) -> int:
+    """Makes them no outputs any more. Returns how many."""
+    shown = [value for value in model.graph.outputs if (value.name or "").startswith(residual_name(""))]
+    for value in shown:
+        model.graph.outputs.remove(value)
+        value.shape = value.type = None
+        value.name = value.name if value.uses() else ""  # of the last layer: read by nobody else
+    return len(shown)
+
+
 def _activations(model: ir.Model) -> ir.TypeProtocol:
     """The type of what flows between a graph's layers, which is its state's too."""
     state = next(value for value in model.graph.outputs if value.name != "logits")

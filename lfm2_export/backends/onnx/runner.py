@@ -28,7 +28,7 @@ from lfm2_export.backends.arguments import (
 from lfm2_export.backends.base import Mark, RunnerOptions, StreamSink
 from lfm2_export.backends.guard import guard_of
 from lfm2_export.backends.onnx.buffers import StateBuffers, as_ortvalue
-from lfm2_export.backends.onnx.session import check_program, has_independent_rows, open_session, residuals, windows
+from lfm2_export.backends.onnx.session import check_program, has_independent_rows, open_session, windows
 from lfm2_export.backends.onnx.tap import Tap
 from lfm2_export.backends.onnx.variants import choose, own_kernels
 from lfm2_export.backends.runner_base import DEFAULT_CHUNK_SIZE, RunnerBase, program_id_of
@@ -37,6 +37,10 @@ from lfm2_export.errors import ResourceError, RunnerError
 
 if TYPE_CHECKING:
     from lfm2_export.manifest import Program
+
+
+# Of a prompt whose residual streams are wanted, and with them the logits of every position: 32 MB of them on the 1.2B.
+_TAPPED_CHUNK = 128
 
 
 class OnnxRunner(RunnerBase):
@@ -126,9 +130,7 @@ class OnnxRunner(RunnerBase):
             self._tap = None
             if sink is None:
                 return 0
-            known = residuals(self._session, self._cache)
-            session = self._session if known or not self.can_score else self._scoring_session()
-            self._tap = Tap(session, self._cache, layers, sink, paths.shown(self._path))
+            self._tap = Tap(self._scoring_session(), self._cache, layers, sink, paths.shown(self._path))
             return self._tap.width
 
     def _reset(self, batch_size: int) -> None:
@@ -144,6 +146,8 @@ class OnnxRunner(RunnerBase):
     def _prefill(self, rows: list[np.ndarray], chunk_size: int) -> np.ndarray:
         state = self._make_room(rows)
         logits_BV = np.empty((self.batch_size, self.vocab_size), dtype=np.float32)
+        if self._tap is not None:
+            chunk_size = min(chunk_size, _TAPPED_CHUNK)
         with _Transaction(state):
             self._append(rows, chunk_size, logits_BV)
         return logits_BV
@@ -161,14 +165,13 @@ class OnnxRunner(RunnerBase):
             state.take_row(index, view)
 
     def _run_last(self, state: StateBuffers, ids_BT: np.ndarray, counts: np.ndarray, logits_BV: np.ndarray) -> None:
-        """One pass, with the logits after each row's last token; where streams are wanted and only the scoring graph
-        gives them, through that."""
-        tap = self._tap if self.batch_size == 1 else None
-        if tap is None or tap.session is self._session:
-            self._run(self._session, state, ids_BT, counts, logits_BV[:, None])
+        """One pass, with the logits after each row's last token; where streams are wanted, through the scoring graph,
+        which alone gives them."""
+        if self._tap is None or self.batch_size != 1:
+            run(self._session, state, ids_BT, counts, logits_BV[:, None])
             return
         logits_BTV = np.empty((*ids_BT.shape, self.vocab_size), dtype=np.float32)
-        self._run(tap.session, state, ids_BT, counts, logits_BTV)
+        self._run(self._scoring_session(), state, ids_BT, counts, logits_BTV)
         logits_BV[:] = logits_BTV[:, -1]
 
     def _run(

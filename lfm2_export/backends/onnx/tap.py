@@ -20,7 +20,7 @@ _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 class Tap:
     """Args:
-    session: of a graph that gives residual streams; others of the same program that give them may run, too.
+    session: of the graph that gives residual streams.
     place: the program, for messages.
 
     Raises:
@@ -30,7 +30,7 @@ class Tap:
     def __init__(
         self, session: ort.InferenceSession, cache: CacheSpec, layers: Sequence[int], sink: StreamSink, place: str
     ):
-        self.session, self._sink = session, sink
+        self._sink = sink
         known = residuals(session, cache)
         names = [residual_name(layer) for layer in layers]
         if missing := [layer for layer, name in zip(layers, names, strict=True) if not known.get(name)]:
