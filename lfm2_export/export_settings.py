@@ -90,7 +90,8 @@ class ExportSettings:
         return ExportChoice(lowering=lowering, schemes=schemes, algorithm=algorithm, widths=widths, options=options)
 
     def for_drafter(self, choice: ExportChoice) -> ExportChoice:
-        """The same for a drafter, whose widths are the scheme's own: nothing is measured on it alone.
+        """The same for a drafter, whose widths are the scheme's own: nothing is measured on it alone. Its table and
+        head are stored as its layers are: what it loses there is a proposal now and then, what a block reads is half.
 
         Raises:
             ExportError: the backend has no drafters of a scheme, or something was asked for that they have not.
@@ -106,7 +107,8 @@ class ExportSettings:
         for name in names:
             if (value := getattr(self, name)) is not None:
                 raise ExportError(f"{option_flag(name)} {value}: is not for drafters; leave it out")
-        return replace(choice, widths=MixRequest(by_default=False, algorithm=choice.algorithm))
+        schemes = tuple(replace(one, embedding=one.linear, head=one.linear) for one in choice.schemes)
+        return replace(choice, schemes=schemes, widths=MixRequest(by_default=False, algorithm=choice.algorithm))
 
     def _customized(self, schemes: Sequence[Scheme], excluded: Sequence[str]) -> tuple[Scheme, ...]:
         """The schemes with what was asked for in those that quantize; that is refused where none does."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,8 @@ from lfm2_export.artifact import Artifact
 from lfm2_export.backends import get_backend
 from lfm2_export.backends.onnx import variants
 from lfm2_export.checkpoint import open_checkpoint
-from lfm2_export.errors import ArtifactError
-from lfm2_export.manifest import DRAFTER, CheckpointRecord
+from lfm2_export.errors import ArtifactError, RunnerError
+from lfm2_export.manifest import DRAFTER, MANIFEST, MODEL, CheckpointRecord, Manifest
 from lfm2_export.models.lfm2_dspark import Lfm2DSparkDraftModel
 from lfm2_export.models.loading import load_draft_model
 from tests.conftest import Exported
@@ -115,3 +117,34 @@ def test_it_generates_no_text_by_itself(drafter: Exported, target: Path):
         lfm2_export.load_runner(drafter.artifact)
     with pytest.raises(ArtifactError, match="onnx q4 is no drafter"):
         lfm2_export.load_drafter(target)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"target_layers": [5]}, "which names no block and layers of a target"),
+        ({"target_layers": [[1]]}, "which names no block and layers of a target"),
+        ({"target_layers": []}, "which names no block and layers of a target"),
+        ({"block_size": 0}, "which names no block and layers of a target"),
+        ({"num_target_layers": True}, "which names no block and layers of a target"),
+        ({"target": 3}, "which does not say whose drafter it is"),
+    ],
+)
+def test_a_manifest_that_describes_no_drafter_is_refused(drafter: Exported, changes: dict[str, object], text: str):
+    manifest = json.loads((drafter.artifact / MANIFEST).read_text())
+    manifest["programs"][0]["options"]["drafter"] |= changes
+    with pytest.raises(ArtifactError, match=text):
+        Manifest.from_json(json.dumps(manifest))
+
+
+def test_a_graph_that_is_no_drafters_is_refused(drafter: Exported, target: Path, tmp_path: Path):
+    """Its inputs, and what it gives where the manifest promises something else."""
+    program = Artifact.open(drafter.artifact).program("onnx", "fp32")
+    stranger = replace(program, graphs={MODEL: Artifact.open(target).program("onnx", "fp32").graphs[MODEL]})
+    with pytest.raises(RunnerError, match="the graph has other inputs or outputs than a drafter"):
+        get_backend("onnx").load_drafter(target, stranger)
+    other = replace(program, options={"drafter": {**program.options["drafter"], "block_size": 4}})
+    runner = get_backend("onnx").load_drafter(drafter.artifact, other)
+    with pytest.raises(RunnerError, match=r"tokens came out as int64 \[5\], \[4\] expected"):
+        runner.propose(streams(2), 5)
+    assert runner.held == 0
