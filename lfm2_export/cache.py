@@ -2,7 +2,8 @@
 
 A conv layer keeps its last ``conv_L_cache - 1`` gated inputs, an attention layer the keys (after q/k norm and RoPE)
 and values of every position so far, or, where a program bounds its sliding layers, of the last ones that its window
-reaches. Each is an explicit tensor with a name, a shape and a dtype.
+reaches: moved along in a .pte, a ring in the graphs on our operators. Each is an explicit tensor with a name, a shape
+and a dtype.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ TOTAL = "total_sequence_length"
 
 # Of a position's scale, in caches of int8: a float32 behind its codes.
 SCALE_BYTES = 4
+
+# A ring (kernels/src/attention.h) has room for so many tokens beside all that the first of them sees, so that as many
+# can be taken back; and it is made of whole steps, in which attention sums up.
+RING_ROOM, RING_STEP = 16, 64
 
 
 def residual_name(layer: int | str) -> str:
@@ -107,12 +112,28 @@ class CacheSpec:
                 tensors += [_state(layer, KEY_STATE, shape, dtype), _state(layer, VALUE_STATE, shape, dtype)]
         return cls(tensors=tuple(tensors))
 
+    def with_rings(self, config: ModelConfig) -> CacheSpec:
+        """The same state with a ring for each sliding layer: the last ``ring_positions`` tokens of a row, token i at
+        i modulo that."""
+        windows = [config.window(kind) for kind in config.layer_types]
+
+        def ringed(tensor: StateTensor) -> StateTensor:
+            window = windows[tensor.layer]
+            if window is None:
+                return tensor
+            batch, heads, _, head_dim = tensor.shape
+            return replace(tensor, shape=(batch, heads, ring_positions(window), head_dim))
+
+        return CacheSpec(tensors=tuple(map(ringed, self.tensors)))
+
     def with_int8_positions(self) -> CacheSpec:
         """The same state with keys and values in int8: rows of head_dim codes and their scale, as bytes
         (kernels/src/attention.h)."""
         return CacheSpec(
             tensors=tuple(
-                replace(t, shape=(*t.shape[:-1], int(t.shape[-1]) + SCALE_BYTES), dtype="uint8") if t.grows else t
+                t
+                if t.kind == CONV_STATE
+                else replace(t, shape=(*t.shape[:-1], int(t.shape[-1]) + SCALE_BYTES), dtype="uint8")
                 for t in self.tensors
             )
         )
@@ -129,6 +150,11 @@ class CacheSpec:
     @property
     def bounded(self) -> tuple[StateTensor, ...]:
         return tuple(t for t in self.fixed if t.kind != CONV_STATE)
+
+    @property
+    def positions(self) -> tuple[StateTensor, ...]:
+        """Keys and values, whether they grow or not."""
+        return tuple(t for t in self.tensors if t.kind != CONV_STATE)
 
     @property
     def growing(self) -> tuple[StateTensor, ...]:
@@ -166,6 +192,11 @@ class CacheSpec:
         tensors = tuple(_from_json(entry) for entry in entries)
         _check_layers(tensors)
         return cls(tensors=tensors)
+
+
+def ring_positions(window: int) -> int:
+    """Of a sliding layer: its window, the token that is to come left out, and room for a block, in whole steps."""
+    return -(-(window - 1 + RING_ROOM) // RING_STEP) * RING_STEP
 
 
 def _state(layer: int, kind: str, shape: tuple[int | str, ...], dtype: str) -> StateTensor:

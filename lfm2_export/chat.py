@@ -7,19 +7,26 @@ before every assistant turn (to regenerate it, or to edit what the user said aft
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import bisect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lfm2_export.backends.base import Mark, Runner, check_fits
 from lfm2_export.chat_template import Message
-from lfm2_export.errors import GenerationError
+from lfm2_export.constraints import Constraint
+from lfm2_export.errors import ContextLimitError, GenerationError
 from lfm2_export.generation import FinishReason, continue_from
 from lfm2_export.generation_config import GenerationConfig
+from lfm2_export.speculation import SpeculativeRunner
+from lfm2_export.states import State, read_state, write_state
 from lfm2_export.text import StreamDecoder, Tokenizer
 
+# Of a rendered prompt, what a reply to it may be; None: anything.
+Constrain = Callable[[str], Constraint | None]
 # Two per turn. A mark holds one conv state (0.3 MB for the 8B); older turns are prefilled again if ever needed.
 _MAX_PLACES = 32
 
@@ -74,7 +81,7 @@ class Chat:
         self.config = config
         self._runner = runner
         self._tokenizer = tokenizer
-        self._system = [] if system is None else [{"role": "system", "content": system}]
+        self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._tools = tools
         self._variables = variables
         self._template = chat_template
@@ -85,11 +92,39 @@ class Chat:
         self._finish_reason: FinishReason | None = None
         self._turn = 0
         self._prefilled_tokens = 0
+        self._prompt = ""
+        self._reply_tokens = 0
 
     @property
     def messages(self) -> list[Message]:
         """The conversation so far, as dicts; a reply is there once its text has been read to the end or closed."""
         return list(self._messages)
+
+    @property
+    def system(self) -> str | None:
+        """The system message. Where it is replaced, the next turn prefills the whole conversation again."""
+        return str(self._system[0]["content"]) if self._system else None
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        rest = self._messages[len(self._system) :]
+        self._system = [] if text is None else [{"role": "system", "content": text}]
+        self._messages = [*self._system, *rest]
+        self._turn += 1
+
+    @property
+    def variables(self) -> Mapping[str, Any]:
+        """More names for the chat template. Where they change what it writes, more is prefilled again."""
+        return dict(self._variables or {})
+
+    @variables.setter
+    def variables(self, values: Mapping[str, Any]) -> None:
+        self._variables = dict(values)
+
+    @property
+    def prompt(self) -> str:
+        """What the last turn's prompt was as text; "" before the first."""
+        return self._prompt
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -101,28 +136,141 @@ class Chat:
         """How many tokens the last turn had to prefill; the rest of its prompt was in the runner."""
         return self._prefilled_tokens
 
+    @property
+    def reply_tokens(self) -> int:
+        """How many tokens the last reply has so far."""
+        return self._reply_tokens
+
+    @property
+    def held_tokens(self) -> int:
+        """How many tokens of the context are in use."""
+        return int(self._runner.lengths.max(initial=0))
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens that a conversation can have."""
+        return self._runner.context_length
+
+    def count(self) -> int:
+        """How many tokens the conversation has."""
+        return len(self._tokenize(self._render(self._messages, ends=True))) if self._messages else 0
+
     def clear(self) -> None:
         """Starts over with the system message alone."""
         self._messages, self._transcripts = list(self._system), []
         self._turn += 1
 
-    def send(self, content: str | Message) -> Iterator[str]:
-        """The reply to a user's text (or to any message, such as a tool's result), piece by piece.
+    def load(self, messages: Sequence[Message]) -> None:
+        """Goes on with another conversation; its first message may be a system message."""
+        self._messages, self._transcripts = list(messages), []
+        self._system = [one for one in self._messages[:1] if one["role"] == "system"]
+        self._turn += 1
+
+    def send(self, content: str | Message | Sequence[Message], *, constrain: Constrain | None = None) -> Iterator[str]:
+        """The reply to a user's text (or to any messages, such as results of tools), piece by piece.
+
+        ``constrain``: which tokens the reply may have.
 
         Raises:
             ContextLimitError: the conversation is longer than the context; it is left as it was.
             GenerationError: while the reply is read, where the runner was used for something else meanwhile.
         """
-        message = {"role": "user", "content": content} if isinstance(content, str) else content
-        return self._reply([*self._messages, message])
+        return self._reply([*self._messages, *_as_messages(content)], constrain)
 
     def regenerate(self) -> Iterator[str]:
         """Another reply instead of the last one; nothing is prefilled again."""
         return self._reply(self._messages[: self._last("assistant")])
 
-    def edit(self, content: str) -> Iterator[str]:
+    def edit(self, content: str, *, constrain: Constrain | None = None) -> Iterator[str]:
         """The reply to ``content`` in place of the user's last message; what came before it is not prefilled again."""
-        return self._reply([*self._messages[: self._last("user")], {"role": "user", "content": content}])
+        return self._reply([*self._messages[: self._last("user")], *_as_messages(content)], constrain)
+
+    def undo(self) -> str:
+        """Forgets the user's last message and all that came after it; that message's text.
+
+        Raises:
+            GenerationError: there is none.
+        """
+        index = self._last("user")
+        content = str(self._messages[index]["content"])
+        self._messages = self._messages[:index]
+        self._turn += 1
+        return content
+
+    def drop_oldest(self, content: str | Message | Sequence[Message], *, room: int) -> int:
+        """Forgets the oldest turns, so many that ``content`` and ``room`` tokens behind it fit the context; how many
+        turns those are. The next prompt is prefilled as a whole.
+
+        Raises:
+            ContextLimitError: it would not fit alone; the conversation is left as it was.
+        """
+        rest, new = self._messages[len(self._system) :], _as_messages(content)
+        starts = [index for index, message in enumerate(rest) if message["role"] == "user"]
+        ends = [*starts[1:], len(rest)] if starts else []
+        if new[0]["role"] != "user":
+            ends = ends[:-1]  # it belongs to the last turn
+
+        def fits(end: int) -> bool:
+            text = self._render([*self._system, *rest[end:], *new])
+            return len(self._tokenize(text)) + room <= self._runner.context_length
+
+        dropped = bisect.bisect_left(ends, True, key=fits)
+        if dropped == len(ends):
+            raise ContextLimitError(
+                f"this message and {room} tokens for its reply do not fit the context of {self._runner.context_length} "
+                "alone; send a shorter one"
+            )
+        self._messages = [*self._system, *rest[ends[dropped] :]]
+        self._turn += 1
+        return dropped + 1
+
+    def settle(self) -> None:
+        """Prefills what of the conversation so far the runner does not hold: the next turn prefills only itself."""
+        self._settle()
+
+    def save_state(self, path: str | Path) -> None:
+        """Writes the conversation and the runner's state after it to a file, which ``load_state`` opens in
+        milliseconds.
+
+        Raises:
+            GenerationError: nothing was said yet, or the file cannot be written.
+            ResourceError: the disk is full.
+        """
+        place, text = self._settle()
+        snapshot = self._runner.snapshot()
+        state = State(messages=self._messages, text=text, tokens=place.tokens, snapshot=snapshot)
+        write_state(path, state, self._tokenizer)
+
+    def load_state(self, path: str | Path) -> None:
+        """Goes on with a conversation that ``save_state`` wrote, without a prefill.
+
+        Raises:
+            GenerationError: there is no such file, it is damaged, or it was made by another program.
+            ContextLimitError: this runner's context is shorter.
+        """
+        state = read_state(path, self._runner, self._tokenizer)
+        if isinstance(self._runner, SpeculativeRunner):
+            self._runner.restore_with(state.snapshot, state.tokens)
+        else:
+            self._runner.restore(state.snapshot)
+        self.load(state.messages)
+        self._places = [_Place(tokens=state.tokens, mark=self._runner.mark())]
+        self._remember(state.tokens, state.text)
+
+    def _settle(self) -> tuple[_Place, str]:
+        """The place behind the conversation so far, where the runner then is, and its text."""
+        if not self._messages:
+            raise GenerationError("chat: nothing was said yet, and there is no system message; say something first")
+        text = self._render(self._messages, ends=True)
+        tokens = self._tokenize(text)
+        place = next((p for p in self._places if p.tokens == tokens and self._runner.is_valid(p.mark)), None)
+        if place is None:
+            place, _ = self._prefill(tokens)
+        else:
+            self._runner.rewind(place.mark)
+        self._remember(tokens, text)
+        self._turn += 1
+        return place, text
 
     def _last(self, role: str) -> int:
         for index in range(len(self._messages) - 1, -1, -1):
@@ -130,16 +278,26 @@ class Chat:
                 return index
         raise GenerationError(f"chat: there is no {role} message yet")
 
-    def _reply(self, messages: list[Message]) -> Iterator[str]:
-        text = self._tokenizer.render_chat(
-            messages, tools=self._tools, chat_template=self._template, variables=self._variables
+    def _render(self, messages: Sequence[Message], *, ends: bool = False) -> str:
+        """The conversation as text; ``ends``: without the beginning of a reply."""
+        return self._tokenizer.render_chat(
+            messages,
+            tools=self._tools,
+            chat_template=self._template,
+            variables=self._variables,
+            add_generation_prompt=not ends,
         )
+
+    def _reply(self, messages: list[Message], constrain: Constrain | None = None) -> Iterator[str]:
+        text = self._render(messages)
         tokens = self._tokenize(text)
+        constraint = None if constrain is None else constrain(text)
         place, logits = self._prefill(tokens)
-        self._messages, self._finish_reason = messages, None
+        self._messages, self._finish_reason, self._prompt = messages, None, text
+        self._reply_tokens = 0
         self._turn += 1
         self._remember(tokens, text)
-        return self._stream(place, logits, text, self._turn)
+        return self._stream(place, logits, text, self._turn, constraint)
 
     def _tokenize(self, text: str) -> list[int]:
         """The prompt's tokens. Replies stay as the model wrote them: their text may have another tokenization."""
@@ -168,15 +326,19 @@ class Chat:
         self._places.append(_Place(tokens=tokens, mark=self._runner.mark(), logits=logits))
         return self._places[-1], logits
 
-    def _stream(self, prompt: _Place, logits: np.ndarray, text: str, turn: int) -> Iterator[str]:
+    def _stream(
+        self, prompt: _Place, logits: np.ndarray, text: str, turn: int, constraint: Constraint | None
+    ) -> Iterator[str]:
         decoder = StreamDecoder(
             self._tokenizer, skip_special_tokens=self._skip or None, stop_tokens=self.config.stop_tokens
         )
         reply: list[int] = []
         self._check_undisturbed(prompt, reply, turn)
         try:
-            for event in continue_from(self._runner, logits, [prompt.tokens], self.config):
+            events = continue_from(self._runner, logits, [prompt.tokens], self.config, constraint=constraint)
+            for event in events:
                 reply.append(event.token)
+                self._reply_tokens = len(reply)
                 self._finish_reason = event.finish_reason
                 yield decoder.push(event.token)
                 if event.finish_reason is None:
@@ -208,6 +370,12 @@ class Chat:
         content = self._tokenizer.decode(said)
         self._messages.append({"role": "assistant", "content": content})
         self._remember(prompt.tokens + said, text + content)
+
+
+def _as_messages(content: str | Message | Sequence[Message]) -> list[Message]:
+    if isinstance(content, str):
+        return [{"role": "user", "content": content}]
+    return [content] if isinstance(content, Mapping) else list(content)
 
 
 def _leads_to(place: _Place, tokens: list[int]) -> bool:

@@ -124,7 +124,12 @@ def stream(text: str) -> None:
         ReaderGone: nobody reads it, so that no more of it need be computed.
         OutputError: it cannot be written.
     """
-    streams.deliver("".join(map(_harmless, text)) if streams.is_terminal() else text)
+    streams.deliver(harmless(text) if streams.is_terminal() else text)
+
+
+def harmless(text: str) -> str:
+    """A text that no terminal acts on."""
+    return "".join(map(_harmless, text))
 
 
 def _harmless(character: str) -> str:

@@ -1,7 +1,8 @@
-"""What a text may be: JSON of a schema, token by token.
+"""What a text may be, token by token: JSON of a schema, or what fits a grammar.
 
-In: a schema, the tokenizer. Out: which tokens may come next, from llguidance (the extra ``serve``), which compiles the
-schema to a grammar and walks through the vocabulary's bytes. A sampler asks before it chooses (``sampling.Sampler``).
+In: a schema or a grammar, the tokenizer. Out: which tokens may come next, from llguidance (the extra ``serve``), which
+compiles the schema to a grammar and walks through the vocabulary's bytes. A sampler asks before it chooses
+(``sampling.Sampler``).
 """
 
 from __future__ import annotations
@@ -57,11 +58,26 @@ class Grammars:
         """
         import llguidance
 
-        vocabulary = self._read()
         try:
             grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), {"whitespace_pattern": _SPACE})
         except ValueError as error:
             raise GenerationError(f"schema: {shown_reason(error)}; change it") from error
+        return self._matched(grammar)
+
+    def of_grammar(self, lark: str) -> Constraint:
+        """What fits a grammar in Lark, with llguidance's additions: ``<[7]>`` is a token, ``%json {...}`` a schema.
+
+        Raises:
+            GenerationError: as ``of_schema``.
+        """
+        import llguidance
+
+        return self._matched(llguidance.LLMatcher.grammar_from_lark(lark))
+
+    def _matched(self, grammar: str) -> Constraint:
+        import llguidance
+
+        vocabulary = self._read()
         is_wrong, faults = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, vocabulary)
         if is_wrong:
             raise GenerationError(f"schema: {shown_reason(ValueError(faults[0]))}; change it")

@@ -44,6 +44,7 @@ def _checkpoint(name: str, revision: str | None, offline: bool, config_from: str
     checkpoint = open_checkpoint(name, revision=revision, offline=offline, config_from=config_from)
     config = checkpoint.config
     cache = CacheSpec.from_config(config)
+    moved = CacheSpec.from_config(config, bounded=True)
     return {
         "kind": "checkpoint",
         "name": as_unicode(checkpoint.name),
@@ -58,8 +59,9 @@ def _checkpoint(name: str, revision: str | None, offline: bool, config_from: str
         "state_bytes_per_token": cache.bytes_per_token(),
         "state_bytes_fixed": cache.fixed_bytes(),
         "state_bytes_at_32k": cache.state_bytes(LONG_CONTEXT),
-        # In programs that keep no more of a sliding layer than its window.
-        "state_bytes_at_32k_bounded": CacheSpec.from_config(config, bounded=True).state_bytes(LONG_CONTEXT),
+        # In programs that keep no more of a sliding layer than its window: a .pte, and ONNX graphs on our operators.
+        "state_bytes_at_32k_bounded": moved.state_bytes(LONG_CONTEXT),
+        "state_bytes_at_32k_rings": cache.with_rings(config).state_bytes(LONG_CONTEXT),
         "sliding_layers": len(config.sliding_layers),
         "sliding_window": config.sliding_window,
         "context_length": config.max_position_embeddings,
@@ -84,6 +86,7 @@ def _program(program: Program, artifact: Artifact) -> dict[str, Any]:
     dtypes: Counter[str] = Counter()
     for tensor in program.tensors:
         dtypes[tensor.dtype] += math.prod(tensor.shape)
+    own = program.own_cache
     worst = max(program.tensors, key=lambda tensor: tensor.error or 0.0, default=None)
     return {
         "backend": program.backend,
@@ -102,6 +105,8 @@ def _program(program: Program, artifact: Artifact) -> dict[str, Any]:
         "state_bytes_per_token": program.cache.bytes_per_token(),
         "state_bytes_fixed": program.cache.fixed_bytes(),
         "state_bytes_at_32k": program.cache.state_bytes(LONG_CONTEXT),
+        # Of its graphs on our operators, where that is another one.
+        "state_bytes_at_32k_rings": None if own is None else own.state_bytes(LONG_CONTEXT),
         "context_length": program.context_length,
         "parity": program.parity,
     }

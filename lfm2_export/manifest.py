@@ -122,7 +122,8 @@ class Program:
     ``graphs`` maps a role ("model", "cpu", "scoring", ...) to the file to open for it; ``files`` are all files that the
     program needs, data files included. ``operators`` counts the nodes of the "model" graph by type. ``options`` are the
     settings that made it (group_size, exclude, algorithm, accuracy_level, ...); ``parity`` the figures that
-    ``lfm2-export parity`` found, None before it ran. ``kind``: DECODER, ENCODER or DRAFTER.
+    ``lfm2-export parity`` found, None before it ran. ``kind``: DECODER, ENCODER or DRAFTER. ``cache``: the state of the
+    "model" graph; ``own_cache``: of the graphs on our operators, None where it is the same.
     """
 
     backend: str
@@ -139,6 +140,7 @@ class Program:
     versions: Mapping[str, str]
     parity: Mapping[str, Any] | None = None
     kind: str = DECODER
+    own_cache: CacheSpec | None = None
 
     @property
     def key(self) -> tuple[str, str]:
@@ -243,6 +245,8 @@ def _check_program(program: Program) -> None:
         )
     if (program.kind == DECODER) != bool(program.cache.tensors):
         raise ArtifactError(f"{program} has {len(program.cache.tensors)} state tensors, which no {program.kind} has")
+    if program.own_cache is not None and _states(program.own_cache) != _states(program.cache):
+        raise ArtifactError(f"{program} has an own_cache of other layers than its cache")
     if program.kind == ENCODER:
         _check_encoder(program)
     if program.kind == DRAFTER:
@@ -258,6 +262,10 @@ def _check_program(program: Program) -> None:
     moe_op = program.options.get("moe_op")  # read by ExecuTorch's runner
     if moe_op is not None and not _is_mapping_of(moe_op, str):
         raise ArtifactError(f"{program} has options.moe_op={shown(moe_op)}, which is not a string for each file")
+
+
+def _states(cache: CacheSpec) -> list[str]:
+    return [tensor.past_name for tensor in cache.tensors]
 
 
 def _check_encoder(program: Program) -> None:

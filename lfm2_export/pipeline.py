@@ -245,4 +245,5 @@ def _program(backend: str, scheme: Scheme, made: ExportedProgram) -> Program:
         tensors=made.tensors,
         versions=recorded_versions(),
         kind=made.kind,
+        own_cache=made.own_cache,
     )

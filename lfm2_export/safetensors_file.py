@@ -217,6 +217,20 @@ def read_blocks(shard: WeightFile, info: TensorInfo, block_bytes: int) -> Iterat
         _drop_from_page_cache(file, info.offset, info.nbytes)
 
 
+def read_into(shard: WeightFile, info: TensorInfo, out: np.ndarray) -> None:
+    """A tensor's bytes as they are, into a contiguous array of its size.
+
+    Raises:
+        CheckpointError: the file changed since its header was read.
+    """
+    if info.nbytes != out.nbytes:
+        raise ValueError(f"{info.name}: has {info.nbytes} bytes, not the {out.nbytes} of the array")
+    with files.open_regular(shard.path, shard.path.parent, CheckpointError, real=shard.real) as file:
+        _check_unchanged(shard, file)
+        file.seek(info.offset)
+        _read_exactly(info, file, out.reshape(-1).view(np.uint8).data)
+
+
 def _read_exactly(info: TensorInfo, file: FileIO, view: memoryview) -> None:
     done = 0
     while done < len(view):

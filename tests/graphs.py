@@ -14,6 +14,7 @@ import onnxruntime as ort
 from lfm2_export.artifact import Artifact
 from lfm2_export.backends.onnx import variants
 from lfm2_export.backends.onnx.session import session_options
+from lfm2_export.cache import CONV_STATE
 
 State = dict[str, np.ndarray]
 
@@ -24,7 +25,7 @@ class Graph:
     def __init__(self, artifact: Path, scheme: str, role: str = "model"):
         self.program = Artifact.open(artifact, verify=False).program("onnx", scheme)
         self.role = role
-        self.cache = self.program.cache.with_int8_positions() if role.startswith("lfm2_kv8") else self.program.cache
+        self.cache = variants.cache_of(self.program, role)
         self.path = artifact / self.program.graphs[role]
         library = variants.own_library() if role.startswith("lfm2") else None
         options = session_options(1, library)  # small models gain nothing from more threads
@@ -42,7 +43,8 @@ class Graph:
         return logits, {t.past_name: value for t, value in zip(self.cache.tensors, present, strict=True)}
 
     def in_place(self, ids_BT: np.ndarray, mask_BS: np.ndarray, state: State) -> tuple[np.ndarray, State]:
-        """The same, but each key and value buffer [B, kv_heads, capacity, head_dim] is past and present at once."""
+        """The same, but each key and value buffer [B, kv_heads, capacity, head_dim], rings among them, is past and
+        present at once."""
         binding = self.session.io_binding()
         binding.bind_cpu_input("input_ids", ids_BT.astype(np.int64))
         binding.bind_cpu_input("attention_mask", mask_BS.astype(np.int64))
@@ -50,7 +52,7 @@ class Graph:
         buffers = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in state.items()}
         for tensor in self.cache.tensors:
             binding.bind_ortvalue_input(tensor.past_name, buffers[tensor.past_name])
-            if tensor.grows:
+            if tensor.kind != CONV_STATE:
                 binding.bind_ortvalue_output(tensor.present_name, buffers[tensor.past_name])
             else:
                 binding.bind_output(tensor.present_name, "cpu")

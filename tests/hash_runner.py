@@ -27,6 +27,7 @@ class HashRunner:
     def __init__(self, vocab_size: int = 40, context_length: int = 10_000, max_batch_size: int | None = None):
         self.vocab_size, self.context_length, self.max_batch_size = vocab_size, context_length, max_batch_size
         self.can_score = False
+        self.program_id = "hash"
         self.verifies_exactly = True
         self.verified: list[int] = []
         self.rows: list[list[int]] = [[]]

@@ -88,6 +88,10 @@ def edited(change: Callable[[dict[str, Any]], object]) -> str:
             lambda m: m["programs"][0]["inputs"][0].update(shape=[1.5]),
             "programs[0].inputs[0].shape[0]=1.5 is not an int",
         ),
+        (
+            lambda m: m["programs"][0].update(own_cache=[]),
+            "has an own_cache of other layers than its cache",
+        ),
         (lambda m: m["programs"][0]["cache"][0].pop("kind"), "programs[0].cache: cache: a state tensor needs exactly"),
         (lambda m: m["programs"][0].update(context_length=0), "onnx q4 has context_length=0, which is not from 1"),
         (lambda m: m["programs"][0].update(graphs={}), "onnx q4 has no graph 'model'"),

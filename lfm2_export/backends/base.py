@@ -84,7 +84,8 @@ class Snapshot:
     """A copy of a runner's whole state: it outlives the runner's own and can be restored any number of times.
 
     ``tensors`` by ``past_name``: conv states [B, L-1, hidden], keys and values [B, kv_heads, max(lengths), head_dim]
-    (trimmed: they fit a runner of any capacity). ``lengths`` int64 [B]: tokens held per row.
+    (trimmed: they fit a runner of any capacity; of bounded layers as many positions as the CacheSpec says). ``lengths``
+    int64 [B]: tokens held per row.
     """
 
     program_id: str
@@ -100,8 +101,9 @@ class Snapshot:
 class Mark:
     """A place in a runner's current state to come back to, far smaller than a Snapshot.
 
-    It holds the conv states only; keys and values stay in the runner, where later tokens never touch earlier ones. It
-    therefore dies with that state (``reset``, ``restore``, ``reorder``, or a ``rewind`` to an earlier place).
+    It holds the states of fixed size only: conv states, and keys and values of bounded layers. Those that grow stay in
+    the runner, where later tokens never touch earlier ones. It therefore dies with that state (``reset``, ``restore``,
+    ``reorder``, or a ``rewind`` to an earlier place).
     """
 
     lengths: np.ndarray
@@ -154,6 +156,10 @@ class Runner(Protocol):
     Every method checks its arguments first, with ``backends/arguments.py``. Whatever it raises leaves the state as it
     was: RunnerError, ContextLimitError, or ResourceError where the memory is too small for what was asked.
     """
+
+    @property
+    def program_id(self) -> str:
+        """Names the program, by what its files hold: what snapshots and saved states belong to."""
 
     @property
     def vocab_size(self) -> int: ...

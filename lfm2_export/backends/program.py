@@ -81,3 +81,4 @@ class ExportedProgram:
     operators: Mapping[str, int]
     tensors: tuple[StoredTensor, ...]
     kind: str = DECODER
+    own_cache: CacheSpec | None = None

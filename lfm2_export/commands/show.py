@@ -39,7 +39,8 @@ def _print_checkpoint(found: dict[str, Any]) -> None:
     sliding = f" ({found['sliding_layers']} of them sliding, window {found['sliding_window']})"
     sliding = sliding if found["sliding_layers"] else ""
     bounded = (
-        f", {human_bytes(found['state_bytes_at_32k_bounded'])} where sliding layers keep their window alone (.pte)"
+        f", {human_bytes(found['state_bytes_at_32k_bounded'])} where sliding layers keep their window alone (.pte), "
+        f"{human_bytes(found['state_bytes_at_32k_rings'])} where that and room for a block (ONNX, our operators)"
     )
     rows = [
         ("family", found["family"]),
@@ -82,6 +83,13 @@ def _print_artifact(found: dict[str, Any]) -> None:
         if bits := program["bits_per_weight"]:
             counted = ", ".join(f"{bits[name]:.2f} of {what}" for name, what in _COUNTED.items() if name in bits)
             print(f"{program['backend']} {program['scheme']}: bits a weight: {counted}")
+    for program in found["programs"]:
+        if program["state_bytes_at_32k_rings"] is not None:
+            print(
+                f"{program['backend']} {program['scheme']}: state at 32k of context: "
+                f"{human_bytes(program['state_bytes_at_32k'])}, "
+                f"{human_bytes(program['state_bytes_at_32k_rings'])} on our operators"
+            )
     for program in found["programs"]:
         if program["calibration"]:
             print(one_line(f"{program['backend']} {program['scheme']}: {program['calibration']}"))

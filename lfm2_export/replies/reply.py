@@ -46,20 +46,17 @@ class ReplyParser:
     Args:
         tools: what may be called; None: blocks of calls are text like any other.
         thinking: the prompt has opened it (``opens_thinking``).
-        begun: what of a block of calls the prompt has written already, its marker included; "" where none.
         parallel: a reply may have more than one call; else a second one is text.
     """
 
-    def __init__(self, *, tools: Tools | None = None, thinking: bool = False, begun: str = "", parallel: bool = True):
+    def __init__(self, *, tools: Tools | None = None, thinking: bool = False, parallel: bool = True):
         self._tools = tools
         self._parallel = parallel
         self._starts = [block.start for block in BLOCKS] if tools is not None else []
         self._mode: _Mode = "before thought" if thinking else "start"
         self._block = LFM2
-        self._held = begun
+        self._held = ""
         self.called = False
-        if begun:
-            self._mode = "said"
 
     def push(self, text: str) -> list[Event]:
         """What is certain with ``text``."""

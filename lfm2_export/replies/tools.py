@@ -44,6 +44,11 @@ class Tools:
         return cls({function["name"]: function.get("parameters") or {} for function in functions})
 
     @property
+    def schemas(self) -> Mapping[str, Mapping[str, Any]]:
+        """By a function's name, the JSON schema of its arguments."""
+        return self._schemas
+
+    @property
     def names(self) -> list[str]:
         return list(self._schemas)
 

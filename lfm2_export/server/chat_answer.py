@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
-from lfm2_export.constraints import After, Constraint
+from lfm2_export.constraints import Constraint
 from lfm2_export.errors import GenerationError
+from lfm2_export.forced_calls import behind_thinking, forced_calls
 from lfm2_export.replies import Called, Event, ReplyParser, Said, Thought, ToolCall, Tools, for_template, opens_thinking
-from lfm2_export.replies.reply import END_THINK, LFM2
 from lfm2_export.server import logprobs
 from lfm2_export.server.answer import Envelope, Json, room
 from lfm2_export.server.chat_request import ChatRequest
@@ -31,18 +32,16 @@ def prepare(model: Model, request: ChatRequest, limits: Limits) -> tuple[Asked, 
     if not tokenizer.has_chat_template:
         raise ApiError(400, f"{model.name} has no chat template; use /v1/completions")
     prompt = _render(tokenizer, request)
-    thinking = opens_thinking(prompt)
-    begun = _forced_beginning(tokenizer, request, thinking)
-    tokens = tokenizer.encode(prompt + begun, add_special_tokens=False)
+    tokens = tokenizer.encode(prompt, add_special_tokens=False)
     allowed = room(request.sampling, len(tokens), model.runner.context_length, limits)
     tools = Tools.from_openai(request.tools) if request.offers_tools else None
-    parser = ReplyParser(tools=tools, thinking=thinking, begun=begun, parallel=request.parallel_calls)
+    parser = ReplyParser(tools=tools, thinking=opens_thinking(prompt), parallel=request.parallel_calls)
     asked = Asked(
         prompt=tokens,
         config=request.sampling.config(model.settings, allowed),
         stops=request.sampling.stops,
         top_logprobs=request.top_logprobs,
-        constraint=_constraint(model, request, thinking),
+        constraint=_constraint(model, request, tools, prompt),
     )
     return asked, ChatAnswer(model.name, parser, include_usage=request.sampling.include_usage)
 
@@ -55,25 +54,31 @@ def _render(tokenizer: Tokenizer, request: ChatRequest) -> str:
     )
 
 
-def _forced_beginning(tokenizer: Tokenizer, request: ChatRequest, thinking: bool) -> str:
-    """What the model is made to begin with where a tool must be called: the rest of the call is its own."""
-    if request.forced is None:
-        return ""
-    if thinking or tokenizer.token_id(LFM2.start) is None:
-        raise invalid(
-            "tool_choice", "a call cannot be forced on this model; leave it at auto", code="unsupported_value"
-        )
-    return f"{LFM2.start}[" + (f"{request.forced}(" if request.forced else "")
+def _constraint(model: Model, request: ChatRequest, tools: Tools | None, prompt: str) -> Constraint | None:
+    """Of a request that asks for a schema, or for a call; not for both (``parse_chat``)."""
+    if request.schema is not None:
+        with _refused("response_format"):
+            return behind_thinking(model.grammars.of_schema(request.schema), model.tokenizer, prompt)
+    if request.forced is not None and tools is not None:
+        with _refused("tool_choice"):
+            return forced_calls(
+                model.grammars,
+                model.tokenizer,
+                tools,
+                prompt,
+                name=request.forced,
+                parallel=request.parallel_calls,
+            )
+    return None
 
 
-def _constraint(model: Model, request: ChatRequest, thinking: bool) -> Constraint | None:
-    if request.schema is None:
-        return None
+@contextmanager
+def _refused(param: str) -> Iterator[None]:
+    """What cannot be constrained is the request's fault."""
     try:
-        of_schema = model.grammars.of_schema(request.schema)
+        yield
     except GenerationError as error:
-        raise invalid("response_format", str(error)) from error
-    return After(END_THINK, of_schema, model.tokenizer) if thinking else of_schema
+        raise invalid(param, str(error), code="unsupported_value") from error
 
 
 class ChatAnswer:

@@ -103,7 +103,7 @@ def _tool_choice(body: Body, names: list[str]) -> tuple[str, str | None]:
     if not names:
         raise invalid("tool_choice", "there is no tool to choose; give tools")
     if choice == "required":
-        return choice, names[0] if len(names) == 1 else ""
+        return choice, ""
     function = choice.get("function") if isinstance(choice, dict) else None
     if not isinstance(function, dict) or function.get("name") not in names:
         raise invalid("tool_choice", f"{shown(choice, 60)} is neither none, auto, required nor one of the tools")

@@ -137,6 +137,10 @@ class SpeculativeRunner:
         return kernels_of(self._runner)
 
     @property
+    def program_id(self) -> str:
+        return self._runner.program_id
+
+    @property
     def vocab_size(self) -> int:
         return self._runner.vocab_size
 
@@ -290,6 +294,12 @@ class SpeculativeRunner:
         self._forget()
         tokens = self._copied.get(snapshot)
         self._tokens = None if tokens is None else list(tokens)
+
+    def restore_with(self, snapshot: Snapshot, tokens: Sequence[int]) -> None:
+        """``restore`` of a snapshot of one row that this runner did not make, such as a file's, with the tokens that it
+        is of: without them nothing could be proposed from then on."""
+        self._copied[snapshot] = list(tokens)
+        self.restore(snapshot)
 
     def mark(self) -> Mark:
         self.settle()

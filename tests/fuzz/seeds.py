@@ -21,15 +21,17 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 import lfm2_export
 from lfm2_export.artifact import Artifact
+from lfm2_export.backends.base import Snapshot
 from lfm2_export.calibration.inputs import inputs
 from lfm2_export.calibration.statistics import Description, StatisticsLayout, checkpoint_hash, packed
 from lfm2_export.manifest import FileEntry, Manifest, Program
+from lfm2_export.states import State, write_state
 from tests import artifacts
 from tests.checkpoints import tiny_config, write_random_checkpoint
 from tests.encoder_checkpoints import COLBERT, EMBEDDING, TOKENIZER, write_encoder
 from tests.fuzz import bundle
 from tests.fuzz.bundle import Part
-from tests.fuzz.targets import FOLDER, statistics
+from tests.fuzz.targets import FOLDER, state, statistics
 from tests.fuzz.targets.manifest import FILES
 from tests.gguf.written import write as write_gguf
 from tests.packed import written as packed_weights
@@ -55,6 +57,7 @@ def write_all() -> None:
     _write_tokenizers()
     _write_settings()
     _write_statistics()
+    _write_states()
 
 
 def _put(target: str, name: str, content: bytes | str) -> None:
@@ -332,6 +335,18 @@ def _write_statistics() -> None:
         ones = [np.ones(one.width, np.float32) for one in found.values()]
         data = [one if diagonal else packed(np.diag(one)) for one in ones]
         _put("statistics", name, layout.header(description) + b"".join(one.tobytes() for one in data))
+
+
+def _write_states() -> None:
+    """Of an empty conversation's three tokens, with float32 and with int8 keys and values."""
+    for name, runner in state.RUNNERS.items():
+        tensors = {t.past_name: t.zeros(1, 3) for t in runner.cache.tensors}
+        snapshot = Snapshot(program_id=runner.program_id, lengths=np.array([3]), tensors=tensors)
+        messages = [{"role": "system", "content": "a"}]
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch, "a.state")
+            write_state(path, State(messages=messages, text="a", tokens=[1, 2, 3], snapshot=snapshot), state.TOKENIZER)
+            _put("state", name, path.read_bytes())
 
 
 if __name__ == "__main__":

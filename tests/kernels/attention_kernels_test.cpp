@@ -71,6 +71,31 @@ struct Head {
   }
 };
 
+// Behind an origin, and without a mask: what the same rows give at their own positions under a mask of ones.
+void check_origin(const Target& target, Head head) {
+  constexpr int64_t kOrigin = 320;
+  const int64_t count = head.queries, dim = head.head_dim;
+  std::fill(head.mask.begin(), head.mask.end(), 1);
+  const Buffer<float> want(count * dim), greatest(count, -INFINITY), weight(count, 0.0f), sum(count * dim, 0.0f);
+  head.run(target, 0, count, want);
+  for (int64_t i = 0; i < count; ++i) {
+    head.begins[i] += kOrigin;
+    head.ends[i] += kOrigin;
+  }
+  HeadCache key = head.of(head.key), value = head.of(head.value);
+  key.origin = value.origin = kOrigin;
+  const Buffer<char> scratch(lfm2::attention_scratch_floats(dim) * 4);
+  const lfm2::QueryTile tile = {head.q.data(), head.begins.data(), head.ends.data(), nullptr, count,
+                                greatest.data(), weight.data(), sum.data()};
+  target.attention.attend(key, value, kOrigin, kOrigin + head.positions, tile,
+                          reinterpret_cast<float*>(scratch.data()));
+  for (int64_t i = 0; i < count * dim; ++i) {
+    sum[i] /= weight[i / dim];
+  }
+  expect(std::memcmp(sum.data(), want.data(), sum.size() * sizeof(float)) == 0,
+         std::string(target.name) + " attention, " + head.described() + ": an origin changes the result");
+}
+
 double difference(const Buffer<float>& got, const Buffer<float>& want) {
   double error = 0, size = 0;
   for (size_t i = 0; i < got.size(); ++i) {
@@ -153,6 +178,7 @@ void test_attention_kernels() {
       for (const int64_t held : {1, 15, 64, 130}) {
         for (const bool is_int8 : {false, true}) {
           check_attention(target, Head(dim, held, held == 130 ? 16 : 5, is_int8));
+          check_origin(target, Head(dim, held, 5, is_int8));
         }
       }
     }

@@ -202,7 +202,7 @@ void put_cache(Maker& maker, const std::string& name, const Shape& shape, bool i
   }
 }
 
-// A first prompt, later tokens with a cache that grows by copying, or with one that has room.
+// A first prompt, later tokens with a cache that grows by copying, with one that has room, or with a ring.
 Case attention(const std::string& op, Random& random, int64_t wanted) {
   Maker maker(op, random);
   const bool is_int8 = op == "AttentionInt8" || op == "SlidingAttentionInt8", is_first = random.one_in(3);
@@ -212,8 +212,11 @@ Case attention(const std::string& op, Random& random, int64_t wanted) {
   const int64_t total = std::max<int64_t>(1, held + tokens), past = random.one_in(2) ? held : total + 3;
   maker.integer("num_heads", heads);
   maker.integer("kv_num_heads", kv_heads);
-  if (op.rfind("Sliding", 0) == 0) {
-    maker.integer("window", random.between(1, 100));
+  const int64_t window = op.rfind("Sliding", 0) == 0 ? random.between(1, 100) : 0;
+  const bool is_ring = window > 0 && random.one_in(2);
+  if (window > 0) {
+    maker.integer("window", window);
+    maker.integer("ring", is_ring);
   }
   maker.made().info.floats["epsilon"] = 1e-5f;
   maker.floats("q", {batch, tokens, heads * head_dim});
@@ -222,7 +225,9 @@ Case attention(const std::string& op, Random& random, int64_t wanted) {
   maker.floats("q_norm", {head_dim});
   maker.floats("k_norm", {head_dim});
   // A call without tokens behind an empty cache has no position at all: it gets room for the one that the mask names.
-  const Shape cache = {batch, kv_heads, std::max(past, total - tokens), head_dim + (is_int8 ? 4 : 0)};
+  const int64_t ring = (window + 63) / 64 * 64 + 64 * random.between(0, 1);
+  const int64_t room = is_ring ? ring : std::max(past, total - tokens);
+  const Shape cache = {batch, kv_heads, room, head_dim + (is_int8 ? 4 : 0)};
   put_cache(maker, "past_key", cache, is_int8);
   put_cache(maker, "past_value", cache, is_int8);
   OrtValue& last = maker.put("seqlens_k", ort::kInt32, {batch, 1});
@@ -239,7 +244,7 @@ Case attention(const std::string& op, Random& random, int64_t wanted) {
   for (int64_t i = 0; i < batch * tokens; ++i) {
     positions.as<int64_t>()[i] = random.between(0, total);
   }
-  maker.made().in_place = cache[2] >= total && random.one_in(2);
+  maker.made().in_place = (is_ring || cache[2] >= total) && random.one_in(2);
   return maker.made();
 }
 

@@ -77,7 +77,14 @@ def base_calls() -> list[Call]:
         *attention,
         *(replace(case, int8=True) for case in attention),
     ]
-    return [_call_of(case) for case in cases]
+    rings = [_with_ring(AttentionCase(held=(11, 4, 1), tokens=2, head_dim=16, window=4, int8=i)) for i in (False, True)]
+    return [*map(_call_of, cases), *rings]
+
+
+def _with_ring(case: AttentionCase) -> Call:
+    """A cache of whole steps, longer than the window: the same arrays can be a ring."""
+    call = _call_of(replace(case, capacity=64))
+    return replace(call, attributes=call.attributes | {"ring": 1})
 
 
 def _call_of(case: Any) -> Call:

@@ -168,6 +168,47 @@ def _attention_int8(inputs: Inputs, a: Attributes) -> list[npt.NDArray[Any]]:
     return _attention(inputs, a, int8=True)
 
 
+def _sliding(inputs: Inputs, a: Attributes, *, int8: bool = False) -> list[npt.NDArray[Any]]:
+    ring = a.get("ring")
+    if not isinstance(ring, int) or ring != 1:
+        return _attention(inputs, a, int8=int8)
+    return _on_a_ring(inputs, a, int8=int8)
+
+
+def _sliding_int8(inputs: Inputs, a: Attributes) -> list[npt.NDArray[Any]]:
+    return _sliding(inputs, a, int8=True)
+
+
+def _on_a_ring(inputs: Inputs, a: Attributes, *, int8: bool) -> list[npt.NDArray[Any]]:
+    """``_attention`` of each row's attended tokens alone, on a cache in which the ring lies unrolled."""
+    x: list[Any] = list(inputs[:12])
+    (batch, tokens, _), total, size = x[0].shape, x[8].shape[1], x[5].shape[2]
+    last = x[7].reshape(batch).astype(np.int64)
+    begin = np.zeros(batch, np.int64) if tokens == total else np.maximum(0, last + 1 - tokens)
+    out = np.zeros(x[0].shape)
+    rings = [(dequantize_rows(cache) if int8 else cache).astype(np.float64) for cache in (x[5], x[6])]
+    for row in range(batch):
+        held = int(np.count_nonzero(x[8][row, : begin[row]]))
+        own = np.flatnonzero(x[8][row, begin[row] : begin[row] + tokens])
+        if not len(own):
+            continue
+        numbers, count = np.arange(max(0, held - size), held), held + len(own)
+        alone = [part[row : row + 1, own] for part in (x[0], x[1].reshape(batch, tokens, -1))]
+        alone += [x[2].reshape(batch, tokens, -1)[row : row + 1, own], x[3], x[4]]
+        for cache in (x[5], x[6]):
+            unrolled = np.zeros((1, cache.shape[1], count, cache.shape[3]), cache.dtype)
+            unrolled[0][:, numbers] = cache[row][:, numbers % size]
+            alone.append(unrolled)
+        ids = x[11].reshape(batch, tokens)[row : row + 1, own]
+        alone += [np.array([count - 1]), np.ones((1, count), np.int64), x[9], x[10], ids]
+        found = _attention(alone, a, int8=int8)
+        out[row, own] = found[0][0]
+        kept = np.arange(max(held, count - size), count)
+        for ring, cache in zip(rings, found[1:], strict=True):
+            ring[row][:, kept % size] = cache[0][:, kept]
+    return [out, *rings]
+
+
 _OPERATORS = {
     "MatMulNBits": _product,
     "Projections": _projections,
@@ -176,6 +217,6 @@ _OPERATORS = {
     "GatedConv": _gated_conv,
     "Attention": _attention,
     "AttentionInt8": _attention_int8,
-    "SlidingAttention": _attention,
-    "SlidingAttentionInt8": _attention_int8,
+    "SlidingAttention": _sliding,
+    "SlidingAttentionInt8": _sliding_int8,
 }

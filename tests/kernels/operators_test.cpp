@@ -306,6 +306,31 @@ void test_a_mask_beyond_the_cache() {
          "positions that nothing fills may be seen");
 }
 
+// A ring of a size that steps, or the window, do not fit.
+void test_rings_that_do_not_fit() {
+  Random random(9);
+  for (const std::string op : {"SlidingAttention", "SlidingAttentionInt8"}) {
+    Case c = lfm2_test::random_case(op, random, 2);
+    while (c.info.integers["ring"] == 0) {
+      c = lfm2_test::random_case(op, random, 2);
+    }
+    c.in_place = false;
+    const int64_t size = c.input("past_key").shape[2];
+    c.info.integers["window"] = size;
+    expect(lfm2_test::run(c).fault.empty(), "a window as long as the ring is refused");
+    c.info.integers["window"] = size + 1;
+    expect(contains(lfm2_test::run(c).fault, "a ring of " + std::to_string(size) + " positions"),
+           "a ring below the window is taken");
+    c.info.integers["window"] = 1;
+    auto shape = c.input("past_key").shape;
+    shape[2] -= 1;
+    for (const std::string name : {"past_key", "past_value"}) {
+      c.input(name) = lfm2_test::tensor_of(op == "SlidingAttention" ? ort::kFloat : ort::kUint8, shape);
+    }
+    expect(contains(lfm2_test::run(c).fault, "is no multiple of 64"), "a ring of parts of steps is taken");
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -322,6 +347,7 @@ int main() {
   test_two_weights_on_two_threads();
   test_values_that_lead_astray();
   test_a_mask_beyond_the_cache();
+  test_rings_that_do_not_fit();
   std::printf("%d failures\n", failures);
   return failures == 0 ? 0 : 1;
 }

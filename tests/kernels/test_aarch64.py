@@ -17,7 +17,7 @@ import pytest
 
 from lfm2_export.hashing import cache_folder
 from lfm2_export.kernels import build
-from tests.kernels import toy_program
+from tests.conftest import Once
 
 SYSROOT = "/usr/aarch64-linux-gnu"
 PARTS = ("lib", "include", "share")  # of the wheel
@@ -30,7 +30,7 @@ CROSS = {
 PROCESSORS = {"max": "neoni8mm neondot scalar", "cortex-a76": "neondot scalar", "cortex-a72": "scalar"}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def wheel() -> Path:
     """The aarch64 wheel of the executorch that is installed here, unpacked once."""
     missing = [tool for tool in ("aarch64-linux-gnu-g++", "qemu-aarch64-static", "cmake") if shutil.which(tool) is None]
@@ -69,17 +69,21 @@ def under_qemu(program: Path, *arguments: str, processor: str = "max") -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def built(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the C++ tests, built for aarch64."""
-    work = tmp_path_factory.mktemp("aarch64")
-    definitions = [f"-D{name}={value}" for name, value in CROSS.items()]
-    for command in (
-        ["cmake", "-S", str(Path(__file__).parent), "-B", str(work), *definitions],
-        ["cmake", "--build", str(work), "--target", "kernels_test", "operators_test", "--parallel"],
-    ):
-        subprocess.run(command, check=True, capture_output=True)
-    return work
+@pytest.fixture(scope="session")
+def built(wheel: Path, once: Once) -> Path:
+    """The folder of the C++ tests and of the runner, built for aarch64 from the same objects."""
+    entries = CROSS | {"CMAKE_PREFIX_PATH": str(wheel / "share" / "cmake"), "LFM2_BUILD_RUNNER": "ON"}
+    definitions = [f"-D{name}={value}" for name, value in entries.items()]
+    targets = ["kernels_test", "operators_test", build.RUNNER]
+
+    def make(work: Path) -> None:
+        for command in (
+            ["cmake", "-S", Path(__file__).parent, "-B", work, *definitions],
+            ["cmake", "--build", work, "--target", *targets, "--parallel"],
+        ):
+            subprocess.run(command, check=True, capture_output=True)
+
+    return once("aarch64", make)
 
 
 @pytest.mark.parametrize("processor", PROCESSORS)
@@ -94,12 +98,10 @@ def test_the_operators_for_onnx_runtime_run(built: Path):
     assert under_qemu(built / "operators_test").splitlines()[-1] == "0 failures"
 
 
-def test_the_runner_makes_the_same_tokens_on_both_instruction_sets(wheel: Path, tmp_path: Path):
-    toy_program.export_toy(tmp_path / "toy.pte")
+def test_the_runner_makes_the_same_tokens_on_both_instruction_sets(built: Path, toy: Path, tmp_path: Path):
     (tmp_path / "ids.txt").write_text("5 17 200 3 3 99 1")
-    options = {"LFM2_BUILD_RUNNER": "ON", "LFM2_BUILD_OPS": "OFF"} | CROSS
-    runner = build.build(build.RUNNER, tmp_path / "aarch64", options=options, package=wheel)
-    arguments = [str(tmp_path / "toy.pte"), "--ids", str(tmp_path / "ids.txt"), "--max-new-tokens", "60"]
+    runner = built / "kernels" / build.RUNNER
+    arguments = [str(toy), "--ids", str(tmp_path / "ids.txt"), "--max-new-tokens", "60"]
     here = subprocess.run([build.runner_path(), *arguments], capture_output=True, text=True, check=True).stdout
     assert len(here.split()) > 8
     assert under_qemu(runner, *arguments) == here

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -15,10 +16,10 @@ PROMPT = [5, 17, 200, 3, 3, 99, 1]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """toy.pte and ids.txt."""
     path = tmp_path_factory.mktemp("native")
-    toy_program.export_toy(path / "toy.pte")
+    shutil.copy(toy, path)
     (path / "ids.txt").write_text(" ".join(map(str, PROMPT)) + "\n")
     return path
 

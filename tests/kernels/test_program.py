@@ -15,13 +15,6 @@ from tests.kernels import toy_program
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("toy") / "toy.pte"
-    toy_program.export_toy(path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def program(toy: Path):
     assert ops.load()
     from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401

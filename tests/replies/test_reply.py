@@ -167,9 +167,3 @@ def test_thinking() -> None:
     assert one('<think>a</think><|tool_call_start|>[look(word="a")]<|tool_call_end|>')[1:] == [Called(calls=(LOOK,))]
     assert opens_thinking("<|im_start|>assistant\n<think>\n")
     assert not opens_thinking("<think></think>")
-
-
-def test_a_call_that_the_prompt_began() -> None:
-    parser = ReplyParser(tools=TOOLS, begun="<|tool_call_start|>[look(")
-    assert parser.push('word="a")]<|tool_call_end|>') == [Called(calls=(LOOK,))]
-    assert parser.called

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
 import openai
 import pytest
 
+from lfm2_export.generation_config import GenerationConfig
+from lfm2_export.server.served import Model
+from tests.hash_runner import TOKENIZER, HashRunner
 from tests.server.conftest import Running, Serve
 from tests.server.script_runner import scripted
 
@@ -85,13 +89,59 @@ def test_thinking_is_apart_from_the_answer(server: Running) -> None:
     assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas) == "Hm."
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
-def test_a_call_that_must_be_made_is_begun_for_the_model(serve: Serve, choice: Any) -> None:
-    server = serve(scripted(CALL))
-    answer = chat(server, ASKED, tools=TOOLS, tool_choice=choice)
-    (call,) = answer.choices[0].message.tool_calls
-    assert json.loads(call.function.arguments) == {"a": 2, "b": 3}
-    assert answer.usage.completion_tokens < len(CALL) / 3, "the beginning was not the model's"
+OTHER: Any = {"type": "function", "function": {"name": "other", "parameters": {}}}
+
+
+def noise() -> Model:
+    """A model that never says anything of use."""
+    settings = GenerationConfig(stop_token_ids=(TOKENIZER.token_id("<|im_end|>"),))
+    return Model(name="noise", runner=HashRunner(TOKENIZER.vocab_size), tokenizer=TOKENIZER, settings=settings)
+
+
+def test_a_call_that_must_be_made_is_made_whatever_the_model_would_say(serve: Serve) -> None:
+    client = serve(noise()).openai()
+    names = set()
+    for seed in range(6):
+        for choice in ("required", {"type": "function", "function": {"name": "add"}}):
+            options: Any = {"tools": [*TOOLS, OTHER], "tool_choice": choice, "seed": seed, "temperature": 1}
+            answer = client.chat.completions.create(
+                model="noise", messages=ASKED, max_tokens=300, parallel_tool_calls=seed % 2 == 0, **options
+            ).choices[0]
+            assert answer.finish_reason == "tool_calls"
+            assert not answer.message.content
+            calls = answer.message.tool_calls or []
+            assert len(calls) == 1 or (seed % 2 == 0 and choice == "required")
+            for call in calls:
+                names.add((call.function.name, choice == "required"))
+                if call.function.name == "add":
+                    assert {type(v) for v in json.loads(call.function.arguments).values()} <= {int, float}
+    print(names)
+    assert names == {("add", False), ("add", True), ("other", True)}
+    free = client.chat.completions.create(model="noise", messages=ASKED, max_tokens=30, tools=TOOLS, seed=0)
+    assert not free.choices[0].message.tool_calls
+
+
+def test_a_forced_call_comes_behind_the_thinking_that_a_prompt_has_opened(serve: Serve) -> None:
+    template = next(iter(TOKENIZER.chat_templates.values())) + "{{- '<think>' -}}"
+    tokenizer = copy.copy(TOKENIZER)
+    tokenizer._templates = {"default": template}
+    script = scripted(f"<think>Hm.</think>{CALL}")
+    model = Model(name="script", runner=script.runner, tokenizer=tokenizer, settings=script.settings)
+    answer = chat(serve(model), ASKED, tools=TOOLS, tool_choice="required").choices[0]
+    assert answer.message.reasoning_content == "Hm."
+    assert json.loads(answer.message.tool_calls[0].function.arguments) == {"a": 2, "b": 3}
+
+
+def test_a_model_whose_calls_have_no_known_form_cannot_be_forced(serve: Serve) -> None:
+    class Without(type(TOKENIZER)):  # type: ignore[misc]
+        def token_id(self, token: str) -> int | None:
+            return None if token.startswith("<|tool_") else super().token_id(token)
+
+    tokenizer = copy.copy(TOKENIZER)
+    tokenizer.__class__ = Without
+    model = Model(name="script", runner=scripted("a").runner, tokenizer=tokenizer, settings=scripted("a").settings)
+    with pytest.raises(openai.BadRequestError, match="tool_choice: a call cannot be forced on this model"):
+        chat(serve(model), ASKED, tools=TOOLS, tool_choice="required")
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lfm2_export.backends.executorch.lower import longest_call
 from lfm2_export.backends.executorch.quiet import quiet
+from lfm2_export.backends.executorch.retracing import decompose_once_, remember_outputs_, shared_provenance
 from lfm2_export.backends.executorch.session import FORWARD, READ_STATE, WRITE_STATE
 from lfm2_export.backends.executorch.spill import Spill
 from lfm2_export.cache import CacheSpec
@@ -131,15 +132,16 @@ def _emitted(
     from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
     from executorch.exir.passes import MemoryPlanningPass
 
-    from lfm2_export.backends.executorch.xnnpack import few_passes, partitioner
+    from lfm2_export.backends.executorch.xnnpack import WHOLE, few_passes, partitioner
 
-    with torch.no_grad(), quiet(), few_passes(), spill.emitting():
+    with torch.no_grad(), quiet(), few_passes(), shared_provenance(), spill.emitting():
         edge = to_edge_transform_and_lower(
-            methods(),
+            {name: decompose_once_(method, whole=WHOLE) for name, method in methods().items()},
             partitioner={FORWARD: [partitioner()]},
             compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
             constant_methods=constants,
         )
+        remember_outputs_(edge)
         memory = MemoryPlanningPass(alloc_graph_input=False, share_mutable_buffers=True)
         made = edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=memory, extract_delegate_segments=True))
     delegates, operators = _count(made.executorch_program)

@@ -2,8 +2,10 @@
 
 In: a CacheSpec, the number of rows and of positions. Out: the OrtValues that a run reads and writes. Keys and values
 are one buffer each, past and present at once: GroupQueryAttention then writes the new positions where they belong
-instead of copying everything (measured: half its time). Conv states are small and replaced as a whole, so each has a
-front (read) and a back (written) that swap once the run has succeeded: a failed run changes nothing.
+instead of copying everything (measured: half its time). So are the rings of sliding layers (cache.py), which do not
+grow. Conv states are small and replaced as a whole, so each has a front (read) and a back (written) that swap once the
+run has succeeded: a failed run changes nothing, nor does one of up to RING_ROOM tokens change what a ring holds of
+those before them.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ CAPACITY_STEP = 64
 
 
 class StateBuffers:
-    """Rows of state: ``kv`` [B, kv_heads, capacity, head_dim] and ``conv`` [B, L-1, hidden] by past_name; with these
-    whatever else is of fixed size.
+    """Rows of state by past_name: ``kv`` [B, kv_heads, capacity, head_dim], ``rings`` [B, kv_heads, R, head_dim] and
+    ``conv`` [B, L-1, hidden].
 
     ``lengths`` int64 [B] counts the tokens that each row holds; only those positions of ``kv`` mean anything.
     """
@@ -32,7 +34,8 @@ class StateBuffers:
         self.spec = spec
         self.lengths = np.zeros(batch_size, dtype=np.int64)
         self.kv = {t.past_name: t.zeros(batch_size, capacity) for t in spec.growing}
-        self.conv = {t.past_name: t.zeros(batch_size) for t in spec.fixed}
+        self.rings = {t.past_name: t.zeros(batch_size) for t in spec.bounded}
+        self.conv = {t.past_name: t.zeros(batch_size) for t in spec.conv}
         self._back = {name: np.zeros_like(front) for name, front in self.conv.items()}
         self._capacity = capacity
         self._bindings: dict[tuple[ort.InferenceSession, bool, frozenset[str]], ort.IOBinding] = {}
@@ -48,7 +51,7 @@ class StateBuffers:
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for part in (self.kv, self.conv, self._back) for array in part.values())
+        return sum(array.nbytes for part in (self.kv, self.rings, self.conv, self._back) for array in part.values())
 
     def row(self, index: int) -> StateBuffers:
         """Row ``index`` as a state of one row on the same memory, but with a length of its own (see ``take_row``)."""
@@ -58,6 +61,7 @@ class StateBuffers:
         view.lengths = self.lengths[rows].copy()
         # Rows are contiguous in every buffer, so these are views that ONNX Runtime can write to.
         view.kv = {name: array[rows] for name, array in self.kv.items()}
+        view.rings = {name: array[rows] for name, array in self.rings.items()}
         view.conv = {name: array[rows] for name, array in self.conv.items()}
         view._back = {name: array[rows] for name, array in self._back.items()}
         return view
@@ -87,9 +91,10 @@ class StateBuffers:
         self.kv, self._capacity = grown, capacity
 
     def clear(self) -> None:
-        """Empty rows; keys and values need no clearing, since nothing reads past ``lengths``."""
+        """Empty rows; keys and values that grow need no clearing, since nothing reads past ``lengths``. Of a ring the
+        whole is read, though what no token sees weighs nothing: there it must be a number."""
         self.lengths[:] = 0
-        for array in self.conv.values():
+        for array in (*self.conv.values(), *self.rings.values()):
             array[:] = 0
 
     def commit(self, new_tokens: np.ndarray) -> None:
@@ -101,16 +106,20 @@ class StateBuffers:
     def copy_conv(self) -> dict[str, np.ndarray]:
         return {name: array.copy() for name, array in self.conv.items()}
 
-    def set_place(self, lengths: np.ndarray, conv: Mapping[str, np.ndarray]) -> None:
-        """Goes back to ``lengths`` and ``conv`` of the same rows; the keys and values before them are still there."""
+    def copy_fixed(self) -> dict[str, np.ndarray]:
+        return {**self.copy_conv(), **{name: array.copy() for name, array in self.rings.items()}}
+
+    def set_place(self, lengths: np.ndarray, fixed: Mapping[str, np.ndarray]) -> None:
+        """Goes back to ``lengths`` and the ``fixed`` states of the same rows. Keys and values that grow are still
+        there; so is all that a ring has to hold, if no more than RING_ROOM tokens came since: it may be left out."""
         self.lengths[:] = lengths
-        for name, array in self.conv.items():
-            array[:] = conv[name]
+        for name, array in fixed.items():
+            (self.rings if name in self.rings else self.conv)[name][:] = array
 
     def copy_used(self) -> dict[str, np.ndarray]:
         """Copies of all tensors, keys and values trimmed to the longest row."""
         used = int(self.lengths.max())
-        return {**self.copy_conv(), **{name: array[:, :, :used].copy() for name, array in self.kv.items()}}
+        return {**self.copy_fixed(), **{name: array[:, :, :used].copy() for name, array in self.kv.items()}}
 
     @classmethod
     def from_tensors(
@@ -125,7 +134,7 @@ class StateBuffers:
         state = cls(spec, len(rows), capacity)
         state.lengths[:] = lengths[rows]
         used = int(state.lengths.max())
-        for name, array in state.conv.items():
+        for name, array in (*state.conv.items(), *state.rings.items()):
             np.take(tensors[name], rows, axis=0, out=array)
         for name, array in state.kv.items():
             array[:, :, :used] = tensors[name][rows, :, :used]
@@ -141,12 +150,14 @@ class StateBuffers:
 
     def _bind(self, session: ort.InferenceSession) -> ort.IOBinding:
         binding = session.io_binding()
-        for tensor in self.spec.tensors:
-            past = (self.kv if tensor.grows else self.conv)[tensor.past_name]
-            present = past if tensor.grows else self._back[tensor.past_name]
-            value = as_ortvalue(past)
+        in_place = {**self.kv, **self.rings}
+        for tensor in self.spec.positions:
+            value = as_ortvalue(in_place[tensor.past_name])
             binding.bind_ortvalue_input(tensor.past_name, value)
-            binding.bind_ortvalue_output(tensor.present_name, value if tensor.grows else as_ortvalue(present))
+            binding.bind_ortvalue_output(tensor.present_name, value)
+        for tensor in self.spec.conv:
+            binding.bind_ortvalue_input(tensor.past_name, as_ortvalue(self.conv[tensor.past_name]))
+            binding.bind_ortvalue_output(tensor.present_name, as_ortvalue(self._back[tensor.past_name]))
         return binding
 
 

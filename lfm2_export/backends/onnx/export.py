@@ -84,6 +84,7 @@ def export_program(request: ExportRequest) -> ExportedProgram:
     plan = make_plan(config, scheme)
     cache = CacheSpec.from_config(config, scheme.activation_dtype)
     graphs = make_graphs(config, plan, cache)
+    own_cache = graphs.own_cache
     placements = place(plan, config)
     data_files = data_file_names(request.file_name, placements)
     folder = request.folder / FOLDER
@@ -113,6 +114,7 @@ def export_program(request: ExportRequest) -> ExportedProgram:
         operators=graphs.operators,
         tensors=tensors,
         kind=request.kind,
+        own_cache=None if own_cache == cache else own_cache,
     )
 
 

@@ -29,10 +29,11 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class Graphs:
     """``by_role``: what each is for (variants.py). ``operators``: how often each fused operator occurs in the portable
-    one."""
+    one. ``own_cache``: the state of those on our operators, keys and values in floats; None where there are none."""
 
     by_role: dict[str, ir.Model]
     operators: dict[str, int]
+    own_cache: CacheSpec | None = None
 
     @property
     def portable(self) -> ir.Model:
@@ -53,7 +54,11 @@ def make_graphs(config: ModelConfig, plan: WeightPlan, cache: CacheSpec) -> Grap
     model = trace(config, plan, cache)
     _rewrite(model, plan, lambda: passes.name_axes(model, cache))
     operators = passes.check_operators(model, passes.expected_operators(config, plan))
-    return Graphs(by_role=_variants(model, config, plan, cache), operators=operators)
+    found, own_cache = _variants(model, config), None
+    if own_ops.fits(plan):
+        own_cache = own_ops.cache_of(config, cache)
+        found |= _own_variants(_on_own_operators(model, config, plan, own_cache), own_cache)
+    return Graphs(by_role=found, operators=operators, own_cache=own_cache)
 
 
 def _encoder_graphs(config: ModelConfig, plan: WeightPlan) -> Graphs:
@@ -99,26 +104,27 @@ def _rewrite(model: ir.Model, plan: WeightPlan, name_axes: Callable[[], int]) ->
     logger.info("passes: %s", ", ".join(f"{name} {count}" for name, count in counts.items()))
 
 
-def _variants(model: ir.Model, config: ModelConfig, plan: WeightPlan, cache: CacheSpec) -> dict[str, ir.Model]:
-    """The graph and those derived from copies of it; none that would equal another."""
+def _variants(model: ir.Model, config: ModelConfig) -> dict[str, ir.Model]:
+    """The graph and those derived from copies of it on the runtime's own operators; none that would equal another."""
     found = {MODEL: model}
     cpu = model.clone()
     if passes.allow_int8_experts(cpu):
         found[CPU] = cpu
     found[SCORING] = _scoring(cpu)
     passes.show_residuals(found[SCORING], config)
-    if own_ops.fits(plan):
-        found[LFM2] = _on_own_operators(model, config, plan)
-        found[LFM2_SCORING] = _verifying(found[LFM2], cache)
-        found |= _with_int8_cache(found[LFM2], cache)
-        for role in (LFM2, LFM2_KV8):
-            if role in found:
-                passes.hide_residuals(found[role])
-                passes.number_nodes(found[role])
     return found
 
 
-def _on_own_operators(model: ir.Model, config: ModelConfig, plan: WeightPlan) -> ir.Model:
+def _own_variants(own: ir.Model, cache: CacheSpec) -> dict[str, ir.Model]:
+    found = {LFM2: own, LFM2_SCORING: _verifying(own, cache), **_with_int8_cache(own, cache)}
+    for role in (LFM2, LFM2_KV8):
+        if role in found:
+            passes.hide_residuals(found[role])
+            passes.number_nodes(found[role])
+    return found
+
+
+def _on_own_operators(model: ir.Model, config: ModelConfig, plan: WeightPlan, cache: CacheSpec) -> ir.Model:
     """The graph on our operators; the residual streams are shown before these take in what makes them."""
     own = model.clone()
     passes.show_residuals(own, config)
@@ -131,6 +137,9 @@ def _on_own_operators(model: ir.Model, config: ModelConfig, plan: WeightPlan) ->
     fused = own_ops.fuse_short_convs(own), own_ops.fuse_attention(own, config)
     if fused != (len(config.conv_layers), len(config.attention_layers) * own_ops.takes_heads(config)):
         raise ExportError(f"{fused} short convs and attentions became our own; this is a defect, please report it")
+    rings = own_ops.keep_rings(own, cache)
+    if rings != len(cache.bounded) // 2:
+        raise ExportError(f"{rings} sliding layers keep a ring; this is a defect, please report it")
     own_ops.fuse_projections(own)
     own_ops.mark_independent_rows(own)
     passes.number_nodes(own)

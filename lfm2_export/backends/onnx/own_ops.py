@@ -7,7 +7,7 @@ twice as fast. Only a session that has registered the library can open it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
@@ -29,6 +29,7 @@ _GROUP_SIZES = (32, 64, 128, 256)
 _HEAD_DIM_STEP, _MOST_HEAD_DIM = 16, 256
 # Whose sums depend, in their last bits, on how many rows there are.
 _STOCK_SUMS = {"MatMul", "Gemm", "MatMulNBits", "QMoE", "MoE", "GroupQueryAttention", "CausalConvWithState"}
+_DATA_TYPES = {"float32": ir.DataType.FLOAT, "uint8": ir.DataType.UINT8}  # of a state on our operators
 _PRODUCTS = (Layout.MATMUL, Layout.GATE_UP, Layout.DOWN)
 
 
@@ -158,6 +159,21 @@ def fuse_attention(model: ir.Model, config: ModelConfig) -> int:
     return _finish(model, len(nodes))
 
 
+def cache_of(config: ModelConfig, cache: CacheSpec) -> CacheSpec:
+    """The state of the graphs on our operators, of the portable graph's: sliding layers as rings, where attention is
+    ours."""
+    return cache.with_rings(config) if takes_heads(config) else cache
+
+
+def keep_rings(model: ir.Model, cache: CacheSpec) -> int:
+    """Every SlidingAttention keeps the ring that ``cache`` has for it. Returns how many."""
+    _set_boundary(model, cache.bounded)
+    nodes = [node for node in _attentions(model) if node.op_type == SLIDING_ATTENTION]
+    for node in nodes:
+        node.attributes["ring"] = ir.AttrInt64("ring", 1)
+    return len(nodes)
+
+
 def fuse_projections(model: ir.Model) -> int:
     """The products that make q, k and v of one input become one Projections, if all are quantized. Returns how many."""
     count = 0
@@ -200,16 +216,21 @@ def _before_norm(x: ir.Value | None) -> tuple[ir.Node, ir.Value | None]:
 
 def quantize_cache(model: ir.Model, cache: CacheSpec) -> int:
     """Every Attention keeps its cache in int8; ``cache`` describes it. Returns how many."""
-    boundary = {value.name: value for value in (*model.graph.inputs, *model.graph.outputs)}
-    for tensor in cache.growing:
-        for name, shape in ((tensor.past_name, tensor.shape), (tensor.present_name, tensor.present_shape)):
-            boundary[name].shape = ir.Shape(shape)
-            # A new type: a copy of a graph shares its types with the original.
-            boundary[name].type = ir.TensorType(ir.DataType.UINT8)
+    _set_boundary(model, cache.positions)
     nodes = _attentions(model)
     for node in nodes:
         node.op_type = f"{node.op_type}Int8"
     return len(nodes)
+
+
+def _set_boundary(model: ir.Model, tensors: Iterable[StateTensor]) -> None:
+    """Shapes and types of the graph's inputs and outputs."""
+    boundary = {value.name: value for value in (*model.graph.inputs, *model.graph.outputs)}
+    for tensor in tensors:
+        for name, shape in ((tensor.past_name, tensor.shape), (tensor.present_name, tensor.present_shape)):
+            boundary[name].shape = ir.Shape(shape)
+            # A new type: a copy of a graph shares its types with the original.
+            boundary[name].type = ir.TensorType(_DATA_TYPES[tensor.dtype])
 
 
 def show_windows(model: ir.Model, cache: CacheSpec) -> int:

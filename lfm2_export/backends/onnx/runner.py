@@ -25,14 +25,14 @@ from lfm2_export.backends.arguments import (
     check_state_fits,
     check_threads,
 )
-from lfm2_export.backends.base import Mark, RunnerOptions, StreamSink
+from lfm2_export.backends.base import KvCache, Mark, RunnerOptions, StreamSink
 from lfm2_export.backends.guard import guard_of
 from lfm2_export.backends.onnx.buffers import StateBuffers, as_ortvalue
 from lfm2_export.backends.onnx.session import check_program, has_independent_rows, open_session, windows
 from lfm2_export.backends.onnx.tap import Tap
 from lfm2_export.backends.onnx.variants import choose, own_kernels
 from lfm2_export.backends.runner_base import DEFAULT_CHUNK_SIZE, RunnerBase, program_id_of
-from lfm2_export.cache import CacheSpec
+from lfm2_export.cache import RING_ROOM, CacheSpec
 from lfm2_export.errors import ResourceError, RunnerError
 
 if TYPE_CHECKING:
@@ -92,7 +92,8 @@ class OnnxRunner(RunnerBase):
         ``options`` ask for."""
         options = options or RunnerOptions()
         variant = choose(folder, program, options)
-        kept = "" if variant.cache == program.cache else f"+{options.kv_cache}"
+        kept = "" if options.kv_cache is KvCache.FLOAT else f"+{options.kv_cache}"
+        rings = "+rings" if variant.cache.bounded else ""  # what other graphs of the program do not have
         return cls(
             variant.path,
             cache=variant.cache,
@@ -100,7 +101,7 @@ class OnnxRunner(RunnerBase):
             threads=options.threads,
             scoring_path=variant.scoring_path,
             library=variant.library,
-            program_id=f"{program_id_of(program)}{kept}",
+            program_id=f"{program_id_of(program)}{kept}{rings}",
         )
 
     @property
@@ -148,7 +149,7 @@ class OnnxRunner(RunnerBase):
         logits_BV = np.empty((self.batch_size, self.vocab_size), dtype=np.float32)
         if self._tap is not None:
             chunk_size = min(chunk_size, _TAPPED_CHUNK)
-        with _Transaction(state):
+        with _Transaction(state, rows):
             self._append(rows, chunk_size, logits_BV)
         return logits_BV
 
@@ -194,7 +195,7 @@ class OnnxRunner(RunnerBase):
 
     def _prefill_scored(self, rows: list[np.ndarray], chunk_size: int) -> list[np.ndarray]:
         session, state = self._scoring_session(), self._make_room(rows)
-        with _Transaction(state):
+        with _Transaction(state, rows):
             return [self._score_row(session, i, row, chunk_size) for i, row in enumerate(rows)]
 
     @property
@@ -202,9 +203,10 @@ class OnnxRunner(RunnerBase):
         return self.can_score and has_independent_rows(self._session)
 
     def _verify(self, tokens: np.ndarray) -> tuple[np.ndarray, Any]:
-        """With a graph that returns the conv states of every position, what they are kept in."""
+        """With a graph that returns the conv states of every position, what they are kept in; unless so many tokens
+        would be written over what a ring has to hold if they are taken back."""
         session = self._scoring_session()
-        if not windows(session, self._cache):
+        if not windows(session, self._cache) or (self._cache.bounded and len(tokens) > RING_ROOM):
             return super()._verify(tokens)
         state = self._make_room([tokens])
         logits_TV = np.empty((len(tokens), self.vocab_size), dtype=np.float32)
@@ -250,7 +252,7 @@ class OnnxRunner(RunnerBase):
         return self._state.copy_used()
 
     def _copy_fixed(self) -> dict[str, np.ndarray]:
-        return self._state.copy_conv()
+        return self._state.copy_fixed()
 
     def _restore(self, tensors: Mapping[str, np.ndarray], lengths: np.ndarray) -> None:
         self._replace(tensors, lengths, np.arange(len(lengths)))
@@ -260,7 +262,7 @@ class OnnxRunner(RunnerBase):
 
     def _reorder(self, rows: np.ndarray) -> None:
         state = self._state
-        self._replace({**state.conv, **state.kv}, state.lengths, rows)
+        self._replace({**state.conv, **state.rings, **state.kv}, state.lengths, rows)
 
     def _replace(self, tensors: Mapping[str, np.ndarray], lengths: np.ndarray, rows: np.ndarray) -> None:
         capacity = max(self._state.capacity, int(lengths.max(initial=0)))
@@ -282,17 +284,20 @@ class OnnxRunner(RunnerBase):
 
 
 class _Transaction:
-    """Puts lengths and conv states back if a prefill of several runs fails on the way, an interrupt included."""
+    """Puts lengths and states of fixed size back if a prefill of ``rows``, in several runs, fails on the way, an
+    interrupt included."""
 
-    def __init__(self, state: StateBuffers):
+    def __init__(self, state: StateBuffers, rows: list[np.ndarray]):
         self._state = state
+        self._overwrites = _counts(rows).max() > RING_ROOM
 
     def __enter__(self) -> None:
-        self._lengths, self._conv = self._state.lengths.copy(), self._state.copy_conv()
+        state = self._state
+        self._lengths, self._fixed = state.lengths.copy(), state.copy_fixed() if self._overwrites else state.copy_conv()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
-            self._state.set_place(self._lengths, self._conv)
+            self._state.set_place(self._lengths, self._fixed)
 
 
 def run(

@@ -8,6 +8,7 @@ model's width.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import io
 import logging
@@ -161,12 +162,22 @@ def _dynamic_shapes(cache: CacheSpec) -> tuple[object, ...]:
 
 
 def _to_onnx(exported: torch.export.ExportedProgram, names: list[str], outputs: list[str]) -> ir.Model:
+    read_functions_once()
     with _quiet():
         program = torch.onnx.export(
             exported, dynamo=True, opset_version=OPSET, optimize=False, input_names=names, output_names=outputs
         )
     assert program is not None
     return program.model
+
+
+def read_functions_once() -> None:
+    """The exporter asks onnxscript for all of its functions at each export, which parses the source of each: a tenth of
+    an export."""
+    from torch.onnx._internal.exporter import _registration
+
+    apis = _registration.onnxscript_apis
+    vars(apis).setdefault("get_torchlib_ops", functools.cache(apis.get_torchlib_ops))
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ CPU = "cpu"  # QMoE with int8 activations, which onnxruntime before 1.31 rejects
 SCORING = "scoring"  # logits of every position, otherwise as CPU
 LFM2, LFM2_SCORING = "lfm2", "lfm2_scoring"  # on our operators
 LFM2_KV8, LFM2_KV8_SCORING = "lfm2_kv8", "lfm2_kv8_scoring"  # on our operators, keys and values in int8
+_OWN_ROLES = (LFM2, LFM2_SCORING, LFM2_KV8, LFM2_KV8_SCORING)
 # In a graph's metadata: a token's logits are the same bits whatever other tokens are in a call.
 ROWS, INDEPENDENT = "lfm2_export.rows", "independent"
 
@@ -43,6 +44,14 @@ class Variant:
     cache: CacheSpec
     scoring_path: Path | None = None
     library: Path | None = None
+
+
+def cache_of(program: Program, role: str) -> CacheSpec:
+    """The state that the graph of a role takes and returns."""
+    if role not in _OWN_ROLES:
+        return program.cache
+    cache = program.own_cache or program.cache
+    return cache.with_int8_positions() if role in (LFM2_KV8, LFM2_KV8_SCORING) else cache
 
 
 def choose(folder: Path, program: Program, options: RunnerOptions | None = None) -> Variant:
@@ -69,7 +78,7 @@ def _variant(folder: Path, program: Program, role: str, scoring: str, library: P
     named = program.graphs.get(scoring)
     return Variant(
         path=folder / program.graphs[role],
-        cache=program.cache,
+        cache=cache_of(program, role),
         scoring_path=None if named is None else folder / named,
         library=library,
     )
@@ -82,8 +91,7 @@ def _with_int8_cache(folder: Path, program: Program, kernels: Kernels) -> Varian
             "--kernels stock"
         )
     library = _library(program, Kernels.LFM2)
-    plain = _variant(folder, program, LFM2_KV8, LFM2_KV8_SCORING, library)
-    return replace(plain, cache=program.cache.with_int8_positions())
+    return _variant(folder, program, LFM2_KV8, LFM2_KV8_SCORING, library)
 
 
 def _library(program: Program, kernels: Kernels) -> Path | None:
@@ -158,7 +166,7 @@ def runnable(program: Program) -> dict[str, Program]:
     """Every shipped graph that runs here, by its file, as a program of its own; without those that score."""
     found = {}
     for role, name in program.graphs.items():
-        if role not in (SCORING, LFM2_SCORING, LFM2, LFM2_KV8, LFM2_KV8_SCORING):
+        if role not in (SCORING, *_OWN_ROLES):
             found[name] = replace(program, graphs={MODEL: name})
         elif role == LFM2 and own_library() is not None:
             found[name] = replace(program, graphs={MODEL: name, LFM2: name})

@@ -2,6 +2,10 @@
 //
 // The cache holds keys (after norm and RoPE) and values as floats, or as int8 with a scale per position and head that lies
 // behind the codes: a quarter of the memory, and of what a decode step reads.
+//
+// With a window it may be a ring, which never grows. There a row's attended tokens are numbered, whatever its padding, and
+// number i lies at i % capacity. A ring is made of whole steps, so that keys are summed up in the groups in which a cache
+// that keeps everything has them: an answer is the same bits on either.
 
 #pragma once
 
@@ -19,29 +23,33 @@ constexpr int kStepKeys = 64;     // between two looks at the running maximum; s
 constexpr int kPieceKeys = 1024;  // what a query sees of each piece of the cache is summed up apart: so its result depends
                                   // neither on who looks with it, nor on how many threads there are
 
+constexpr int64_t cache_row_bytes(int64_t head_dim, bool is_int8) {
+  return is_int8 ? head_dim + 4 : head_dim * 4;
+}
+
 // Keys or values of one head: [positions][row]. A row is head_dim floats, or head_dim codes (+ 128) and a float.
 struct HeadCache {
   uint8_t* data;
   int64_t head_dim;
   bool is_int8;
-};
+  int64_t origin = 0;  // the position whose row comes first
 
-constexpr int64_t cache_row_bytes(int64_t head_dim, bool is_int8) {
-  return is_int8 ? head_dim + 4 : head_dim * 4;
-}
+  uint8_t* row(int64_t position) const { return data + (position - origin) * cache_row_bytes(head_dim, is_int8); }
+};
 
 // Some queries of one key/value head, and what they have seen so far: out = sum / weight once all keys have passed.
 struct QueryTile {
   const float* queries;  // [count][head_dim], scaled by 1 / sqrt(head_dim)
   const int64_t* begins;  // [count]: the first position that each may see; null: 0
   const int64_t* ends;    // [count]: one past the last
-  const int64_t* mask;   // [positions]: 0 where a position is none
+  const int64_t* mask;   // [positions]: 0 where a position is none; null: all are
   int64_t count;         // at most kTileQueries
   float* greatest;       // [count]
   float* weight;         // [count]
   float* sum;            // [count][head_dim]
 
   int64_t begin(int64_t query) const { return begins == nullptr ? 0 : begins[query]; }
+  bool has(int64_t position) const { return mask == nullptr || mask[position] != 0; }
 };
 
 struct AttentionKernels {
@@ -76,6 +84,7 @@ struct AttentionProblem {
   int64_t window;  // attended positions that a token sees, its own included; 0: all before it
   float eps;
   bool is_int8;
+  bool is_ring;  // capacity is a multiple of kStepKeys then, and not below the window
 };
 
 size_t attention_scratch_bytes(const AttentionProblem& problem, int workers);

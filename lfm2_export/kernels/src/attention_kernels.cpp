@@ -31,7 +31,7 @@ LFM2_ALWAYS void fetch(const uint8_t* row, int64_t row_bytes) {
 void turn_keys(const HeadCache& key, int64_t first, int64_t count, float* turned) {
   const int64_t row_bytes = cache_row_bytes(key.head_dim, false);
   for (int vector = 0; vector < kVectors; ++vector) {
-    const uint8_t* rows = key.data + (first + vector * kLanes) * row_bytes;
+    const uint8_t* rows = key.row(first + vector * kLanes);
     const int64_t left = count - vector * kLanes;
     for (int64_t feature = 0; feature < key.head_dim; feature += kLanes) {
       Ints m[kLanes];
@@ -59,7 +59,7 @@ LFM2_ALWAYS float scale_of(const HeadCache& cache, const uint8_t* row) {
 void turn_codes(const HeadCache& key, int64_t first, int64_t count, Ints* words, float* scales) {
   const int64_t row_bytes = cache_row_bytes(key.head_dim, true);
   for (int vector = 0; vector < kVectors; ++vector) {
-    const uint8_t* rows = key.data + (first + vector * kLanes) * row_bytes;
+    const uint8_t* rows = key.row(first + vector * kLanes);
     const int64_t left = count - vector * kLanes;
     for (int64_t feature = 0; feature < key.head_dim; feature += kBytes) {
       const int64_t here = key.head_dim - feature < kBytes ? key.head_dim - feature : kBytes;
@@ -153,7 +153,7 @@ void score_codes(const Ints* words, const float* scales, const IntegerQueries& q
 // Float values [count][head_dim] where they lie.
 const float* values_of(const HeadCache& value, int64_t first, int64_t count) {
   const int64_t row_bytes = cache_row_bytes(value.head_dim, false);
-  const uint8_t* rows = value.data + first * row_bytes;
+  const uint8_t* rows = value.row(first);
   for (int64_t i = 0; i < count; ++i) {
     fetch(rows + i * row_bytes, row_bytes);
   }
@@ -163,7 +163,7 @@ const float* values_of(const HeadCache& value, int64_t first, int64_t count) {
 // The codes of int8 values as floats [count][head_dim] in `room`, once for all queries of a tile.
 const float* codes_of(const HeadCache& value, int64_t first, int64_t count, float* room) {
   const int64_t row_bytes = cache_row_bytes(value.head_dim, true);
-  const uint8_t* rows = value.data + first * row_bytes;
+  const uint8_t* rows = value.row(first);
   for (int64_t i = 0; i < count; ++i) {
     fetch(rows + i * row_bytes, row_bytes);
     for (int64_t feature = 0; feature < value.head_dim; feature += kLanes) {
@@ -337,7 +337,7 @@ template <int kQueries>
 void mix_int8(const HeadCache& value, const float* ready, int64_t first, int64_t count, float* weights,
               const float* shrink, float* sum) {
   const int64_t row_bytes = cache_row_bytes(value.head_dim, true);
-  const uint8_t* rows = value.data + first * row_bytes;
+  const uint8_t* rows = value.row(first);
   alignas(64) float scales[kStepKeys] = {};
   for (int64_t key = 0; key < count; ++key) {
     fetch(rows + key * row_bytes, row_bytes);
@@ -411,7 +411,7 @@ void attend_step(const Step& step, const QueryTile& tile) {
 void find_present(const QueryTile& tile, Step& step) {
   alignas(64) int32_t there[kStepKeys] = {};
   for (int64_t key = 0; key < step.count; ++key) {
-    there[key] = tile.mask[step.first + key] != 0 ? -1 : 0;
+    there[key] = tile.has(step.first + key) ? -1 : 0;
   }
   for (int vector = 0; vector < kVectors; ++vector) {
     step.present[vector] = mask_of(there + vector * kLanes);

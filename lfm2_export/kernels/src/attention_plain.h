@@ -31,7 +31,7 @@ inline void store_int8(const float* x, int64_t head_dim, uint8_t* row) {
 }
 
 inline void store_row(const float* x, const HeadCache& to, int64_t position) {
-  uint8_t* row = to.data + position * cache_row_bytes(to.head_dim, to.is_int8);
+  uint8_t* row = to.row(position);
   if (to.is_int8) {
     store_int8(x, to.head_dim, row);
   } else {
@@ -42,7 +42,7 @@ inline void store_row(const float* x, const HeadCache& to, int64_t position) {
 // Rows first .. first+count-1 as floats [count][head_dim]: in place, or taken apart into `room`.
 inline const float* rows_of(const HeadCache& cache, int64_t first, int64_t count, float* room) {
   const int64_t row_bytes = cache_row_bytes(cache.head_dim, cache.is_int8);
-  const uint8_t* rows = cache.data + first * row_bytes;
+  const uint8_t* rows = cache.row(first);
   if (!cache.is_int8) {
     return reinterpret_cast<const float*>(rows);
   }
@@ -80,7 +80,7 @@ inline void see_keys(const QueryTile& tile, int64_t query, int64_t first, int64_
   const int64_t hidden = tile.begin(query) - first;
   bool any = false;
   for (int64_t key = 0; key < seen; ++key) {
-    if (key >= hidden && tile.mask[first + key] != 0) {
+    if (key >= hidden && tile.has(first + key)) {
       weights[key] = dot_plain(keys + key * head_dim, tile.queries + query * head_dim, head_dim);
       greatest = weights[key] > greatest ? weights[key] : greatest;
       any = true;

@@ -124,6 +124,7 @@ struct AttentionAttributes {
   float eps;
   bool is_int8;
   int64_t window;  // 0: none
+  int64_t ring;  // 1: the cache is one; 0: it keeps everything
 };
 
 struct AttentionOperands {

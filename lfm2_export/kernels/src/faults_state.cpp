@@ -53,6 +53,9 @@ void check(const AttentionAttributes& a) {
   if (a.window < 0 || a.window > kMostSize) {
     refuse("%s: window is %" PRId64 ": 1 to %" PRId64 " are possible", a.op, a.window, kMostSize);
   }
+  if (a.ring < 0 || a.ring > 1) {
+    refuse("%s: ring is %" PRId64 ": 0 and 1 are known", a.op, a.ring);
+  }
 }
 
 namespace {
@@ -72,13 +75,15 @@ AttentionProblem sizes_of(const AttentionAttributes& a, const AttentionOperands&
   p.window = a.window;
   p.eps = a.eps;
   p.is_int8 = a.is_int8;
+  p.is_ring = a.ring == 1;
   if (p.head_dim < kLaneKeys || p.head_dim % kLaneKeys != 0 || p.head_dim > kMostHeadDim) {
     refuse("%s: head_dim %" PRId64 " is not a multiple of %d up to %d", a.op, p.head_dim, kLaneKeys, kMostHeadDim);
   }
   return p;
 }
 
-// The cache before this call. What neither it nor this call's tokens fill must not be seen: total <= past + tokens.
+// The cache before this call. Without a ring, what neither it nor this call's tokens fill must not be seen: total <= past +
+// tokens. A ring may hold the last of any number of positions.
 void take_past(const AttentionAttributes& a, const AttentionOperands& o, AttentionProblem& p) {
   const Checks checks(a.op);
   const Kind kind = a.is_int8 ? Kind::kByte : Kind::kFloat;
@@ -87,11 +92,15 @@ void take_past(const AttentionAttributes& a, const AttentionOperands& o, Attenti
   const int64_t past = o.past_key.sizes[2];
   checks.shaped(o.past_key, "past_key", kind, {p.batch, a.kv_heads, past, row});
   checks.shaped(o.past_value, "past_value", kind, {p.batch, a.kv_heads, past, row});
-  if (p.total < p.tokens || p.total > past + p.tokens) {
+  if (p.is_ring && (past % kStepKeys != 0 || past < a.window)) {
+    refuse("%s: a ring of %" PRId64 " positions is no multiple of %d, or below the window of %" PRId64, a.op, past,
+           kStepKeys, a.window);
+  }
+  if (p.total < p.tokens || (!p.is_ring && p.total > past + p.tokens)) {
     refuse("%s: %" PRId64 " tokens behind %" PRId64 " positions, but a mask of %" PRId64 " positions", a.op, p.tokens,
            past, p.total);
   }
-  p.capacity = std::max(past, p.total);
+  p.capacity = p.is_ring ? past : std::max(past, p.total);
   if (times(p.batch, a.kv_heads, p.capacity, cache_row_bytes(p.head_dim, a.is_int8)) == kTooMany) {
     refuse("%s: a cache of %" PRId64 " positions is too large", a.op, p.capacity);
   }

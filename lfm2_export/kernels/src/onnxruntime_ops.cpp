@@ -15,7 +15,8 @@
 //       are one buffer, only new positions are written
 //   AttentionInt8: the same with a cache of uint8, [..., head_dim + 4] (attention.h)
 //   SlidingAttention, SlidingAttentionInt8: the same; window: how many attended positions a token sees, its own
-//       included
+//       included. Where ring is 1, past and present are rings of one size, which need not hold more than the window
+//       (attention.h); graphs of earlier versions do not have it, and keep everything
 //   SparseMoe(x, router_logits, expert_bias?, gate_up codes, scales, zero_points?, down codes, scales, zero_points?)
 //       top_k, normalize, routed_scaling_factor, bits, block_size
 //

@@ -93,7 +93,8 @@ class Attention {
 
   Attention(const OrtApi* api, const OrtKernelInfo* info)
       : attributes_{kName, attribute(api, info, "num_heads"), attribute(api, info, "kv_num_heads"),
-                    float_attribute(api, info, "epsilon"), kInt8, kSliding ? attribute(api, info, "window") : 0} {
+                    float_attribute(api, info, "epsilon"), kInt8, kSliding ? attribute(api, info, "window") : 0,
+                    kSliding ? attribute_or(api, info, "ring", 0) : 0} {
     if (kSliding) {
       Checks(kName).size("window", attributes_.window);
     }

@@ -26,6 +26,7 @@ TARGETS = (
     "packed",
     "pte",
     "safetensors",
+    "state",
     "statistics",
     "tokenizer",
     "tokenizer_config",
