@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from lfm2_export.backends.onnx.session import session_options
 from lfm2_export.kernels import build
 
 Arrays = dict[str, npt.NDArray[Any] | None]
+FloatArray = npt.NDArray[np.float32]
 DoubleArray = npt.NDArray[np.float64]
 
 INT8_ZERO = 128
@@ -349,6 +350,13 @@ def random_inputs(*shape: int) -> npt.NDArray[np.float32]:
     return np.random.default_rng(sum(shape)).normal(size=shape).astype(np.float32)
 
 
+def given_x(inputs: Arrays, x: FloatArray | None) -> FloatArray:
+    """``x``, or where it is None that of the inputs."""
+    found = inputs["x"] if x is None else x
+    assert found is not None
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProductCase:
     tokens: int
@@ -376,9 +384,9 @@ class ProductCase:
     def run(self) -> list[npt.NDArray[Any]]:
         return run_operator("MatMulNBits", self.inputs, FLOAT_OUT, self.attributes, threads=self.threads)
 
-    def expected(self) -> DoubleArray:
-        x, bias = self.inputs["x"], self.inputs["bias"]
-        assert x is not None
+    def expected(self, x: FloatArray | None = None) -> DoubleArray:
+        bias = self.inputs["bias"]
+        x = given_x(self.inputs, x)
         return rounded(x) @ self.w.values.T + (0 if bias is None else bias.astype(np.float64))
 
 
@@ -419,9 +427,8 @@ class ProjectionsCase:
         inputs, attributes = self.inputs, self.attributes
         return run_operator("Projections", inputs, PROJECTIONS_OUT, attributes, threads=self.threads)
 
-    def expected(self) -> list[DoubleArray]:
-        x = self.inputs["x"]
-        assert x is not None
+    def expected(self, x: FloatArray | None = None) -> list[DoubleArray]:
+        x = given_x(self.inputs, x)
         return [rounded(x) @ w.values.T for w in self.w]
 
 
@@ -462,9 +469,8 @@ class FeedForwardCase:
     def run(self) -> list[npt.NDArray[Any]]:
         return run_operator("FeedForward", self.inputs, FLOAT_OUT, self.attributes, threads=self.threads)
 
-    def expected(self) -> DoubleArray:
-        x = self.inputs["x"]
-        assert x is not None
+    def expected(self, x: FloatArray | None = None) -> DoubleArray:
+        x = given_x(self.inputs, x)
         inner = silu(rounded(x) @ self.w1.values.T) * (rounded(x) @ self.w3.values.T)
         return rounded(inner) @ self.w2.values.T
 
@@ -478,6 +484,7 @@ class MoeCase:
     bias: bool = True
     normalize: bool = True
     scale: float = 1.0
+    makes_logits: bool = False  # of x, with a router's matrix
     threads: int = 1
 
     @property
@@ -489,17 +496,18 @@ class MoeCase:
         return (
             f"SparseMoe tokens={self.tokens} {self.top_k} of {self.experts} bits={self.down.bits} "
             f"group={self.down.group} bias={self.bias} normalize={self.normalize} scale={self.scale} "
-            f"half={self.down.half} threads={self.threads}"
+            f"half={self.down.half} router={self.makes_logits} threads={self.threads}"
         )
 
     @property
     def inputs(self) -> Arrays:
         return {
             "x": random_inputs(1, self.tokens, self.gate_up.columns),
-            "logits": 2 * random_inputs(self.tokens, self.experts),
+            "logits": None if self.makes_logits else 2 * random_inputs(self.tokens, self.experts),
             "expert_bias": 0.3 * random_inputs(self.experts) if self.bias else None,
             **self.gate_up.inputs("gate_up"),
             **self.down.inputs("down"),
+            "router": random_inputs(self.gate_up.columns, self.experts) / 4 if self.makes_logits else None,
         }
 
     @property
@@ -515,9 +523,11 @@ class MoeCase:
     def run(self) -> list[npt.NDArray[Any]]:
         return run_operator("SparseMoe", self.inputs, FLOAT_OUT, self.attributes, threads=self.threads)
 
-    def expected(self) -> DoubleArray:
-        x, logits, bias = (self.inputs[name] for name in ("x", "logits", "expert_bias"))
-        assert x is not None
+    def expected(self, x: FloatArray | None = None) -> DoubleArray:
+        logits, router, bias = (self.inputs[name] for name in ("logits", "router", "expert_bias"))
+        x = given_x(self.inputs, x)
+        if router is not None:
+            logits = x[0] @ router
         assert logits is not None
         scores = 1 / (1 + np.exp(-logits.astype(np.float64)))
         ranked, inputs, out = scores if bias is None else scores + bias, rounded(x)[0], np.zeros(x.shape[1:])
@@ -585,8 +595,104 @@ MOE_CASES = [
         (5, 64, 64, 3, 3, {"bits": 8}, {"bias": False, "scale": 2.5}),
         (30, 128, 128, 8, 1, {"group": 128, "symmetric": True, "half": True}, {"normalize": False}),
         (7, 64, 32, 1, 1, {}, {"normalize": False, "scale": 0.7}),
+        (40, 64, 64, 5, 2, {}, {"makes_logits": True, "threads": 2}),
     )
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormedCase:
+    """A product of a norm, perhaps of a sum that it returns too."""
+
+    case: ProductCase | ProjectionsCase | FeedForwardCase | MoeCase
+    is_sum: bool
+    norms_delta: bool = False
+    epsilon: float = 1e-5
+
+    @property
+    def op(self) -> str:
+        return self.case.label.partition(" ")[0]
+
+    @property
+    def label(self) -> str:
+        return (
+            f"{self.case.label} norm of {'a sum' if self.is_sum else 'x'}{' with a norm' if self.norms_delta else ''}"
+        )
+
+    @property
+    def inputs(self) -> Arrays:
+        x = self.case.inputs["x"]
+        assert x is not None
+        gamma = 1 + 0.3 * random_inputs(x.shape[-1])
+        delta = 3 * random_inputs(*x.shape, 1)[..., 0] if self.is_sum else None
+        return {
+            **self.case.inputs,
+            "delta": delta,
+            "gamma": gamma,
+            "delta_gamma": gamma[::-1].copy() if self.norms_delta else None,
+        }
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        return {**self.case.attributes, "epsilon": self.epsilon}
+
+    @property
+    def outputs(self) -> dict[str, int]:
+        outputs = PROJECTIONS_OUT if isinstance(self.case, ProjectionsCase) else FLOAT_OUT
+        return {**outputs, **({"sum": TensorProto.FLOAT} if self.is_sum else {})}
+
+    def run(self) -> list[npt.NDArray[Any]]:
+        return run_operator(self.op, self.inputs, self.outputs, self.attributes, threads=self.case.threads)
+
+    def sum(self) -> FloatArray:
+        return sum_of(self.inputs["x"], self.inputs["delta"], self.inputs["delta_gamma"], self.epsilon)
+
+    def expected(self) -> list[DoubleArray]:
+        gamma = self.inputs["gamma"]
+        assert gamma is not None
+        found = self.case.expected(normalized(self.sum(), gamma, self.epsilon))
+        return [*(found if isinstance(found, list) else [found]), *([self.sum()] if self.is_sum else [])]
+
+
+def sum_of(x: Any, delta: Any, delta_gamma: Any, epsilon: float) -> FloatArray:
+    """What is normalized: x and what is added to it, which may be a norm itself."""
+    if delta is None:
+        return x
+    return x + (delta if delta_gamma is None else normalized(delta, delta_gamma, epsilon))
+
+
+def normalized(x: npt.NDArray[Any], gamma: npt.NDArray[Any], epsilon: float) -> FloatArray:
+    """The RMS norm as the kernels compute it, to the bit: int8 codes are made of it. 16 chains of float32, whose
+    products are added without being rounded first."""
+    chains = np.zeros((*x.shape[:-1], 16), np.float32)
+    for part in np.split(x.astype(np.float32), x.shape[-1] // 16, axis=-1):
+        chains = (part.astype(np.float64) ** 2 + chains).astype(np.float32)
+    while chains.shape[-1] > 1:
+        chains = np.add(*np.split(chains, 2, axis=-1))
+    inverse = np.float32(1) / np.sqrt(chains / np.float32(x.shape[-1]) + np.float32(epsilon))
+    return x.astype(np.float32) * inverse * gamma.astype(np.float32)
+
+
+NORMED_CASES = [
+    NormedCase(case=case, is_sum=is_sum)
+    for case in (
+        *PRODUCT_CASES[:2],
+        PRODUCT_CASES[4],
+        *PROJECTIONS_CASES[-3:],
+        *FEED_FORWARD_CASES[:2],
+        FEED_FORWARD_CASES[-1],
+        MOE_CASES[-1],
+        MoeCase(
+            tokens=1030,
+            gate_up=Matrix(64, 64, outer=(3,)),
+            down=Matrix(64, 32, outer=(3,)),
+            top_k=2,
+            makes_logits=True,
+        ),
+    )
+    for is_sum in (False, True)
+]
+NORMED_CASES += [replace(case, norms_delta=True) for case in (NORMED_CASES[3], NORMED_CASES[11], NORMED_CASES[13])]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -641,7 +747,86 @@ CONV_CASES = [
     ConvCase(tokens=100, taps=3, threads=2),
 ]
 
-CASES = [*ATTENTION_CASES, *PRODUCT_CASES, *PROJECTIONS_CASES, *FEED_FORWARD_CASES, *MOE_CASES, *CONV_CASES]
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutCase:
+    """``mask``: a string of 0 and 1 for each row."""
+
+    mask: Sequence[str]
+    tokens: int
+    taps: int = 3
+
+    @property
+    def label(self) -> str:
+        return f"TokenLayout mask={','.join(self.mask)} tokens={self.tokens} taps={self.taps}"
+
+    @property
+    def inputs(self) -> Arrays:
+        mask = np.array([[int(one) for one in row] for row in self.mask], np.int64)
+        return {"attention_mask": mask, "input_ids": np.zeros((len(mask), self.tokens), np.int64)}
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        return {"taps": self.taps}
+
+    def run(self) -> list[npt.NDArray[Any]]:
+        return run_operator("TokenLayout", self.inputs, LAYOUT_OUT, self.attributes)
+
+    def expected(self) -> list[npt.NDArray[Any]]:
+        return token_layout(self.inputs["attention_mask"], self.tokens, self.taps)
+
+
+def token_layout(mask: Any, tokens: int, taps: int) -> list[npt.NDArray[Any]]:
+    """What the portable graph computes, said otherwise: row by row."""
+    if not len(mask):
+        shapes = ((0,), (0, tokens), (0, tokens, 1), (0, taps - 1), (0, 1, 1))
+        kinds = (np.int32, np.int64, np.float32, np.int64, np.int64)
+        return [np.zeros(shape, kind) for shape, kind in zip(shapes, kinds, strict=True)]
+    there = mask != 0
+    first = mask.shape[1] - tokens
+    own = there[:, first:] | (tokens == 1)
+    found = []
+    for row, attended in zip(there, own, strict=True):
+        begin = int(row.argmax()) if row.any() else len(row)  # padding on the left counts, and everything behind it
+        positions = [i if i < begin else begin + int(row[begin : i + 1].sum()) - 1 for i in range(len(row))]
+        seen, kept = np.flatnonzero(row), np.flatnonzero(attended)
+        end = int(kept[-1]) + 1 if len(kept) else 0
+        found.append((int(seen[-1]) if len(seen) else 0, positions[first:], attended, range(end, end + taps - 1), end))
+    last_seen, where, attended_rows, conv_rows, ends = zip(*found, strict=True)
+    last = np.maximum(np.array(ends) - 1, 0).reshape(-1, 1, 1)
+    return [
+        np.array(last_seen, np.int32),
+        np.array(where, np.int64).reshape(len(found), tokens),
+        np.array(attended_rows, np.float32).reshape(len(found), tokens, 1),
+        np.array([list(rows) for rows in conv_rows], np.int64).reshape(len(found), taps - 1),
+        last,
+    ]
+
+
+LAYOUT_OUT = {
+    "seqlens_k": TensorProto.INT32,
+    "position_ids": TensorProto.INT64,
+    "attended": TensorProto.FLOAT,
+    "conv_rows": TensorProto.INT64,
+    "last": TensorProto.INT64,
+}
+LAYOUT_CASES = [
+    LayoutCase(mask=("111",), tokens=3),
+    LayoutCase(mask=("1110", "0011", "0110", "0000"), tokens=4),
+    LayoutCase(mask=("110011", "001111", "111110"), tokens=2, taps=7),
+    LayoutCase(mask=("1101", "0000", "1110"), tokens=1, taps=1),
+]
+
+CASES = [
+    *ATTENTION_CASES,
+    *PRODUCT_CASES,
+    *PROJECTIONS_CASES,
+    *FEED_FORWARD_CASES,
+    *MOE_CASES,
+    *NORMED_CASES,
+    *CONV_CASES,
+    *LAYOUT_CASES,
+]
 
 if __name__ == "__main__":
     outputs = {f"{case.label} output {index}": array for case in CASES for index, array in enumerate(case.run())}

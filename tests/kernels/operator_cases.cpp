@@ -60,6 +60,23 @@ class Maker {
     integer(prefix + "block_size", group);
   }
 
+  // What a product may take behind `before` inputs: what is added to x [1, tokens, width], and a norm's weights.
+  void norm(size_t before, int64_t tokens, int64_t width) {
+    if (random_.one_in(2)) {
+      return;
+    }
+    while (made_.inputs.size() < before) {
+      leave_out("left out " + std::to_string(made_.inputs.size()));
+    }
+    const bool has_delta = random_.one_in(2);
+    has_delta ? floats("delta", {1, tokens, width}) : leave_out("delta");
+    floats("gamma", {width});
+    if (has_delta) {
+      optional_floats("delta_gamma", {width});
+    }
+    made_.info.floats["epsilon"] = 1e-5f;
+  }
+
   // [outer..., rows, columns] in codes, scales and perhaps zero points.
   void matrix(const std::string& name, Shape outer, int64_t rows, int64_t columns, int64_t bits, int64_t group) {
     outer.push_back(rows);
@@ -109,9 +126,11 @@ Case product(Random& random, int64_t tokens) {
   maker.integer("N", rows);
   maker.integer("K", columns);
   maker.format("", bits, group);
-  maker.floats("x", {1, random_tokens(random, tokens), columns});
+  const int64_t count = random_tokens(random, tokens);
+  maker.floats("x", {1, count, columns});
   maker.matrix("w", {}, rows, columns, bits, group);
   maker.optional_floats("bias", {rows});
+  maker.norm(5, count, columns);
   return maker.made();
 }
 
@@ -120,7 +139,8 @@ Case projections(Random& random, int64_t tokens) {
   const int64_t bits = random_bits(random), group = random_group(random), columns = group * random.between(1, 2);
   maker.integer("K", columns);
   maker.format("", bits, group);
-  maker.floats("x", {1, random_tokens(random, tokens), columns});
+  const int64_t count = random_tokens(random, tokens);
+  maker.floats("x", {1, count, columns});
   for (int i = 0; i < 3; ++i) {
     const std::string index = std::to_string(i);
     const int64_t rows = random.between(1, 50);
@@ -132,6 +152,7 @@ Case projections(Random& random, int64_t tokens) {
     }
     maker.matrix("w" + index, {}, rows, columns, its_bits, its_group);
   }
+  maker.norm(10, count, columns);
   return maker.made();
 }
 
@@ -142,7 +163,8 @@ Case feed_forward(Random& random, int64_t tokens) {
   maker.integer("inner", inner);
   maker.format("", bits, group);
   maker.format("down_", down_bits, down_group);
-  maker.floats("x", {1, random_tokens(random, tokens), width});
+  const int64_t count = random_tokens(random, tokens);
+  maker.floats("x", {1, count, width});
   maker.matrix("w1", {}, inner, width, bits, group);
   const bool as_first = random.one_in(2);
   const int64_t up_bits = as_first ? bits : random_bits(random), up_group = as_first ? group : 32;
@@ -151,6 +173,7 @@ Case feed_forward(Random& random, int64_t tokens) {
   }
   maker.matrix("w3", {}, inner, width, up_bits, up_group);
   maker.matrix("w2", {}, width, inner, down_bits, down_group);
+  maker.norm(10, count, width);
   return maker.made();
 }
 
@@ -163,10 +186,15 @@ Case sparse_moe(Random& random, int64_t wanted) {
   maker.format("", bits, group);
   maker.made().info.floats["routed_scaling_factor"] = random.normal();
   maker.floats("x", {1, tokens, width});
-  maker.floats("logits", {tokens, experts});
+  const bool makes_logits = random.one_in(2);
+  makes_logits ? maker.leave_out("logits") : (void)maker.floats("logits", {tokens, experts});
   maker.optional_floats("bias", {experts});
   maker.matrix("gate_up", {experts}, 2 * inner, width, bits, group);
   maker.matrix("down", {experts}, width, inner, bits, group);
+  if (makes_logits) {
+    maker.floats("router", {width, experts});
+    maker.norm(10, tokens, width);
+  }
   return maker.made();
 }
 
@@ -248,10 +276,24 @@ Case attention(const std::string& op, Random& random, int64_t wanted) {
   return maker.made();
 }
 
+Case token_layout(Random& random, int64_t wanted) {
+  Maker maker("TokenLayout", random);
+  const int64_t batch = random.between(0, 3), tokens = random_tokens(random, wanted);
+  const int64_t total = tokens + random.between(0, 5);
+  maker.integer("taps", random.between(1, 8));
+  OrtValue& mask = maker.put("attention_mask", ort::kInt64, {batch, total});
+  for (int64_t i = 0; i < batch * total; ++i) {
+    mask.as<int64_t>()[i] = random.one_in(4) ? 0 : 1;
+  }
+  OrtValue& ids = maker.put("input_ids", ort::kInt64, {batch, tokens});
+  std::fill_n(ids.as<int64_t>(), batch * tokens, int64_t{1});
+  return maker.made();
+}
+
 }  // namespace
 
 const std::vector<std::string> kOperators = {"MatMulNBits", "Projections", "FeedForward",   "SparseMoe",
-                                             "GatedConv",   "Attention",   "AttentionInt8",
+                                             "GatedConv",   "Attention",   "AttentionInt8", "TokenLayout",
                                              "SlidingAttention", "SlidingAttentionInt8"};
 
 Case random_case(const std::string& op, Random& random, int64_t tokens) {
@@ -260,6 +302,7 @@ Case random_case(const std::string& op, Random& random, int64_t tokens) {
   if (op == "FeedForward") return feed_forward(random, tokens);
   if (op == "SparseMoe") return sparse_moe(random, tokens);
   if (op == "GatedConv") return gated_conv(random, tokens);
+  if (op == "TokenLayout") return token_layout(random, tokens);
   return attention(op, random, tokens);
 }
 

@@ -16,17 +16,39 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tests.kernels.onnx_operators import DoubleArray, dequantize_rows, quantize_rows, rounded, silu
+from tests.kernels.onnx_operators import (
+    DoubleArray,
+    dequantize_rows,
+    normalized,
+    quantize_rows,
+    rounded,
+    silu,
+    sum_of,
+    token_layout,
+)
 
 Inputs = Sequence[npt.NDArray[Any] | None]
 Attributes = Mapping[str, Any]
 INPUTS_OF_A_SCALE = 32
+# Inputs before those of a norm: what is added to x, and the norm's weights.
+_BEFORE_NORM = {"MatMulNBits": 5, "Projections": 10, "FeedForward": 10, "SparseMoe": 10}
 
 
 def expected(op: str, inputs: Inputs, attributes: Attributes) -> list[npt.NDArray[Any]]:
     """The outputs; of AttentionInt8 the caches are the float64 values that are stored."""
     padded = [*inputs, *[None] * 12]
-    return _OPERATORS[op](padded, attributes)
+    before = _BEFORE_NORM.get(op)
+    if before is None or padded[before + 1] is None:
+        return _OPERATORS[op](padded, attributes)
+    x, delta, gamma, delta_gamma = padded[0], *padded[before : before + 3]
+    assert x is not None
+    assert gamma is not None
+    epsilon = float(np.float32(attributes.get("epsilon", 0)))
+    own = None if delta_gamma is None else delta_gamma.reshape(-1)
+    total = sum_of(x, None if delta is None else delta.reshape(x.shape), own, epsilon)
+    rows = normalized(total, gamma.reshape(-1), epsilon)
+    found = _OPERATORS[op]([rows, *padded[1:]], attributes)
+    return found if delta is None else [*found, total]
 
 
 def _matrix(inputs: Inputs, first: int, rows: int, columns: int, bits: int, group: int) -> DoubleArray:
@@ -91,7 +113,10 @@ def _feed_forward(inputs: Inputs, a: Attributes) -> list[npt.NDArray[Any]]:
 
 def _sparse_moe(inputs: Inputs, a: Attributes) -> list[npt.NDArray[Any]]:
     x, shape = _x(inputs)
-    logits, bias, codes = inputs[1], inputs[2], inputs[6]
+    logits, bias, codes, router = inputs[1], inputs[2], inputs[6], inputs[9]
+    if router is not None:
+        assert inputs[0] is not None
+        logits = inputs[0].reshape(-1, shape[-1]) @ router
     assert logits is not None
     assert codes is not None
     experts, width, bits, group = logits.shape[-1], shape[-1], a["bits"], a["block_size"]
@@ -107,6 +132,12 @@ def _sparse_moe(inputs: Inputs, a: Attributes) -> list[npt.NDArray[Any]]:
             both = gate_up[expert] @ x[token]
             out[token] += share * (down[expert] @ rounded(silu(both[0::2]) * both[1::2]))
     return [out.reshape(shape)]
+
+
+def _token_layout(inputs: Inputs, a: Attributes) -> list[npt.NDArray[Any]]:
+    ids = inputs[1]
+    assert ids is not None
+    return token_layout(inputs[0], ids.shape[1], a["taps"])
 
 
 def _gated_conv(inputs: Inputs, a: Attributes) -> list[npt.NDArray[Any]]:
@@ -215,6 +246,7 @@ _OPERATORS = {
     "FeedForward": _feed_forward,
     "SparseMoe": _sparse_moe,
     "GatedConv": _gated_conv,
+    "TokenLayout": _token_layout,
     "Attention": _attention,
     "AttentionInt8": _attention_int8,
     "SlidingAttention": _sliding,

@@ -297,6 +297,32 @@ void check_quantizing(const RowKernels& kernels, int bits, bool shifted) {
   }
 }
 
+// The norm of a token, alone and of a sum, is the scalar kernels' to the last bit.
+void check_norm(const RowKernels& kernels) {
+  constexpr int64_t kTokens = 2;
+  for (const int64_t columns : {32, 96, 1024, 1792}) {
+    const Buffer<float> x(kTokens * columns), delta(kTokens * columns), gamma(columns), own(columns);
+    for (const Buffer<float>* values : {&x, &delta, &gamma, &own}) {
+      fill_normal(*values);
+    }
+    for (const bool is_sum : {false, true}) {
+      Buffer<float> sums[] = {Buffer<float>(kTokens * columns), Buffer<float>(kTokens * columns)};
+      Buffer<float> norms[] = {Buffer<float>(columns), Buffer<float>(columns)};
+      const RowKernels* both[] = {&kernels, &lfm2::scalar::kRowKernels};
+      for (int i = 0; i < 2; ++i) {
+        std::fill_n(sums[i].data(), sums[i].size(), 7.0f);
+        const lfm2::RowInput in = {x.data(), is_sum ? delta.data() : nullptr, gamma.data(),
+                                   columns == 96 ? own.data() : nullptr, 1e-5f, is_sum ? sums[i].data() : nullptr};
+        both[i]->normalize(in, columns, 1, norms[i].data());
+      }
+      expect(std::memcmp(norms[0].data(), norms[1].data(), columns * sizeof(float)) == 0 &&
+                 std::memcmp(sums[0].data(), sums[1].data(), kTokens * columns * sizeof(float)) == 0,
+             std::string(kernels.name) + ": normalizes differently");
+      expect(!is_sum || (sums[0][0] == 7.0f && sums[0][columns - 1] == 7.0f), "another token's sum is written");
+    }
+  }
+}
+
 void check_accumulate(const RowKernels& kernels) {
   for (const int64_t count : {1, 7, 16, 32, 45}) {
     const Buffer<float> y(count), got(count), want(count);
@@ -406,6 +432,7 @@ void test_row_kernels(bool brief) {
         check_quantizing(kernels, bits, true);
       }
     }
+    check_norm(kernels);
     check_accumulate(kernels);
     std::printf("%-40s off by %.1e at most\n", (std::string("row kernels ") + *name).c_str(), worst);
   }

@@ -21,7 +21,9 @@ from tests.kernels.onnx_operators import (
     CASES,
     CONV_CASES,
     FEED_FORWARD_CASES,
+    LAYOUT_CASES,
     MOE_CASES,
+    NORMED_CASES,
     PRODUCT_CASES,
     PROJECTIONS_CASES,
     Arrays,
@@ -81,6 +83,25 @@ def test_three_products_at_once_are_those_of_float64(case: onnx_operators.Projec
     errors = [relative(got, want) for got, want in zip(case.run(), case.expected(), strict=True)]
     print(f"{case.label}: {max(errors):.1e}")
     assert max(errors) <= BOUND
+
+
+@pytest.mark.parametrize("case", NORMED_CASES, ids=lambda case: case.label)
+def test_a_product_of_a_norm_is_that_of_float64(case: onnx_operators.NormedCase) -> None:
+    got, want = case.run(), case.expected()
+    if case.is_sum:
+        np.testing.assert_array_equal(got[-1], want[-1])
+    errors = [relative(*both) for both in zip(got, want, strict=True)]
+    print(f"{case.label}: {max(errors):.1e}")
+    assert max(errors) <= BOUND
+    plain = case.case.expected()  # the control
+    assert relative(got[0], plain[0] if isinstance(plain, list) else plain) > 0.1
+
+
+@pytest.mark.parametrize("case", LAYOUT_CASES, ids=lambda case: case.label)
+def test_where_tokens_stand_is_what_the_mask_says(case: onnx_operators.LayoutCase) -> None:
+    for got, want in zip(case.run(), case.expected(), strict=True):
+        assert got.dtype == want.dtype
+        np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("case", CONV_CASES, ids=lambda case: case.label)
@@ -190,6 +211,10 @@ def value(name: str, array: Any) -> Change:
     return change
 
 
+def left_out(name: str) -> Change:
+    return lambda inputs, _: inputs.update({name: None})
+
+
 def attribute(**values: Any) -> Change:
     return lambda _, attributes: attributes.update(values)
 
@@ -210,6 +235,9 @@ ATTENTION = AttentionCase(held=(5,), tokens=2)  # 4 heads of 32, 2 of the cache
 ATTENTION_INT8 = replace(ATTENTION, int8=True)
 PROJECTIONS = PROJECTIONS_CASES[0]  # 64, 16 and 16 x 96
 PRODUCT, FEED_FORWARD, MOE = PRODUCT_CASES[1], FEED_FORWARD_CASES[0], MOE_CASES[0]  # 100 x 96; 64-96; 4 of 64-96
+NORMED, ROUTED, LAYOUT = NORMED_CASES[3], MOE_CASES[-1], LAYOUT_CASES[1]  # 100 x 96, of a sum; 5 of 64-64; 4 x 4
+MOE_NORMED = NORMED_CASES[-6]  # of a sum
+LOGITS = shape("logits", 40, 5, dtype=np.float32)
 CONV = CONV_CASES[2]  # 3 rows, 5 tokens, 7 taps, width 48
 
 REFUSALS: list[tuple[str, Any, Change, str]] = [
@@ -266,6 +294,18 @@ REFUSALS: list[tuple[str, Any, Change, str]] = [
     ("Projections", PROJECTIONS, without("N2"), "N2"),
     ("Projections", PROJECTIONS, attribute(N1_bits=8), "w of N1 codes has 768 elements, not 1536"),
     ("Projections", PROJECTIONS, attribute(N2_block_size=48), "N2_block_size 48: 32, 64, 128 and 256 are known"),
+    ("MatMulNBits", NORMED, shape("gamma", 97), "gamma has 97 elements, not 96"),
+    ("MatMulNBits", NORMED, shape("delta", 1, 2, 96), "delta has 192 elements, not 96"),
+    ("MatMulNBits", NORMED, left_out("gamma"), "delta without the weights of a norm"),
+    ("MatMulNBits", NORMED_CASES[2], shape("delta_gamma", 96, dtype=np.float32), "delta_gamma without delta"),
+    ("MatMulNBits", NORMED, attribute(epsilon=-1.0), "epsilon is negative or not finite"),
+    ("SparseMoe", ROUTED, shape("router", 63, 5), "router is [63, 5], not [64, 5]"),
+    ("SparseMoe", ROUTED, shape("router", 64), "router has 1 dimensions, not 2"),
+    ("SparseMoe", ROUTED, LOGITS, "router_logits and a router"),
+    ("SparseMoe", MOE_NORMED, both(left_out("router"), LOGITS), "a norm without a router"),
+    ("TokenLayout", LAYOUT, shape("input_ids", 3, 4), "the mask [4, 4] is not that of tokens [3, 4]"),
+    ("TokenLayout", LAYOUT, shape("input_ids", 4, 5), "the mask [4, 4] is not that of tokens [4, 5]"),
+    ("TokenLayout", LAYOUT, attribute(taps=0), "taps is 0: 1 to"),
     ("FeedForward", FEED_FORWARD, attribute(up_bits=8), "w3 codes has 3072 elements, not 6144"),
     ("FeedForward", FEED_FORWARD, attribute(up_bits=5), "up_bits 5: 4 and 8 are known"),
     ("FeedForward", FEED_FORWARD, attribute(inner=33), "inner width 33 is not a multiple of 32"),
@@ -295,11 +335,15 @@ REFUSALS: list[tuple[str, Any, Change, str]] = [
 ]  # fmt: skip
 
 FLOAT = onnx_operators.FLOAT_OUT["out"]
-OUTPUTS = {"GatedConv": {"out": FLOAT, "present": FLOAT}, "Projections": onnx_operators.PROJECTIONS_OUT}
+OUTPUTS = {
+    "GatedConv": {"out": FLOAT, "present": FLOAT},
+    "Projections": onnx_operators.PROJECTIONS_OUT,
+    "TokenLayout": onnx_operators.LAYOUT_OUT,
+}
 
 
 def outputs_of(op: str, case: Any) -> dict[str, int]:
-    return case.outputs if isinstance(case, AttentionCase) else OUTPUTS.get(op, onnx_operators.FLOAT_OUT)
+    return case.outputs if hasattr(case, "outputs") else OUTPUTS.get(op, onnx_operators.FLOAT_OUT)
 
 
 @pytest.mark.parametrize(("op", "case", "change", "words"), REFUSALS, ids=[f"{r[0]}: {r[3]}" for r in REFUSALS])

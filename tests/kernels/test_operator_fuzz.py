@@ -42,10 +42,15 @@ def test_malformed_calls_are_refused_or_right(tmp_path: Path, kernels: str) -> N
     assert counts["refused"] > CASES / 4
     assert counts["compared"] > CASES / 5
     assert counts["C interface: 2"] > CASES / 20 < counts["C interface: ran"] * 2
-    assert set(counts["worst"]) == set(operator_fuzz.BASE_OUTPUTS)
+    assert set(counts["worst"]) == {op for op, _ in operator_fuzz.BASE_OUTPUTS}
 
 
-@pytest.mark.parametrize("call", operator_fuzz.BASES, ids=lambda call: call.op)
+def has_floats(call: operator_fuzz.Call) -> bool:
+    """TokenLayout has none; its answers are whole numbers, of which each is compared."""
+    return any(array is not None and array.dtype == np.float32 for array in call.inputs.values())
+
+
+@pytest.mark.parametrize("call", [call for call in operator_fuzz.BASES if has_floats(call)], ids=lambda call: call.op)
 def test_another_input_would_be_noticed(call: operator_fuzz.Call) -> None:
     """The control: an answer that is off by what 3 % of one float input make is wrong to the fuzzer."""
     (name, array), *_ = ((n, a) for n, a in call.inputs.items() if a is not None and a.dtype == np.float32)

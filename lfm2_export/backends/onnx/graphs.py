@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from lfm2_export.backends.onnx import own_ops, passes
+from lfm2_export.backends.onnx import own_layers, own_ops, passes
 from lfm2_export.backends.onnx.trace import trace, trace_drafter, trace_encoder, without_collection
 from lfm2_export.backends.onnx.variants import CPU, LFM2, LFM2_KV8, LFM2_KV8_SCORING, LFM2_SCORING, SCORING
 from lfm2_export.backends.weights.plan import WeightPlan
@@ -141,6 +141,9 @@ def _on_own_operators(model: ir.Model, config: ModelConfig, plan: WeightPlan, ca
     if rings != len(cache.bounded) // 2:
         raise ExportError(f"{rings} sliding layers keep a ring; this is a defect, please report it")
     own_ops.fuse_projections(own)
+    own_layers.fuse_routers(own)
+    own_layers.fuse_norms(own)
+    own_layers.lay_out_tokens(own, config)
     own_ops.mark_independent_rows(own)
     passes.number_nodes(own)
     return own

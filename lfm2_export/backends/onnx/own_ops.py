@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import onnx_ir as ir
-import onnx_ir.passes.common as common_passes
 
+from lfm2_export.backends.onnx.graph_edits import DOMAIN, finish, insert, only_reader, padded, producer, replace
 from lfm2_export.backends.onnx.plan import Layout
 from lfm2_export.backends.onnx.variants import INDEPENDENT, ROWS
 from lfm2_export.backends.weights.plan import StoredWeight, WeightPlan
@@ -20,7 +20,6 @@ from lfm2_export.config import ModelConfig
 from lfm2_export.families.tensors import Part
 from lfm2_export.quant.formats import IntFormat
 
-DOMAIN, VERSION = "lfm2", 1
 ATTENTION, SLIDING_ATTENTION = "Attention", "SlidingAttention"
 # Inputs that share a scale in the kernels' activations: widths are multiples of it.
 _INPUTS = 32
@@ -50,10 +49,10 @@ def use_own_products(model: ir.Model) -> int:
     """Every com.microsoft MatMulNBits becomes ours. Returns how many."""
     nodes = [node for node in model.graph if node.op_type == "MatMulNBits" and node.domain != DOMAIN]
     for node in nodes:
-        x, qdata, scale, zero_point, _, bias = _padded(node.inputs, 6)
+        x, qdata, scale, zero_point, _, bias = padded(node.inputs, 6)
         attributes = {name: node.attributes[name].value for name in ("N", "K", "bits", "block_size")}
-        _replace(model, node, "MatMulNBits", (x, qdata, _as_stored(scale), zero_point, bias), attributes)
-    return _finish(model, len(nodes))
+        replace(model, node, "MatMulNBits", (x, qdata, _as_stored(scale), zero_point, bias), attributes)
+    return finish(model, len(nodes))
 
 
 def use_own_float_products(model: ir.Model) -> int:
@@ -63,8 +62,8 @@ def use_own_float_products(model: ir.Model) -> int:
         node for node in model.graph if node.op_type == "MatMul" and node.domain == "" and _is_matrix(node, weights)
     ]
     for node in nodes:
-        _replace(model, node, "MatMul", node.inputs, {})
-    return _finish(model, len(nodes))
+        replace(model, node, "MatMul", node.inputs, {})
+    return finish(model, len(nodes))
 
 
 def _is_matrix(product: ir.Node, weights: Collection[ir.Value]) -> bool:
@@ -77,14 +76,14 @@ def fuse_feed_forwards(model: ir.Model, plan: WeightPlan) -> int:
     Returns how many."""
     blocks = [block for block in _feed_forwards(plan) if _is_whole(block)]
     for block in blocks:
-        gate, up, down = (_only_reader(model, block[part].tensor("qdata")) for part in ("w1", "w3", "w2"))
+        gate, up, down = (only_reader(model, block[part].tensor("qdata")) for part in ("w1", "w3", "w2"))
         assert gate.inputs[0] is up.inputs[0]
         first, second, last = (_format(node) for node in (gate, up, down))
         attributes = {"inner": gate.attributes["N"].value, **first, **_other_format("up_", second, first)}
         attributes |= {f"down_{name}": value for name, value in last.items()}
-        weights = [value for node in (gate, up, down) for value in _padded(node.inputs, 4)[1:4]]
-        _replace(model, down, "FeedForward", (gate.inputs[0], *weights), attributes)
-    return _finish(model, len(blocks))
+        weights = [value for node in (gate, up, down) for value in padded(node.inputs, 4)[1:4]]
+        replace(model, down, "FeedForward", (gate.inputs[0], *weights), attributes)
+    return finish(model, len(blocks))
 
 
 def _feed_forwards(plan: WeightPlan) -> list[dict[str, StoredWeight]]:
@@ -115,17 +114,17 @@ def fuse_short_convs(model: ir.Model) -> int:
     GatedConv. Returns how many."""
     nodes = [node for node in model.graph if node.op_type == "CausalConvWithState"]
     for node in nodes:
-        x, weight, bias, state = _padded(node.inputs, 4)
-        masked = _producer(x)
+        x, weight, bias, state = padded(node.inputs, 4)
+        masked = producer(x)
         gated, attended = masked.inputs
-        projected = _producer(_producer(gated).inputs[0]).inputs[0]
+        projected = producer(producer(gated).inputs[0]).inputs[0]
         window = next(use.node for use in masked.outputs[0].uses() if use.node.op_type == "Concat")
         (pick,) = window.outputs[0].consumers()
-        rows = _producer(pick.inputs[1]).inputs[0]
+        rows = producer(pick.inputs[1]).inputs[0]
         (out,) = node.outputs[0].consumers()
         made = ir.node("GatedConv", (projected, weight, bias, state, attended, rows), domain=DOMAIN, num_outputs=2)
-        _insert(model, made, {out.outputs[0]: 0, pick.outputs[0]: 1}, before=pick)
-    return _finish(model, len(nodes))
+        insert(model, made, {out.outputs[0]: 0, pick.outputs[0]: 1}, before=pick)
+    return finish(model, len(nodes))
 
 
 def takes_heads(config: ModelConfig) -> bool:
@@ -155,8 +154,8 @@ def fuse_attention(model: ir.Model, config: ModelConfig) -> int:
         op = ATTENTION if window is None else SLIDING_ATTENTION
         inputs = (q, k, v, q_norm.inputs[1], k_norm.inputs[1], past_key, past_value, seqlens_k, mask)
         made = ir.node(op, (*inputs, cos, sin, position_ids), attributes, domain=DOMAIN, num_outputs=3)
-        _insert(model, made, {value: index for index, value in enumerate(node.outputs)}, before=node)
-    return _finish(model, len(nodes))
+        insert(model, made, {value: index for index, value in enumerate(node.outputs)}, before=node)
+    return finish(model, len(nodes))
 
 
 def cache_of(config: ModelConfig, cache: CacheSpec) -> CacheSpec:
@@ -178,7 +177,7 @@ def fuse_projections(model: ir.Model) -> int:
     """The products that make q, k and v of one input become one Projections, if all are quantized. Returns how many."""
     count = 0
     for attention in _attentions(model):
-        products = [_producer(value) for value in attention.inputs[:3]]
+        products = [producer(value) for value in attention.inputs[:3]]
         if not _are_together(products):
             continue
         first, *others = map(_format, products)
@@ -186,15 +185,15 @@ def fuse_projections(model: ir.Model) -> int:
         attributes |= {f"N{index}": node.attributes["N"].value for index, node in enumerate(products)}
         for index, form in enumerate(others, start=1):
             attributes |= _other_format(f"N{index}_", form, first)
-        weights = [value for node in products for value in _padded(node.inputs, 4)[1:4]]
+        weights = [value for node in products for value in padded(node.inputs, 4)[1:4]]
         while weights[-1] is None:
             weights.pop()
         made = ir.node(
             "Projections", (products[0].inputs[0], *weights), attributes, domain=DOMAIN, num_outputs=len(products)
         )
-        _insert(model, made, {node.outputs[0]: i for i, node in enumerate(products)}, before=products[0])
+        insert(model, made, {node.outputs[0]: i for i, node in enumerate(products)}, before=products[0])
         count += 1
-    return _finish(model, count)
+    return finish(model, count)
 
 
 def _are_together(products: Sequence[ir.Node]) -> bool:
@@ -209,9 +208,9 @@ def _are_together(products: Sequence[ir.Node]) -> bool:
 
 def _before_norm(x: ir.Value | None) -> tuple[ir.Node, ir.Value | None]:
     """The norm of each head, and the projection that goes into it; a Reshape stands before and behind it."""
-    norm = _producer(_producer(x).inputs[0])
+    norm = producer(producer(x).inputs[0])
     assert norm.op_type == "SimplifiedLayerNormalization"
-    return norm, _producer(norm.inputs[0]).inputs[0]
+    return norm, producer(norm.inputs[0]).inputs[0]
 
 
 def quantize_cache(model: ir.Model, cache: CacheSpec) -> int:
@@ -262,41 +261,16 @@ def _attentions(model: ir.Model) -> list[ir.Node]:
     return [node for node in model.graph if node.op_type in kinds and node.domain == DOMAIN]
 
 
-def _producer(value: ir.Value | None) -> ir.Node:
-    assert value is not None
-    node = value.producer()
-    assert node is not None
-    return node
-
-
-def _insert(model: ir.Model, made: ir.Node, outputs: Mapping[ir.Value, int], *, before: ir.Node) -> None:
-    """Puts ``made`` into the graph, its outputs in the place of others."""
-    model.graph.insert_before(before, made)
-    for old, index in outputs.items():
-        new, name = made.outputs[index], old.name
-        new.type, new.shape = old.type, old.shape
-        old.replace_all_uses_with(new, replace_graph_outputs=True)
-        old.name, new.name = None, name
-
-
-def _finish(model: ir.Model, count: int) -> int:
-    """Removes what nothing reads any more."""
-    _import_domain(model, count)
-    if count:
-        common_passes.RemoveUnusedNodesPass()(model)
-    return count
-
-
 def use_own_experts(model: ir.Model, config: ModelConfig) -> int:
     """Every QMoE becomes a SparseMoe, which routes by itself from the router's logits. Returns how many."""
     nodes = [node for node in model.graph if node.op_type == "QMoE"]
     for node in nodes:
-        inputs = _padded(node.inputs, 15)
+        inputs = padded(node.inputs, 15)
         gate_up = inputs[2]
         assert gate_up is not None
         assert gate_up.name is not None
         block = gate_up.name.removesuffix(".experts.gate_up.qdata")
-        logits = _only_reader(model, f"{block}.gate.weight").outputs[0]
+        logits = only_reader(model, f"{block}.gate.weight").outputs[0]
         bias = model.graph.initializers.get(f"{block}.expert_bias")
         attributes = {
             "top_k": config.num_experts_per_tok,
@@ -306,36 +280,11 @@ def use_own_experts(model: ir.Model, config: ModelConfig) -> int:
             "block_size": node.attributes["block_size"].value,
         }
         weights = (gate_up, _as_stored(inputs[3]), inputs[11], inputs[5], _as_stored(inputs[6]), inputs[12])
-        _replace(model, node, "SparseMoe", (inputs[0], logits, bias, *weights), attributes)
-    return _finish(model, len(nodes))  # the routing around the old nodes goes too
+        replace(model, node, "SparseMoe", (inputs[0], logits, bias, *weights), attributes)
+    return finish(model, len(nodes))  # the routing around the old nodes goes too
 
 
 def _as_stored(scale: ir.Value | None) -> ir.Value | None:
     """The initializer behind a Cast: our operators read float16 scales where they are mapped."""
     node = None if scale is None else scale.producer()
     return scale if node is None or node.op_type != "Cast" else node.inputs[0]
-
-
-def _padded(inputs: Sequence[ir.Value | None], count: int) -> list[ir.Value | None]:
-    return [*inputs, *[None] * (count - len(inputs))]
-
-
-def _only_reader(model: ir.Model, name: str) -> ir.Node:
-    (use,) = model.graph.initializers[name].uses()
-    return use.node
-
-
-def _replace(
-    model: ir.Model, node: ir.Node, op: str, inputs: Sequence[ir.Value | None], attributes: dict[str, object]
-) -> None:
-    kept = list(inputs)
-    while kept[-1] is None:
-        kept.pop()
-    made = ir.node(op, kept, attributes, domain=DOMAIN, name=node.name)
-    _insert(model, made, {node.outputs[0]: 0}, before=node)
-    model.graph.remove(node, safe=True)
-
-
-def _import_domain(model: ir.Model, nodes: int) -> None:
-    if nodes:
-        model.graph.opset_imports[DOMAIN] = VERSION

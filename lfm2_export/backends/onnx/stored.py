@@ -49,8 +49,8 @@ _GROUP_SIZE = {("FeedForward", 7): "down_block_size"}
 _PREFIX = {("FeedForward", 4): "up_", ("Projections", 4): "N1_", ("Projections", 7): "N2_"}
 # 255 of them are a float32.
 _LARGEST_SCALE = 1e36
-# Operators that multiply by a stored matrix as it is; MatMul's is stored [in, out].
-_TRANSPOSING = ("MatMul",)
+# Operators' inputs that are matrices [in, out]: MatMul's, and the router of our experts.
+_TRANSPOSED = {("MatMul", 1), ("SparseMoe", 9)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +218,7 @@ class _Graph(GraphFile):
         values = self.stored(name)
         if values.dtype.kind != "f":
             raise self.refusal(f"{named(name)} has bytes where numbers are needed")
-        return FloatMatrix(values=values, transposed=node.op_type in _TRANSPOSING and index == 1)
+        return FloatMatrix(values=values, transposed=(node.op_type, index) in _TRANSPOSED)
 
     def _quantized(self, name: str) -> IntMatrix:
         """Codes, and the scales and zero points that their node is given; the sizes of all of them fit each other."""

@@ -201,7 +201,7 @@ int lfm2_sparse_moe_nbits(const char* kernels_name, int threads, Lfm2Array x, Lf
          matrix_of(*down, *format)});
     problem.out = checked_output(kOp, out, tokens, width);
     return problem.tokens == 0 ? kDone : with_scratch(lfm2::row_moe_scratch_bytes(problem), [&](void* scratch) {
-      lfm2::run_row_moe(problem, kernels->rows, pool_of(threads), scratch);
+      lfm2::run_row_moe(problem, kernels->rows, kernels->floats, pool_of(threads), scratch);
     });
   });
 }

@@ -1,6 +1,7 @@
 #include "checks.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdarg>
 #include <cstdio>
 
@@ -125,6 +126,26 @@ void Checks::format(const char* prefix, const Format& format) const {
   if (format.group != 32 && format.group != 64 && format.group != 128 && format.group != 256) {
     refuse("%s: %sblock_size %" PRId64 ": 32, 64, 128 and 256 are known", op_, prefix, format.group);
   }
+}
+
+void Checks::epsilon(float value) const {
+  if (!std::isfinite(value) || value < 0.0f) {
+    refuse("%s: epsilon is negative or not finite", op_);
+  }
+}
+
+RowInput Checks::input(const Operand& x, const NormOperands& norm, float epsilon, int64_t width) const {
+  if (norm.delta.is_there && !norm.gamma.is_there) {
+    refuse("%s: delta without the weights of a norm", op_);
+  }
+  if (norm.delta_gamma.is_there && !norm.delta.is_there) {
+    refuse("%s: delta_gamma without delta", op_);
+  }
+  optional(norm.gamma, "gamma", Kind::kFloat, width);
+  optional(norm.delta, "delta", Kind::kFloat, x.count);
+  optional(norm.delta_gamma, "delta_gamma", Kind::kFloat, width);
+  const auto floats = [](const Operand& o) { return o.is_there ? o.as<float>() : nullptr; };
+  return {x.as<float>(), floats(norm.delta), floats(norm.gamma), floats(norm.delta_gamma), epsilon, nullptr};
 }
 
 int64_t Checks::tokens(const Operand& x, int64_t width) const {

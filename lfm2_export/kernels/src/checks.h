@@ -46,6 +46,11 @@ class Checks {
   // `prefix` is that of the attributes' names.
   void format(const char* prefix, const Format& format) const;
 
+  void epsilon(float value) const;
+
+  // x [tokens, width] and its norm, without room for the sum.
+  RowInput input(const Operand& x, const NormOperands& norm, float epsilon, int64_t width) const;
+
   // How many rows x [..., width] has.
   int64_t tokens(const Operand& x, int64_t width) const;
 

@@ -16,6 +16,7 @@
 #include "moe.h"
 #include "operand.h"
 #include "row_matmul.h"
+#include "token_layout.h"
 
 namespace lfm2 {
 
@@ -41,6 +42,11 @@ struct MatrixOperands {
   Operand codes, scales, zero_points;
 };
 
+// The norm of a product's input, and what is added to it before (RowInput in row_matrix.h). Left out: x as it is.
+struct NormOperands {
+  Operand delta, gamma, delta_gamma;
+};
+
 // MatMulNBits: one matrix. Projections: three of one input.
 struct ProductAttributes {
   static constexpr int kMost = 3;
@@ -49,12 +55,14 @@ struct ProductAttributes {
   int64_t columns;
   int count;
   int64_t rows[kMost];
+  float epsilon = 0.0f;  // of the norm
 };
 
 struct ProductOperands {
   Operand x;
   MatrixOperands w[ProductAttributes::kMost];
   Operand bias;  // of one matrix
+  NormOperands norm = {};
 };
 
 using MatMulProblems = std::array<MatMulProblem, ProductAttributes::kMost>;
@@ -69,11 +77,13 @@ struct FeedForwardAttributes {
   const char* op;
   int64_t inner;
   Format gate, up, down;
+  float epsilon = 0.0f;  // of the norm
 };
 
 struct FeedForwardOperands {
   Operand x;
   MatrixOperands gate, up, down;
+  NormOperands norm = {};
 };
 
 void check(const FeedForwardAttributes& attributes);
@@ -84,10 +94,12 @@ struct RoutingAttributes {
   int64_t top_k;
   bool normalize;
   float scale;
+  float epsilon = 0.0f;  // of the norm
 };
 
+// `matrix` [width, experts] in the place of logits: they are then made from x, or from its norm.
 struct RoutingOperands {
-  Operand logits, expert_bias;
+  Operand logits, expert_bias, matrix;
 };
 
 void check(const RoutingAttributes& attributes);
@@ -97,6 +109,7 @@ struct RowMoeOperands {
   Operand x;
   RoutingOperands router;
   MatrixOperands gate_up, down;
+  NormOperands norm = {};  // with a router's matrix only: logits were made of what the experts read
 };
 
 void check(const RoutingAttributes& attributes, const Format& format);
@@ -117,6 +130,13 @@ struct GatedConvOperands {
 
 // The problem's weight is still [width, taps], as the operand has it: see turn_taps.
 GatedConvProblem prepare(const GatedConvOperands& operands);
+
+struct TokenLayoutOperands {
+  Operand mask, ids;  // of the ids only the shape counts
+};
+
+// `taps`: an attribute.
+TokenLayoutProblem prepare(int64_t taps, const TokenLayoutOperands& operands);
 
 struct AttentionAttributes {
   const char* op;

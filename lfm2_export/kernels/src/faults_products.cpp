@@ -11,6 +11,7 @@ void check(const ProductAttributes& a) {
   static constexpr const char* kPrefixes[] = {"", "N1_", "N2_"};
   const Checks checks(a.op);
   checks.size("K", a.columns);
+  checks.epsilon(a.epsilon);
   for (int i = 0; i < a.count; ++i) {
     checks.format(kPrefixes[i], a.formats[i]);
     checks.size("N", a.rows[i]);
@@ -21,10 +22,11 @@ MatMulProblems prepare(const ProductAttributes& a, const ProductOperands& operan
   check(a);
   const Checks checks(a.op);
   const int64_t tokens = checks.tokens(operands.x, a.columns);
+  const RowInput in = checks.input(operands.x, operands.norm, a.epsilon, a.columns);
   MatMulProblems problems = {};
   for (int i = 0; i < a.count; ++i) {
     static constexpr const char* kNames[] = {"w", "w of N1", "w of N2"};
-    problems[i].x = operands.x.as<float>();
+    problems[i].in = in;
     problems[i].w = checks.matrix(kNames[i], operands.w[i], a.formats[i], a.rows[i], a.columns);
     problems[i].tokens = tokens;
   }
@@ -39,6 +41,7 @@ void check(const FeedForwardAttributes& a) {
   checks.format("up_", a.up);
   checks.format("down_", a.down);
   checks.size("inner", a.inner);
+  checks.epsilon(a.epsilon);
   if (a.inner % kGroupInputs != 0) {
     refuse("%s: inner width %" PRId64 " is not a multiple of %d", a.op, a.inner, kGroupInputs);
   }
@@ -50,7 +53,7 @@ FeedForwardProblem prepare(const FeedForwardAttributes& a, const FeedForwardOper
   const int64_t width = operands.x.last();
   FeedForwardProblem problem = {};
   problem.tokens = checks.tokens(operands.x, width);
-  problem.x = operands.x.as<float>();
+  problem.in = checks.input(operands.x, operands.norm, a.epsilon, width);
   problem.gate = checks.matrix("w1", operands.gate, a.gate, a.inner, width);
   problem.up = checks.matrix("w3", operands.up, a.up, a.inner, width);
   problem.down = checks.matrix("w2", operands.down, a.down, width, a.inner);
@@ -74,6 +77,7 @@ FloatMatMulProblem prepare(const Operand& x, const Operand& w) {
 void check(const RoutingAttributes& a) {
   const Checks checks(a.op);
   checks.size("top_k", a.top_k);
+  checks.epsilon(a.epsilon);
   if (!std::isfinite(a.scale)) {
     refuse("%s: the routed scaling factor is not finite", a.op);
   }
@@ -86,17 +90,26 @@ void check(const RoutingAttributes& a, const Format& format) {
 
 namespace {
 
-Routing routing_of(const RoutingAttributes& a, const RoutingOperands& operands, int64_t tokens) {
+Routing routing_of(const RoutingAttributes& a, const RoutingOperands& operands, int64_t tokens, int64_t width) {
   const Checks checks(a.op);
-  checks.tensor(operands.logits, "router_logits", Kind::kFloat);
-  const int64_t experts = operands.logits.last();
+  const bool is_made = operands.matrix.is_there;
+  if (is_made && operands.logits.is_there) {
+    refuse("%s: router_logits and a router", a.op);
+  }
+  is_made ? checks.ranked(operands.matrix, "router", Kind::kFloat, 2)
+          : checks.tensor(operands.logits, "router_logits", Kind::kFloat);
+  const int64_t experts = is_made ? operands.matrix.last() : operands.logits.last();
   if (experts < 1 || experts > kMostExperts || a.top_k > experts) {
     refuse("%s: %" PRId64 " of %" PRId64 " experts: there may be %" PRId64, a.op, a.top_k, experts, kMostExperts);
   }
-  checks.counted(operands.logits, "router_logits", Kind::kFloat, times(tokens, experts));
+  if (is_made) {
+    checks.shaped(operands.matrix, "router", Kind::kFloat, {width, experts});
+  } else {
+    checks.counted(operands.logits, "router_logits", Kind::kFloat, times(tokens, experts));
+  }
   checks.optional(operands.expert_bias, "expert_bias", Kind::kFloat, experts);
   const float* bias = operands.expert_bias.is_there ? operands.expert_bias.as<float>() : nullptr;
-  return {operands.logits.as<float>(), bias, experts, a.top_k, a.normalize, a.scale};
+  return {is_made ? nullptr : operands.logits.as<float>(), bias, experts, a.top_k, a.normalize, a.scale};
 }
 
 void check_widths(const char* op, int64_t width, int64_t inner) {
@@ -113,8 +126,12 @@ RowMoeProblem prepare(const RoutingAttributes& a, const Format& format, const Ro
   const int64_t width = operands.x.last();
   RowMoeProblem problem = {};
   problem.tokens = checks.tokens(operands.x, width);
-  problem.x = operands.x.as<float>();
-  problem.routing = routing_of(a, operands.router, problem.tokens);
+  problem.in = checks.input(operands.x, operands.norm, a.epsilon, width);
+  problem.routing = routing_of(a, operands.router, problem.tokens, width);
+  problem.router = operands.router.matrix.is_there ? operands.router.matrix.as<float>() : nullptr;
+  if (operands.norm.gamma.is_there && problem.router == nullptr) {
+    refuse("%s: a norm without a router", a.op);
+  }
   const int64_t experts = problem.routing.experts;
   // No attribute says how wide an expert is inside: what the last matrix has of codes does.
   checks.tensor(operands.down.codes, {"down", "codes"}, Kind::kByte);
@@ -133,7 +150,7 @@ MoeProblem prepare(const RoutingAttributes& a, const MoeOperands& operands) {
   problem.width = x.last();
   problem.tokens = checks.tokens(x, problem.width);
   problem.x = x.as<float>();
-  problem.routing = routing_of(a, operands.router, problem.tokens);
+  problem.routing = routing_of(a, {logits, operands.router.expert_bias, {}}, problem.tokens, problem.width);
   for (int64_t axis = 0; axis < x.rank; ++axis) {
     if (logits.rank != x.rank || (axis + 1 < x.rank && logits.sizes[axis] != x.sizes[axis])) {
       refuse("%s: x and router_logits are of different shapes", a.op);

@@ -3,7 +3,6 @@
 // in the table.
 
 #include <algorithm>
-#include <cmath>
 
 #include "checks.h"
 
@@ -42,14 +41,34 @@ GatedConvProblem prepare(const GatedConvOperands& o) {
   return p;
 }
 
+TokenLayoutProblem prepare(int64_t taps, const TokenLayoutOperands& o) {
+  constexpr const char* kOp = "TokenLayout";
+  const Checks checks(kOp);
+  checks.size("taps", taps);
+  checks.ranked(o.mask, "attention_mask", Kind::kInt64, 2);
+  checks.ranked(o.ids, "input_ids", Kind::kInt64, 2);
+  TokenLayoutProblem p = {};
+  p.mask = o.mask.as<int64_t>();
+  p.batch = o.mask.sizes[0];
+  p.total = o.mask.sizes[1];
+  p.tokens = o.ids.sizes[1];
+  p.taps = taps;
+  if (o.ids.sizes[0] != p.batch || p.tokens > p.total) {
+    refuse("%s: the mask [%" PRId64 ", %" PRId64 "] is not that of tokens [%" PRId64 ", %" PRId64 "]", kOp, p.batch,
+           p.total, o.ids.sizes[0], p.tokens);
+  }
+  if (times(p.batch, taps) > kMostSize) {
+    refuse("%s: %" PRId64 " rows of %" PRId64 " taps", kOp, p.batch, taps);
+  }
+  return p;
+}
+
 void check(const AttentionAttributes& a) {
   const Checks checks(a.op);
   if (a.heads < 1 || a.heads > kMostSize || a.kv_heads < 1 || a.heads % a.kv_heads != 0) {
     refuse("%s: %" PRId64 " heads for %" PRId64 " of the cache", a.op, a.heads, a.kv_heads);
   }
-  if (!std::isfinite(a.eps) || a.eps < 0.0f) {
-    refuse("%s: epsilon is negative or not finite", a.op);
-  }
+  checks.epsilon(a.eps);
   if (a.window < 0 || a.window > kMostSize) {
     refuse("%s: window is %" PRId64 ": 1 to %" PRId64 " are possible", a.op, a.window, kMostSize);
   }

@@ -187,6 +187,17 @@ inline int64_t attribute_or(const OrtApi* api, const OrtKernelInfo* info, const 
   return otherwise;
 }
 
+// `otherwise` where the graph says nothing.
+inline float float_attribute_or(const OrtApi* api, const OrtKernelInfo* info, const char* name, float otherwise) {
+  float value = 0.0f;
+  OrtStatus* missing = ort::KernelInfoGetAttributeFloat::of(api)(info, name, &value);
+  if (missing == nullptr) {
+    return value;
+  }
+  ort::ReleaseStatus::of(api)(missing);
+  return otherwise;
+}
+
 inline float float_attribute(const OrtApi* api, const OrtKernelInfo* info, const char* name) {
   float value = 0.0f;
   check(ort::KernelInfoGetAttributeFloat::of(api)(info, name, &value));

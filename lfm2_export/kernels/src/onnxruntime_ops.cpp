@@ -8,6 +8,12 @@
 //   FeedForward(x, w1 codes, scales, zero_points?, w3 codes, scales, zero_points?, w2 codes, scales, zero_points?)
 //       -> (silu(x w1') * x w3') w2'; inner, bits, block_size (of w1 and w3), up_bits, up_block_size (of w3, where it
 //       differs), down_bits, down_block_size
+//   SparseMoe(x, router_logits?, expert_bias?, gate_up codes, scales, zero_points?, down codes, scales, zero_points?,
+//       router?) -> the chosen experts' outputs, by logits that are given or made of x with a matrix of floats
+//       top_k, normalize, routed_scaling_factor, bits, block_size
+//   The four with matrices of codes take three inputs more, behind all others: delta?, gamma? and delta_gamma?. They then
+//       read the RMS norm of x + delta with the weights gamma, where delta may be the norm of what is given with the
+//       weights delta_gamma. An attribute epsilon; their last output is the sum
 //   GatedConv(projected, weight, bias?, state, attended, rows) -> C * conv(B * x), new state, and, where the attribute
 //       `window` is 1, all of (state, gated inputs), of which the new state is some rows
 //   Attention(q, k, v, q_norm, k_norm, past_key, past_value, seqlens_k, attention_mask, cos, sin, position_ids)
@@ -17,8 +23,8 @@
 //   SlidingAttention, SlidingAttentionInt8: the same; window: how many attended positions a token sees, its own
 //       included. Where ring is 1, past and present are rings of one size, which need not hold more than the window
 //       (attention.h); graphs of earlier versions do not have it, and keep everything
-//   SparseMoe(x, router_logits, expert_bias?, gate_up codes, scales, zero_points?, down codes, scales, zero_points?)
-//       top_k, normalize, routed_scaling_factor, bits, block_size
+//   TokenLayout(attention_mask, input_ids) -> seqlens_k, position_ids, attended, conv_rows, last: where each row's tokens
+//       stand, of a mask [batch, positions] whose last positions are the call's tokens; taps (token_layout.h)
 //
 // A row's result is the same bits whatever rows stand beside it, in one call or in several: an answer depends neither on how
 // a prompt is cut nor on how many tokens are verified at once.

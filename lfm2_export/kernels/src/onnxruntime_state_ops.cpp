@@ -138,13 +138,39 @@ class Attention {
   AttentionAttributes attributes_;
 };
 
+class TokenLayout {
+ public:
+  static constexpr const char* kName = "TokenLayout";
+  static constexpr int kInputs[] = {ort::kInt64, ort::kInt64};
+  static constexpr unsigned kOptionalInputs = 0;
+  static constexpr int kOutputs[] = {ort::kInt32, ort::kInt64, ort::kFloat, ort::kInt64, ort::kInt64};
+
+  TokenLayout(const OrtApi* api, const OrtKernelInfo* info) : taps_(attribute(api, info, "taps")) {
+    Checks(kName).size("taps", taps_);
+  }
+
+  void compute(const Context& context) const {
+    TokenLayoutProblem p = prepare(taps_, {context.input(0), context.input(1)});
+    const int64_t rows[] = {p.batch, 1, 1}, tokens[] = {p.batch, p.tokens, 1}, kept[] = {p.batch, p.taps - 1};
+    p.last_seen = context.output<int32_t>(rows, 1);
+    p.positions = context.output<int64_t>(tokens, 2, 1);
+    p.attended = context.output(tokens, 3, 2);
+    p.conv_rows = context.output<int64_t>(kept, 2, 3);
+    p.last = context.output<int64_t>(rows, 3, 4);  // as GatherND takes it
+    run_token_layout(p);
+  }
+
+ private:
+  int64_t taps_;
+};
+
 }  // namespace
 
 std::vector<const OrtCustomOp*> state_ops() {
   static const OrtCustomOp ops[] = {described<GatedConv>(), described<Attention<false, false>>(),
                                     described<Attention<true, false>>(), described<Attention<false, true>>(),
-                                    described<Attention<true, true>>()};
-  return {&ops[0], &ops[1], &ops[2], &ops[3], &ops[4]};
+                                    described<Attention<true, true>>(),  described<TokenLayout>()};
+  return {&ops[0], &ops[1], &ops[2], &ops[3], &ops[4], &ops[5]};
 }
 
 }  // namespace lfm2

@@ -19,6 +19,19 @@ struct Block {
   Floats* scales;  // [groups][2]
 };
 
+// A chain's groups lie side by side, as they are read.
+struct GroupOrder {
+  int64_t least, more;  // groups of a chain; how many of the first chains have one more
+
+  LFM2_ALWAYS int64_t begin(int64_t chain) const { return chain * least + (chain < more ? chain : more); }
+  LFM2_ALWAYS int64_t of(int64_t group) const { return begin(group % kChains) + group / kChains; }
+};
+
+LFM2_ALWAYS GroupOrder order_of_groups(int64_t columns) {
+  const int64_t groups = columns / kGroupInputs;
+  return {groups / kChains, groups % kChains};
+}
+
 Block block_in(void* scratch, int64_t columns) {
   auto* words = static_cast<Ints*>(scratch);
   Ints* offsets = words + columns / 4 * 2;
@@ -51,6 +64,7 @@ template <int kBits>
 LFM2_ALWAYS void arrange_codes(const RowMatrix& w, int half, int64_t rows, const Block& block) {
   constexpr int kInputs = kBytes * 8 / kBits;  // in a register of a row
   const bool has_points = w.zero_points != nullptr;
+  const GroupOrder order = order_of_groups(w.columns);
   Ints points[kLanes];
   for (int64_t at = 0; at < w.columns; at += kInputs) {
     const int64_t left = w.columns - at < kInputs ? w.columns - at : kInputs;
@@ -63,7 +77,8 @@ LFM2_ALWAYS void arrange_codes(const RowMatrix& w, int half, int64_t rows, const
     for (int64_t inner = 0; inner < left; inner += kGroupInputs) {
       const int64_t group = (at + inner) / w.group % kPointGroups;
       const Bytes point = has_points ? nibble_of_lanes(points[group / 8], group % 8) : broadcast_byte(8);
-      Ints* to = block.words + (at + inner) / 4 * 2 + half;
+      const int64_t place = order.of((at + inner) / kGroupInputs);
+      Ints* to = block.words + place * (kGroupInputs / 4 * 2) + half;
       Ints sum = zero_ints();
       for (int i = 0; i < kGroupInputs / 4; ++i) {
         Bytes word;
@@ -76,7 +91,7 @@ LFM2_ALWAYS void arrange_codes(const RowMatrix& w, int half, int64_t rows, const
         to[i * 2] = word;
         sum = add_quads(sum, word);
       }
-      block.offsets[(at + inner) / kGroupInputs * 2 + half] = sub_ints(zero_ints(), times_128(sum));
+      block.offsets[place * 2 + half] = sub_ints(zero_ints(), times_128(sum));
     }
   }
 }
@@ -90,14 +105,14 @@ void arrange(const RowMatrix& w, const Block& block) {
   }
 }
 
-// What is probably needed next, the rows behind this block's: fetched line by line while this block computes.
+// What is probably needed next, the rows behind this block's: fetched some lines at a time while this block computes.
 struct Ahead {
   uintptr_t at, end;
+  int64_t lines;  // of a step, so that all are fetched by the last one
 
   LFM2_ALWAYS void step() {
-    if (at < end) {
+    for (int64_t i = 0; i < lines && at < end; ++i, at += kLine) {
       __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2);
-      at += kLine;
     }
   }
 };
@@ -114,16 +129,18 @@ LFM2_ALWAYS void add_chain(const Block& block, const RowMatrix& w, const RowActi
   }
   // A power of two: a shift instead of a division.
   const int scale_shift = __builtin_ctzll(static_cast<uint64_t>(w.group / kGroupInputs));
-  for (int64_t group = chain; group < w.columns / kGroupInputs; group += kChains) {
+  const int64_t begin = order_of_groups(w.columns).begin(chain);
+  const Ints *words = block.words + begin * (kGroupInputs / 4 * 2), *offsets = block.offsets + begin * 2;
+  for (int64_t group = chain; group < w.columns / kGroupInputs;
+       group += kChains, words += kGroupInputs / 4 * 2, offsets += 2) {
     ahead.step();
-    const Ints* words = block.words + group * (kGroupInputs / 4 * 2);
     const Floats* scales = block.scales + (group >> scale_shift) * 2;
     // At 4 bits word 2*i holds even inputs, word 2*i + 1 odd ones, which lie 64 further on.
     const int8_t* from = x.codes + inputs_at<kBits>(group * kGroupInputs);
     TileSum<kBits> sum[kTokens][2];
     for (int t = 0; t < kTokens; ++t) {
-      sum[t][0].start(block.offsets[group * 2]);
-      sum[t][1].start(block.offsets[group * 2 + 1]);
+      sum[t][0].start(offsets[0]);
+      sum[t][1].start(offsets[1]);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kGroupInputs / 4; ++i) {
@@ -186,7 +203,8 @@ LFM2_ALWAYS void some_tokens(int64_t count, Arguments&... arguments) {
 template <int kBits>
 void block_bits(const RowMatrix& w, const RowActivations& x, float* y, int64_t stride, const Block& block) {
   const auto next = reinterpret_cast<uintptr_t>(w.row(w.rows));
-  Ahead ahead = {next, next + w.rows * w.row_bytes()};
+  const int64_t bytes = w.rows * w.row_bytes(), tiles = (x.tokens + kTileTokens - 1) / kTileTokens;
+  Ahead ahead = {next, next + bytes, bytes / (tiles * (w.columns / kGroupInputs) * kLine) + 1};
   for (int64_t first = 0; first < x.tokens; first += kTileTokens) {
     const int64_t count = x.tokens - first < kTileTokens ? x.tokens - first : kTileTokens;
     const RowActivations some = x.part(first, count);

@@ -14,12 +14,24 @@ namespace lfm2 {
 namespace {
 
 constexpr int64_t kAhead = 4096;  // bytes of codes: covers DRAM latency, across page boundaries too
+// Into the second-level cache, not the first: that one has few lines under way at once, and DRAM keeps it waiting. On
+// x86 a row of 4 bits then comes 1.10 times as fast, one of 8 bits 1.06 times; NEON was not measured and stays as it was.
+#if defined(__AVX2__)
+constexpr int kFetchLocality = 2;
+#else
+constexpr int kFetchLocality = 3;
+#endif
 constexpr int kRows = 4;          // of a tile of `dot`
 constexpr int kParts = 4;         // of a piece
 constexpr int kPartInputs = kBlocks * kGroupInputs;
 constexpr int kPieceInputs = kParts * kPartInputs;  // whose scales fill a register
 constexpr int kMostTokens = 8;                      // of one pass of `dot`
 constexpr int64_t kLine = 64;
+
+// A line of the weights `bytes` after `at`, which may lie behind the tensor's end: harmless.
+LFM2_ALWAYS void fetch_weights(const uint8_t* at, int64_t bytes) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(at) + bytes), 0, kFetchLocality);
+}
 
 // 4 rows of a matrix. Where fewer are left, the last one is taken again, and its results are dropped.
 struct Rows {
@@ -81,10 +93,10 @@ LFM2_ALWAYS void load_factors(const RowMatrix& w, const Rows& rows, int64_t piec
   const int64_t in_tail = left >> walk.shift;
   const int64_t count = kWhole ? walk.per_piece : in_tail > 0 ? in_tail : 1;
   for (int r = 0; r < kRows; ++r) {
-    fetch_ahead(rows.scales[r] + first * (w.half_scales ? 2 : 4), walk.scales_ahead);
+    fetch_weights(rows.scales[r] + first * (w.half_scales ? 2 : 4), walk.scales_ahead);
     to.scales[r] = permute(load_scales(w, rows.scales[r], first, count), walk.spread);
     if (kPoints) {
-      fetch_ahead(rows.points[r] + first / 2, walk.points_ahead);
+      fetch_weights(rows.points[r] + first / 2, walk.points_ahead);
       to.points[r] = permute(load_nibbles_first(rows.points[r], first, count), walk.spread);
     } else {
       to.points[r] = broadcast(kBits == 4 ? 8 : kByteZero);
@@ -155,7 +167,7 @@ LFM2_ALWAYS void add_piece(const RowMatrix& w, const Rows& rows, int64_t piece, 
       codes.template load<kWhole>(r, from, left * kBits / 8 - part * kPartBytes);
       for (int64_t line = 0; line < kPartBytes; line += kLine) {
         if (part * kPartBytes % kLine == 0) {
-          fetch_ahead(from + line, walk.codes_ahead);
+          fetch_weights(from + line, walk.codes_ahead);
         }
       }
     }

@@ -38,6 +38,44 @@ LFM2_ALWAYS void quantize_registers(const Floats (&x)[kVectorsOfGroup], const Ro
   store_scale(scale, sum_of(sum), to, group, token);
 }
 
+LFM2_ALWAYS Floats inverse_norm_lanes(const float* x, int64_t columns, float epsilon) {
+  constexpr int kVectors = kNormChains / kLanes;
+  Floats squares[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    squares[v] = broadcast(0.0f);
+  }
+  for (int64_t i = 0; i < columns; i += kNormChains) {
+    for (int v = 0; v < kVectors; ++v) {
+      const Floats value = load(x + i + v * kLanes);
+      squares[v] = fmadd(value, value, squares[v]);
+    }
+  }
+  alignas(64) float chains[kNormChains];
+  for (int v = 0; v < kVectors; ++v) {
+    store(chains + v * kLanes, squares[v]);
+  }
+  return broadcast(inverse_norm(chains, columns, epsilon));
+}
+
+// The first-level cache keeps the row between the passes over it.
+void normalize(const RowInput& all, int64_t columns, int64_t token, float* to) {
+  const RowInput in = all.from(token, columns);
+  const float* row = in.x;
+  if (in.delta != nullptr) {
+    const bool is_normed = in.delta_gamma != nullptr;
+    const Floats scale = is_normed ? inverse_norm_lanes(in.delta, columns, in.epsilon) : broadcast(1.0f);
+    for (int64_t i = 0; i < columns; i += kLanes) {
+      const Floats delta = load(in.delta + i);
+      store(in.sum + i, add(load(in.x + i), is_normed ? mul(mul(delta, scale), load(in.delta_gamma + i)) : delta));
+    }
+    row = in.sum;
+  }
+  const Floats scale = inverse_norm_lanes(row, columns, in.epsilon);
+  for (int64_t i = 0; i < columns; i += kLanes) {
+    store(to + i, mul(mul(load(row + i), scale), load(in.gamma + i)));
+  }
+}
+
 void quantize(const float* x, int64_t columns, const RowActivations& to, int64_t token) {
   for (int64_t group = 0; group < columns / kGroupInputs; ++group, x += kGroupInputs) {
     Floats values[kVectorsOfGroup];

@@ -16,6 +16,6 @@ constexpr auto kBlock = block;
 constexpr auto kBlock = nullptr;
 #endif
 
-const RowKernels kRowKernels = {LFM2_TARGET_NAME, quantize, swiglu, dot, kBlock, accumulate_row};
+const RowKernels kRowKernels = {LFM2_TARGET_NAME, normalize, quantize, swiglu, dot, kBlock, accumulate_row};
 
 }  // namespace lfm2::LFM2_TARGET

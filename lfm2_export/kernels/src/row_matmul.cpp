@@ -74,7 +74,7 @@ void run_matmuls(const MatMulProblem* problems, int count, const RowKernels& ker
                  void* scratch) {
   Arena arena(scratch);
   SharedInput x = take_input(arena, problems, count);
-  x.quantize(kernels, pool, problems->x, problems->w.columns);
+  x.quantize(kernels, pool, problems->in, problems->w.columns);
   int64_t all_rows = 0;
   for (int i = 0; i < count; ++i) {
     all_rows += problems[i].w.rows;
@@ -107,9 +107,9 @@ void run_feed_forward(const FeedForwardProblem& problem, const RowKernels& kerne
   for (int64_t first = 0; first < problem.tokens; first += kPassTokens) {
     const int64_t tokens = std::min(kPassTokens, problem.tokens - first);
     SharedInput x = all.x.first(tokens);
-    x.quantize(kernels, pool, problem.x + first * width, width);
+    x.quantize(kernels, pool, problem.in.from(first, width), width);
     RowActivations inner = all.inner.part(0, tokens);
-    inner.shifted = is_worth_arranging(kernels, tokens, inner.bits);
+    inner.shifted = is_worth_arranging(kernels, tokens);
     share_out(pool, groups, [&](int64_t group) { gate_up(problem, kernels, x, inner, group); });
     const int64_t rows = rows_of_a_task(width, inner.shifted, pool);
     share_out(pool, ceil_div(width, rows), [&](int64_t task) {

@@ -80,11 +80,29 @@ struct RowActivations {
   }
 };
 
-// More tokens are worth rearranging weights of so many bits (measured: 4-bit ones break even at 13 tokens, 8-bit ones
-// below 9); such activations are `shifted`.
-constexpr int64_t few_tokens(int bits) {
-  return bits == 4 ? 12 : 8;
-}
+// What a product reads: rows of floats as they are, or the RMS norm of them, or of their sum with others.
+struct RowInput {
+  const float* x;            // [tokens, columns]
+  const float* delta;        // [tokens, columns] or null: what is added to x before the norm
+  const float* gamma;        // [columns] or null: the norm's weights; without them there is no norm, and no delta
+  const float* delta_gamma;  // [columns] or null: of a norm of delta, before it is added
+  float epsilon;             // of the norms
+  float* sum;                // [tokens, columns]: x + delta, where there is a delta
+
+  LFM2_INLINE RowInput from(int64_t token, int64_t columns) const {
+    RowInput found = *this;
+    found.x += token * columns;
+    if (delta != nullptr) {
+      found.delta += token * columns;
+      found.sum += token * columns;
+    }
+    return found;
+  }
+};
+
+// More tokens are worth rearranging weights (measured: a ninth one would be another pass of `dot`, which takes as long);
+// such activations are `shifted`.
+constexpr int64_t kFewTokens = 8;
 
 // Bytes that `RowKernels::block` needs for a matrix of so many columns (in groups of at least 32), 64-byte aligned.
 constexpr int64_t block_scratch_bytes(int64_t columns) {  // of kMostSize at most
@@ -93,6 +111,9 @@ constexpr int64_t block_scratch_bytes(int64_t columns) {  // of kMostSize at mos
 
 struct RowKernels {
   const char* name;
+
+  // to[columns]: the norm of one token of `in`, whose sum is written too.
+  void (*normalize)(const RowInput& in, int64_t columns, int64_t token, float* to);
 
   // One token: `columns` floats.
   void (*quantize)(const float* x, int64_t columns, const RowActivations& to, int64_t token);

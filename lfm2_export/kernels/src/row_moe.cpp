@@ -1,5 +1,7 @@
 // The sparse feed-forward on row_matrix.h; moe_pass.h says how the work is cut.
 
+#include <algorithm>
+
 #include "moe_pass.h"
 #include "row_matmul.h"
 #include "row_work.h"
@@ -23,7 +25,7 @@ class RowExperts {
 
   Activations part(const Activations& all, int64_t first, int64_t count, int64_t) const {
     RowActivations found = all.part(first, count);
-    found.shifted = is_worth_arranging(kernels_, count, found.bits);
+    found.shifted = is_worth_arranging(kernels_, count);
     return found;
   }
 
@@ -51,20 +53,76 @@ class RowExperts {
   const RowKernels& kernels_;
 };
 
+// What the experts and the router read, where the host has neither the norm nor the logits.
+struct Routed {
+  float* normed = nullptr;  // [tokens, width]
+  float* logits = nullptr;  // [tokens, experts]
+};
+
+Routed take_routed(Arena& arena, const RowMoeProblem& problem, int64_t tokens) {
+  Routed found;
+  if (problem.in.gamma != nullptr) {
+    found.normed = arena.take<float>(times(tokens, problem.width()));
+  }
+  if (problem.router != nullptr) {
+    found.logits = arena.take<float>(times(tokens, problem.routing.experts));
+  }
+  return found;
+}
+
+// The same problem with norm and logits made.
+RowMoeProblem route(const RowMoeProblem& problem, const RowKernels& kernels, const FloatKernels& floats,
+                    const ThreadPool& pool, const Routed& room) {
+  RowMoeProblem found = problem;
+  if (room.normed != nullptr) {
+    const int64_t width = problem.width();
+    share_out(pool, problem.tokens, [&](int64_t token) {
+      kernels.normalize(problem.in, width, token, room.normed + token * width);
+    });
+    found.in = {};
+    found.in.x = room.normed;
+  }
+  if (room.logits != nullptr) {
+    run_float_matmul({found.in.x, problem.router, problem.tokens, problem.width(), problem.routing.experts, room.logits},
+                     floats, pool);
+    found.routing.logits = room.logits;
+  }
+  return found;
+}
+
+// Tokens first .. first + count - 1.
+RowMoeProblem part_of(const RowMoeProblem& problem, int64_t first, int64_t count) {
+  RowMoeProblem found = problem;
+  found.in = problem.in.from(first, problem.width());
+  if (problem.router == nullptr) {
+    found.routing.logits += first * problem.routing.experts;
+  }
+  found.out += first * problem.width();
+  found.tokens = count;
+  return found;
+}
+
 }  // namespace
 
 size_t row_moe_scratch_bytes(const RowMoeProblem& problem) {
   Arena arena(nullptr);
+  const int64_t tokens = std::min(problem.tokens, kPassTokens);
+  take_routed(arena, problem, tokens);
   const RowExperts experts(problem, scalar::kRowKernels);
-  MoePass<RowExperts>(problem.x, problem.routing, problem.tokens, experts, kNoPool, arena);
+  MoePass<RowExperts>(problem.in.x, problem.routing, tokens, experts, kNoPool, arena);
   return arena.used();
 }
 
-void run_row_moe(const RowMoeProblem& problem, const RowKernels& kernels, const ThreadPool& pool, void* scratch) {
-  Arena arena(scratch);
-  const RowExperts experts(problem, kernels);
-  MoePass<RowExperts>(problem.x, problem.routing, problem.tokens, experts, pool, arena)
-      .run_all(problem.tokens, problem.out);
+void run_row_moe(const RowMoeProblem& problem, const RowKernels& kernels, const FloatKernels& floats,
+                 const ThreadPool& pool, void* scratch) {
+  for (int64_t first = 0; first < problem.tokens; first += kPassTokens) {
+    Arena arena(scratch);
+    const RowMoeProblem part = part_of(problem, first, std::min(kPassTokens, problem.tokens - first));
+    const RowMoeProblem routed = route(part, kernels, floats, pool, take_routed(arena, part, part.tokens));
+    const RowExperts experts(routed, kernels);
+    MoePass<RowExperts>(routed.in.x, routed.routing, routed.tokens, experts, pool, arena)
+        .run_all(routed.tokens, routed.out);
+  }
 }
 
 }  // namespace lfm2

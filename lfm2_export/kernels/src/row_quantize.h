@@ -49,6 +49,42 @@ inline void quantize_row_group(const float* x, const RowActivations& to, int64_t
   store_scale(scale, offset / -kZeroPoint, to, group, token);
 }
 
+// Squares are summed in that many chains, whatever the lanes: the norm's bits are the same on every instruction set.
+constexpr int kNormChains = 16;
+
+inline float inverse_norm(float (&chains)[kNormChains], int64_t columns, float epsilon) {
+  for (int apart = kNormChains / 2; apart > 0; apart /= 2) {
+    for (int i = 0; i < apart; ++i) {
+      chains[i] += chains[i + apart];
+    }
+  }
+  return 1.0f / __builtin_sqrtf(chains[0] / static_cast<float>(columns) + epsilon);
+}
+
+inline float inverse_norm_of(const float* x, int64_t columns, float epsilon) {
+  float chains[kNormChains] = {};
+  for (int64_t i = 0; i < columns; ++i) {
+    chains[i % kNormChains] = __builtin_fmaf(x[i], x[i], chains[i % kNormChains]);
+  }
+  return inverse_norm(chains, columns, epsilon);
+}
+
+inline void normalize_row(const RowInput& all, int64_t columns, int64_t token, float* to) {
+  const RowInput in = all.from(token, columns);
+  const float* row = in.x;
+  if (in.delta != nullptr) {
+    const float scale = in.delta_gamma == nullptr ? 1.0f : inverse_norm_of(in.delta, columns, in.epsilon);
+    for (int64_t i = 0; i < columns; ++i) {
+      in.sum[i] = in.x[i] + (in.delta_gamma == nullptr ? in.delta[i] : in.delta[i] * scale * in.delta_gamma[i]);
+    }
+    row = in.sum;
+  }
+  const float scale = inverse_norm_of(row, columns, in.epsilon);
+  for (int64_t i = 0; i < columns; ++i) {
+    to[i] = row[i] * scale * in.gamma[i];
+  }
+}
+
 inline void quantize_row(const float* x, int64_t columns, const RowActivations& to, int64_t token) {
   for (int64_t group = 0; group < columns / kGroupInputs; ++group) {
     quantize_row_group(x + group * kGroupInputs, to, group, token);

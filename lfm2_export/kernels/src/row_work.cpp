@@ -38,7 +38,7 @@ class Grown {
 }  // namespace
 
 void* thread_scratch(Use use, int64_t bytes) {
-  thread_local Grown grown[4];
+  thread_local Grown grown[static_cast<int>(Use::kCount)];
   return grown[static_cast<int>(use)].at_least(bytes);
 }
 
@@ -54,18 +54,8 @@ RowActivations take_activations(Arena& arena, int64_t tokens, const RowMatrix& w
   return found;
 }
 
-bool is_worth_arranging(const RowKernels& kernels, int64_t tokens, int bits) {
-  return kernels.block != nullptr && tokens > few_tokens(bits);
-}
-
-void quantize_all(const RowKernels& kernels, const ThreadPool& pool, const float* x, int64_t columns,
-                  const RowActivations& to) {
-  const int64_t at_once = ceil_div(to.tokens, pool.workers * kTasksPerWorker);
-  share_out(pool, ceil_div(to.tokens, at_once), [&](int64_t task) {
-    for (int64_t token = task * at_once; token < std::min(to.tokens, (task + 1) * at_once); ++token) {
-      kernels.quantize(x + token * columns, columns, to, token);
-    }
-  });
+bool is_worth_arranging(const RowKernels& kernels, int64_t tokens) {
+  return kernels.block != nullptr && tokens > kFewTokens;
 }
 
 void SharedInput::take(Arena& arena, int64_t tokens, const RowMatrix& w) {
@@ -83,11 +73,32 @@ SharedInput SharedInput::first(int64_t tokens) const {
   return found;
 }
 
-void SharedInput::quantize(const RowKernels& kernels, const ThreadPool& pool, const float* x, int64_t columns) {
+void SharedInput::quantize(const RowKernels& kernels, const ThreadPool& pool, const RowInput& in, int64_t columns) {
+  int64_t tokens = 0;
   for (RowActivations& its : by_bits) {
     if (its.padded > 0) {
-      its.shifted = is_worth_arranging(kernels, its.tokens, its.bits);
-      quantize_all(kernels, pool, x, columns, its);
+      its.shifted = is_worth_arranging(kernels, its.tokens);
+      tokens = its.tokens;
+    }
+  }
+  const int64_t at_once = ceil_div(tokens, pool.workers * kTasksPerWorker);
+  share_out(pool, ceil_div(tokens, at_once), [&](int64_t task) {
+    for (int64_t token = task * at_once; token < std::min(tokens, (task + 1) * at_once); ++token) {
+      quantize_token(kernels, in, columns, token);
+    }
+  });
+}
+
+void SharedInput::quantize_token(const RowKernels& kernels, const RowInput& in, int64_t columns, int64_t token) const {
+  const float* row = in.x + token * columns;
+  if (in.gamma != nullptr) {
+    auto* normed = static_cast<float*>(thread_scratch(Use::kNorm, columns * static_cast<int64_t>(sizeof(float))));
+    kernels.normalize(in, columns, token, normed);
+    row = normed;
+  }
+  for (const RowActivations& its : by_bits) {
+    if (its.padded > 0) {
+      kernels.quantize(row, columns, its, token);
     }
   }
 }

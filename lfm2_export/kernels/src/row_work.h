@@ -10,12 +10,8 @@ namespace lfm2 {
 // Room for `tokens` quantized inputs of w.
 RowActivations take_activations(Arena& arena, int64_t tokens, const RowMatrix& w);
 
-// Whether weights of so many bits are rearranged for so many tokens; such activations are `shifted`.
-bool is_worth_arranging(const RowKernels& kernels, int64_t tokens, int bits);
-
-// All tokens of x [tokens, columns] into `to`, by all workers.
-void quantize_all(const RowKernels& kernels, const ThreadPool& pool, const float* x, int64_t columns,
-                  const RowActivations& to);
+// Whether weights are rearranged for so many tokens; such activations are `shifted`.
+bool is_worth_arranging(const RowKernels& kernels, int64_t tokens);
 
 // An input that several matrices read: once for those of 4 bits and once for those of 8, whose order of codes differs, as
 // far as there are any.
@@ -30,7 +26,11 @@ struct SharedInput {
 
   SharedInput first(int64_t tokens) const;
   bool is_shifted() const { return by_bits[0].shifted || by_bits[1].shifted; }
-  void quantize(const RowKernels& kernels, const ThreadPool& pool, const float* x, int64_t columns);
+  // All tokens of `in`, by all workers; its sums are written.
+  void quantize(const RowKernels& kernels, const ThreadPool& pool, const RowInput& in, int64_t columns);
+
+ private:
+  void quantize_token(const RowKernels& kernels, const RowInput& in, int64_t columns, int64_t token) const;
 };
 
 // y[token * stride + row] of all rows of w, on this thread.
@@ -40,7 +40,7 @@ void multiply(const RowKernels& kernels, const RowMatrix& w, const RowActivation
 int64_t rows_of_a_task(int64_t all, bool arranged, const ThreadPool& pool);
 
 // Memory of this thread, kept from call to call; each `Use` has its own. 64-byte aligned. Throws std::bad_alloc.
-enum class Use { kBlock, kGateUp, kAttention, kWindow };
+enum class Use { kBlock, kGateUp, kAttention, kWindow, kNorm, kCount };
 void* thread_scratch(Use use, int64_t bytes);
 
 }  // namespace lfm2
