@@ -3,11 +3,14 @@
     python -m benchmarks.speculative cost ARTIFACT          a pass over T tokens beside a step, all logits
     python -m benchmarks.speculative texts ARTIFACT         prompt lookup along given answers, beside plain decoding
     python -m benchmarks.speculative differing ARTIFACT     greedy tokens that differ from plain decoding's
+    python -m benchmarks.speculative round ARTIFACT --drafter DIR    a drafter's block and its pass beside a step
 
 ``texts`` decodes answers that stand in speculative_texts.py, token by token, whatever the program makes of them: what
 is proposed and accepted is that of a model that gives these answers, the speed that of the program, random weights too.
 Everything alternates within one process, and figures are medians of rounds; on a machine that others use, too, only the
-ratios mean something. ``differing`` is for programs that need --speculate-inexact.
+ratios mean something. ``differing`` is for programs that need --speculate-inexact. ``round`` takes random weights as
+well (``benchmarks/synthetic.py``): what a round gains follows from the tokens that it gives, which trained drafters are
+published with.
 """
 
 from __future__ import annotations
@@ -18,15 +21,16 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.speculative_texts import TEXTS, Text
-from lfm2_export.backends.base import Runner
-from lfm2_export.errors import Lfm2ExportError
+from lfm2_export.backends.base import Runner, TapsStreams
+from lfm2_export.drafters import load_drafter
+from lfm2_export.errors import Lfm2ExportError, RunnerError
 from lfm2_export.generation import complete
 from lfm2_export.generation_config import GenerationConfig
 from lfm2_export.runners import load_runner
@@ -37,6 +41,9 @@ from lfm2_export.text import Tokenizer
 
 WIDTHS = (1, 2, 3, 4, 5, 8, 9, 12, 16)
 CONTEXT, NEW_TOKENS = 256, 128
+# Tokens of a round: as many positions of the target's go through the drafter with its block; and what is published of
+# the 1.2B's drafter.
+EMITTED, PUBLISHED = 4, 4.81
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--kernels")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--drafter", help="of round: the folder of the model's drafter")
     return parser
 
 
@@ -94,6 +102,55 @@ def cost(runner: Runner, options: argparse.Namespace) -> dict[str, Any]:
     medians = {width: statistics.median(values[1:]) for width, values in times.items()}
     shares = {str(width): round(medians[width] / medians[0], 2) for width in WIDTHS}
     return {"step_ms": round(1e3 * medians[0], 2), "pass_over_step": shares}
+
+
+def round_(runner: Runner, options: argparse.Namespace) -> dict[str, Any]:
+    """A drafter's block, and a round (block, pass, taking back what was wrong) with so many proposals, as shares of a
+    step; and how many times plain decoding that is for each number of tokens that a round gives."""
+    if options.drafter is None:
+        raise RunnerError("round: names no drafter; pass --drafter and its folder")
+    drafter = load_drafter(options.drafter, threads=options.threads, kernels=options.kernels)
+    heard: list[np.ndarray] = []
+    if not isinstance(runner, TapsStreams):
+        raise RunnerError("round: this program gives no residual streams; export the model to onnx")
+    runner.tap(drafter.layers, lambda before, streams: heard.append(streams))
+    rng = np.random.default_rng(0)
+    runner.prefill([rng.integers(0, runner.vocab_size, CONTEXT)])
+    streams, mark = np.concatenate(heard), runner.mark()
+    drafter.propose(streams[:-EMITTED], 0)
+    widths = [count for count in (3, 5, 7, 9) if count <= drafter.block_size]
+    steps, blocks, rounds = [], [], {count: [] for count in widths}
+    for _ in range(options.rounds + 1):
+        for count in widths:
+            steps.append(_timed(lambda: runner.decode([1])))
+            runner.rewind(mark)
+            drafter.cut(CONTEXT - EMITTED)
+            blocks.append(_timed(lambda: drafter.propose(streams[-EMITTED:], 1)))
+            tokens = rng.integers(0, runner.vocab_size, count + 1)
+            rounds[count].append(blocks[-1] + _timed(lambda tokens=tokens: _verified(runner, tokens)))
+            runner.rewind(mark)
+    step = statistics.median(steps[len(widths) :])
+    over = {count: statistics.median(times[1:]) / step for count, times in rounds.items()}
+    most = max(widths)
+    return {
+        "step_ms": round(1e3 * step, 2),
+        "draft_over_step": round(statistics.median(blocks[len(widths) :]) / step, 2),
+        "round_over_step": {f"{count + 1} rows": round(share, 2) for count, share in over.items()},
+        "times_plain_by_tokens_a_round": {
+            str(tokens): round(tokens / over[most], 2) for tokens in (1, 2, 3, 4, PUBLISHED, 5, 6, 7, 8, 9)
+        },
+    }
+
+
+def _verified(runner: Runner, tokens: np.ndarray) -> None:
+    runner.verify(tokens)
+    runner.accept(min(EMITTED, len(tokens)))
+
+
+def _timed(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
 
 
 def texts(runner: Runner, options: argparse.Namespace) -> dict[str, Any]:
@@ -156,7 +213,7 @@ def _same(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-MEASURES = {"cost": cost, "texts": texts, "differing": differing}
+MEASURES = {"cost": cost, "texts": texts, "differing": differing, "round": round_}
 
 if __name__ == "__main__":
     sys.exit(main())

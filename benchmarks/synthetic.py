@@ -22,7 +22,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from lfm2_export.errors import Lfm2ExportError
-from lfm2_export.families import get_family
+from lfm2_export.families import find_family
+from lfm2_export.families.lfm2_dspark import own_tensors
 from lfm2_export.families.tensors import ModelTensor, Part, TensorClass, Tensors
 from lfm2_export.resources import check_disk
 from lfm2_export.source import ASSETS
@@ -100,6 +101,42 @@ REAL_SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+def _drafter(shape: str, layers: list[int]) -> dict[str, Any]:
+    """The config of a drafter for a real shape, as the 1.2B's is published; other targets have other widths."""
+    target = REAL_SHAPES[shape]
+    return {
+        "architectures": ["Lfm2DSparkDraftModel"],
+        "model_type": "qwen3",
+        "vocab_size": target["vocab_size"],
+        "hidden_size": target["hidden_size"],
+        "intermediate_size": 3 * target["hidden_size"],
+        "num_hidden_layers": 5,
+        "num_attention_heads": target["num_attention_heads"],
+        "num_key_value_heads": target["num_key_value_heads"],
+        "head_dim": 64,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10_000_000.0,
+        "rope_is_neox_style": False,
+        "max_position_embeddings": target["max_position_embeddings"],
+        "block_size": 9,
+        "markov_rank": 256,
+        "markov_head_type": "vanilla",
+        "enable_confidence_head": True,
+        "dflash_config": {
+            "mask_token_id": 64402,
+            "target_layer_ids": layers,
+            "num_target_layers": target["num_hidden_layers"],
+        },
+    }
+
+
+# The 350M's is made up: none is published.
+DRAFTER_SHAPES = {
+    "1.2b-dspark": _drafter("1.2b", [2, 5, 8, 11, 14]),
+    "350m-dspark": _drafter("350m", [2, 5, 8, 11, 14]),
+}
+
+
 def write_random_checkpoint(
     folder: Path | str,
     raw_config: Mapping[str, Any],
@@ -118,9 +155,9 @@ def write_random_checkpoint(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(dict(raw_config), indent=2))
-    family = get_family(raw_config["model_type"])
+    family = find_family(raw_config, "config.json")
     config = family.parse_config(raw_config)
-    published = family.tensors(config)
+    published = own_tensors(config) if config.drafter is not None else family.tensors(config)
     stored = {name: [name] for name in published}
     shapes = {name: tensor.shape for name, tensor in published.items()}
     if fused:
@@ -231,19 +268,20 @@ def to_stored(values: np.ndarray, dtype: str) -> np.ndarray:
 
 def stored_bytes(raw_config: Mapping[str, Any], dtype: str = "BF16") -> int:
     """Bytes of all weights of a checkpoint with this config."""
-    family = get_family(raw_config["model_type"])
-    tensors = family.tensors(family.parse_config(raw_config))
+    family = find_family(raw_config, "config.json")
+    config = family.parse_config(raw_config)
+    tensors = own_tensors(config) if config.drafter is not None else family.tensors(config)
     return sum(math.prod(tensor.shape) for tensor in tensors.values()) * _ITEMSIZE[dtype]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Write a random checkpoint of a real model's shape.")
-    parser.add_argument("shape", choices=sorted(REAL_SHAPES))
+    parser.add_argument("shape", choices=sorted(REAL_SHAPES | DRAFTER_SHAPES))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shards", type=int, default=4)
     options = parser.parse_args()
-    raw_config = REAL_SHAPES[options.shape]
+    raw_config = (REAL_SHAPES | DRAFTER_SHAPES)[options.shape]
     try:
         check_disk(options.folder, stored_bytes(raw_config), purpose="the checkpoint")
     except Lfm2ExportError as error:

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _HOME = {
     "export": "lfm2_export.pipeline",
     "inspect": "lfm2_export.inspection",
+    "load_drafter": "lfm2_export.drafters",
     "load_encoder": "lfm2_export.encoders",
     "load_runner": "lfm2_export.runners",
     "open_checkpoint": "lfm2_export.checkpoint",
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from lfm2_export.choices import KernelsName as KernelsName
     from lfm2_export.choices import KvCacheName as KvCacheName
     from lfm2_export.choices import SchemeName as SchemeName
+    from lfm2_export.drafters import load_drafter as load_drafter
     from lfm2_export.encoders import Encoder as Encoder
     from lfm2_export.encoders import load_encoder as load_encoder
     from lfm2_export.encoders import max_sim as max_sim

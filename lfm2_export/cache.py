@@ -31,6 +31,12 @@ SCALE_BYTES = 4
 # can be taken back; and it is made of whole steps, in which attention sums up.
 RING_ROOM, RING_STEP = 16, 64
 
+
+def residual_name(layer: int | str) -> str:
+    """The output with the residual stream behind a layer, [batch_size, tokens, hidden_size], of a graph that has it."""
+    return f"residual.{layer}"
+
+
 CONV_STATE, KEY_STATE, VALUE_STATE = "conv", "key", "value"
 
 
@@ -90,8 +96,8 @@ class CacheSpec:
     @classmethod
     def from_config(cls, config: ModelConfig, dtype: str = "float32", *, bounded: bool = False) -> CacheSpec:
         """``bounded``: sliding layers keep no more than their window, the token that is to come left out. An encoder
-        has no state."""
-        if config.encoder is not None:
+        has no state, and a drafter none that a caller keeps."""
+        if config.encoder is not None or config.drafter is not None:
             return cls(tensors=())
         tensors: list[StateTensor] = []
         shape: tuple[int | str, ...]

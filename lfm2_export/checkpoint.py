@@ -22,7 +22,7 @@ import numpy as np
 from lfm2_export import files, mixups, paths, retrieval
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import CheckpointError
-from lfm2_export.families import find_family
+from lfm2_export.families import find_family, is_drafter
 from lfm2_export.families.tensors import EMBEDDING, HEAD, PROJECTION, PROJECTION_BIAS, ModelTensor, Part
 from lfm2_export.gguf import open_gguf
 from lfm2_export.gguf import weights as gguf_weights
@@ -38,6 +38,7 @@ from lfm2_export.packed import PackedTensor, PackedWeights, exact, read_quantiza
 from lfm2_export.quant.formats import Codes, IntFormat
 from lfm2_export.safetensors_file import Shard, TensorInfo, read_shard
 from lfm2_export.source import Source, resolve
+from lfm2_export.targets import BorrowedTables, DraftTarget
 from lfm2_export.weight_files import open_weights
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ def open_checkpoint(
     offline: bool = False,
     config_from: str | Path | None = None,
     lora: str | Path | None = None,
+    target: str | Path | None = None,
 ) -> Checkpoint:
     """Opens a checkpoint by directory, GGUF file, bundled name or Hub id and checks all that can be checked without its
     weights.
@@ -80,6 +82,7 @@ def open_checkpoint(
         config_from: for a GGUF file: the checkpoint (directory, bundled name or Hub id) whose config, tokenizer, chat
             template and generation settings count instead of those in the file.
         lora: the folder of a LoRA adapter, as peft saves it, that is merged into the weights as they are read.
+        target: of a drafter: the artifact of the model that it drafts for.
 
     Raises:
         CheckpointError: it cannot be found, or its files are missing, damaged or do not fit its config.
@@ -88,8 +91,9 @@ def open_checkpoint(
     """
     source = resolve(str(name), revision=revision, offline=offline)
     adapter = None if lora is None else open_adapter(Path(lora))
+    borrowed = None if target is None else DraftTarget.open(target)
     if config_from is None:
-        return Checkpoint(str(name), source, adapter=adapter)
+        return Checkpoint(str(name), source, adapter=adapter, target=borrowed)
     if not source.is_gguf:
         raise CheckpointError(
             f"{paths.shown(source.path)}: is no GGUF file and has a config of its own; leave --config-from out"
@@ -99,7 +103,7 @@ def open_checkpoint(
         raise CheckpointError(
             f"--config-from {paths.shown(companions.path)}: give a folder or a Hub id, not a GGUF file"
         )
-    return Checkpoint(str(name), source, companions.path, adapter)
+    return Checkpoint(str(name), source, companions.path, adapter, borrowed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +116,17 @@ class CheckpointRequest:
     offline: bool = False
     config_from: str | Path | None = None
     lora: str | Path | None = None
+    target: str | Path | None = None
 
     def open(self) -> Checkpoint:
         """As ``open_checkpoint``."""
         return open_checkpoint(
-            self.name, revision=self.revision, offline=self.offline, config_from=self.config_from, lora=self.lora
+            self.name,
+            revision=self.revision,
+            offline=self.offline,
+            config_from=self.config_from,
+            lora=self.lora,
+            target=self.target,
         )
 
 
@@ -126,10 +136,18 @@ class Checkpoint:
 
     ``revision`` is the commit of a Hub snapshot; ``raw_config`` is config.json as it stands, but for what it says of
     packed weights, ``config`` its meaning. ``retriever``: sentence-transformers' files of an encoder that has them.
-    ``adapter`` is what its weights are merged with.
+    ``adapter`` is what its weights are merged with. ``target``: the model that a drafter drafts for, whose table and
+    head are among the tensors; else None.
     """
 
-    def __init__(self, name: str, source: Source, companions: Path | None = None, adapter: Adapter | None = None):
+    def __init__(
+        self,
+        name: str,
+        source: Source,
+        companions: Path | None = None,
+        adapter: Adapter | None = None,
+        target: DraftTarget | None = None,
+    ):
         self.name = name
         self.source = source
         self._gguf = open_gguf(source.path, companions) if source.is_gguf else None
@@ -142,18 +160,24 @@ class Checkpoint:
         self._quantization = None if self._gguf else read_quantization(self.raw_config, place)
         if self._quantization is not None:
             del self.raw_config[QUANTIZATION]
+        self.target = target
+        self._check_target(place)
         self.config: ModelConfig = self.family.parse_config(self.raw_config)
+        if target is not None:
+            self.config = target.fitted(self.config, place)
         head = self.config.encoder
         self.retriever = None if head is None or head.masked_lm else retrieval.read(self.path)
         if self.retriever is not None:
             self.config = self.retriever.completed(self.config)
-        self._shards: dict[Path, Shard | GgufShard]
+        self._shards: dict[Path, Shard | GgufShard | BorrowedTables]
         self._packed: PackedWeights | None = None
         stored = self._open_weights()
         self._settle_head(stored)
         self.model_tensors: Mapping[str, ModelTensor] = self.family.tensors(self.config)
         fused = self.family.fused_tensors(self.config)
-        self.tensors: Mapping[str, TensorInfo] = match_tensors(source.path, self.model_tensors, fused, stored)
+        self.tensors: Mapping[str, TensorInfo] = match_tensors(
+            source.path, self.model_tensors, fused, stored, knows_all=self.config.drafter is not None
+        )
         self.adapter = adapter
         self._merged: MergedWeights | None = None
         if adapter is not None:
@@ -172,15 +196,30 @@ class Checkpoint:
         adapter = "" if self.adapter is None else f" + {paths.shown(self.adapter.folder.name)}"
         return f"Checkpoint({shown(self.name)}{adapter}: {self.config.model_type}, {self.parameter_count:,} parameters)"
 
+    def _check_target(self, place: str) -> None:
+        """Refuses a drafter without its target, and a target of what is no drafter."""
+        drafts = is_drafter(self.family)
+        if self.target is not None and not drafts:
+            raise CheckpointError(f"--target {self.target.place}: {place} is no drafter; leave --target out")
+        if self.target is None and drafts:
+            raise CheckpointError(
+                f"{place}: is a drafter for speculative decoding, of no use without its model; export it with --target "
+                "and the artifact of that model"
+            )
+
     def check_decoder(self, asked: str) -> None:
         """Refuses what looks at the next token where there is none.
 
         Raises:
-            CheckpointError: it is an encoder; names what was ``asked``.
+            CheckpointError: it is an encoder or a drafter; names what was ``asked``.
         """
         if self.config.encoder is not None:
             raise CheckpointError(
                 f"{asked}: {paths.shown(self.name)} is an encoder, which predicts no next token; leave it out"
+            )
+        if self.config.drafter is not None:
+            raise CheckpointError(
+                f"{asked}: {paths.shown(self.name)} is a drafter, for which it is not made; leave it out"
             )
 
     def _open_weights(self) -> dict[str, TensorInfo]:
@@ -194,7 +233,15 @@ class Checkpoint:
             stored = {name: info for shard in shards.values() for name, info in shard.tensors.items()}
         else:
             stored, self._packed = self._quantization.open(shards)
-        return with_prefix(stored) | self._open_projection()
+        return with_prefix(stored) | self._open_projection() | self._borrowed()
+
+    def _borrowed(self) -> dict[str, TensorInfo]:
+        """A drafter's matrices that are its target's."""
+        if self.target is None:
+            return {}
+        tables = self.target.tables
+        self._shards[tables.path] = tables
+        return tables.tensors
 
     def _open_projection(self) -> dict[str, TensorInfo]:
         """ColBERT's Dense, which has a file of its own."""
@@ -242,7 +289,7 @@ class Checkpoint:
         """
         info, form = self.tensors[name].rows(rows), self.exact_formats[name]
         reader = self._reader(info)
-        assert not isinstance(reader, Shard | MergedWeights)
+        assert not isinstance(reader, Shard | MergedWeights | BorrowedTables)
         for block in reader.code_blocks(info, block_rows):
             check_finite(f"{name}: scales", block.scale)
             yield block.in_groups_of(form.group_size)
@@ -414,7 +461,7 @@ class Checkpoint:
     def _part(self, info: TensorInfo, rows: slice | None) -> np.ndarray:
         return self._reader(info).float32(info.rows(rows))
 
-    def _reader(self, info: TensorInfo) -> Shard | GgufShard | PackedWeights | MergedWeights:
+    def _reader(self, info: TensorInfo) -> Shard | GgufShard | BorrowedTables | PackedWeights | MergedWeights:
         if isinstance(info, MergedTensor):
             assert self._merged is not None
             return self._merged

@@ -44,6 +44,7 @@ def check(checkpoint: Checkpoint) -> None:
     template_files.read(checkpoint.path, objects.get(TOKENIZER_CONFIG, {}), CheckpointError)
     if _has(checkpoint, TOKENIZER):
         _check_tokenizer(checkpoint)
+        _check_vocabulary(checkpoint)
     if (retriever := checkpoint.retriever) is not None:
         for name in retriever.names:
             files.check(checkpoint.path / name, checkpoint.path, CheckpointError, limit=retriever.limit(name))
@@ -85,6 +86,8 @@ def carry_over(checkpoint: Checkpoint, writer: ArtifactWriter) -> None:
     for name, value in _objects(checkpoint).items():
         if json_values.not_plain(value):
             writer.write_json(name, value)
+    if checkpoint.config.drafter is not None:
+        return
     if checkpoint.config.encoder is None:
         _write_generation_config(checkpoint, writer)
     if not _has(checkpoint, TOKENIZER):
@@ -141,3 +144,15 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
     except ArtifactError as error:
         fault = str(error).rpartition("; ")[0]  # the remedy is that of an artifact
         raise CheckpointError(f"{fault}; download it again") from error
+
+
+def _check_vocabulary(checkpoint: Checkpoint) -> None:
+    """A drafter seldom has a tokenizer; one that has must have its target's."""
+    target = checkpoint.target
+    if target is None or not paths.exists(target.folder / TOKENIZER, ArtifactError):
+        return
+    if Tokenizer.from_dir(checkpoint.path).vocabulary() != Tokenizer.from_dir(target.folder).vocabulary():
+        raise CheckpointError(
+            f"{paths.shown(checkpoint.path / TOKENIZER)}: has another vocabulary than --target {target.place}; give "
+            "the artifact of the model that it was trained with"
+        )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from lfm2_export.drafting import DraftSettings
 from lfm2_export.errors import ConfigError
 from lfm2_export.heads import EncoderHead
 from lfm2_export.messages import listed, shown
@@ -60,7 +61,8 @@ class ModelConfig:
     model has ``num_dense_layers == num_hidden_layers`` and ``num_experts == 0``. ``use_cache`` and ``output_*`` say
     what the eager forward does where its caller does not. ``rope_theta`` and ``rope_share`` are those of full
     attention; ``sliding_window`` counts the positions that a token of a sliding layer sees, itself included.
-    ``encoder``: what an encoder gives beside its hidden states; None for a decoder.
+    ``encoder``: what an encoder gives beside its hidden states; ``drafter``: what a drafter reads and proposes; both
+    None for a decoder.
     """
 
     model_type: str
@@ -99,6 +101,7 @@ class ModelConfig:
     use_attention_gate: bool = False
     use_sandwich_norm: bool = False
     encoder: EncoderHead | None = None
+    drafter: DraftSettings | None = None
 
     @cached_property
     def attention_layers(self) -> tuple[int, ...]:

@@ -61,8 +61,8 @@ def load_encoder(
     program = artifact.program(backend, scheme)
     if program.kind != ENCODER:
         raise ArtifactError(
-            f"{paths.shown(artifact.path)}: {program} is a decoder, which gives no embeddings; use `lfm2-export run` "
-            "or lfm2_export.load_runner"
+            f"{paths.shown(artifact.path)}: {program} is a {program.kind}, which gives no embeddings; use "
+            "`lfm2-export run` or lfm2_export.load_runner"
         )
     artifact.verify(program)
     options = RunnerOptions(threads=threads)

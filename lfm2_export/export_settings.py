@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import NoneType
 
@@ -31,6 +31,7 @@ _KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
     "budget": ((str, NoneType), "a name or None"),
     "config_from": ((*_PATH, NoneType), "a name or None"),
     "lora": ((*_PATH, NoneType), "a name or None"),
+    "target": ((*_PATH, NoneType), "a folder or None"),
     "measure": ((*_PATH, NoneType), "a file or None"),
     "target_size": ((str, int, NoneType), "bytes, a size such as 700MB, or None"),
     "target_bits": ((int, float, NoneType), "a number or None"),
@@ -103,6 +104,27 @@ class ExportSettings:
             )
             for name, lowering in backends.items()
         )
+
+    def for_drafter(self, choice: ExportChoice) -> ExportChoice:
+        """The same for a drafter, whose widths are the scheme's own: nothing is measured on it alone. Its table and
+        head are stored as its layers are: what it loses there is a proposal now and then, what a block reads is half.
+
+        Raises:
+            ExportError: the backend has no drafters of a scheme, or something was asked for that they have not.
+        """
+        for scheme in choice.schemes:
+            if scheme.name not in choice.lowering.DRAFTER_SCHEMES:
+                known = ", ".join(choice.lowering.DRAFTER_SCHEMES) or "none"
+                raise ExportError(
+                    f"scheme {scheme.name!r}: backend {choice.backend} has no drafters of it, only: {known}; pass "
+                    "one of onnx's fp32, q8 and q4"
+                )
+        names = ("calibrate", "statistics", "target_bits", "target_size", "budget", "measure")
+        for name in names:
+            if (value := getattr(self, name)) is not None:
+                raise ExportError(f"{option_flag(name)} {value}: is not for drafters; leave it out")
+        schemes = tuple(replace(one, embedding=one.linear, head=one.linear) for one in choice.schemes)
+        return replace(choice, schemes=schemes, widths=MixRequest(by_default=False, algorithm=choice.algorithm))
 
     def _check_quantized(self, schemes: Sequence[Scheme], excluded: Sequence[str]) -> None:
         """Refuses what is asked for of quantized weights where no scheme has any."""

@@ -6,6 +6,7 @@ of the wrong type, an unknown field or another schema version is refused by name
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -27,8 +28,9 @@ SCHEMA_VERSION = 1
 MANIFEST = "lfm2_export.json"
 CARD = "README.md"
 
-# What a program is: of a decoder, which has a state (``Program.cache``), or of an encoder, which has none.
-DECODER, ENCODER = "decoder", "encoder"
+# What a program is: of a decoder, which has a state (``Program.cache``), of an encoder, which has none, or of a
+# drafter, which keeps what it was told of its target's.
+DECODER, ENCODER, DRAFTER = "decoder", "encoder", "drafter"
 
 # The graph of a program that any runtime opens; other roles of ``Program.graphs`` are variants of it.
 MODEL = "model"
@@ -38,6 +40,7 @@ MANIFEST_LIMIT = 32 << 20
 
 _LARGEST = 2**31 - 1
 _MOST_AXES = 8
+_MOST_LAYERS = 10_000
 _SHOWN_HOPS = ("lowering", "quantization")
 _SHOWN_FIGURES = ("max_abs_error", "kl", "top1_agreement", "perplexity", "cosine_distance", "cosine", "least_cosine")
 _NAME = re.compile(r"[\w][\w.+-]{0,63}", re.ASCII)
@@ -104,6 +107,11 @@ class CheckpointRecord:
         """Whether config and weights are equal, whatever the two were called."""
         return (self.config_sha256, self.shards) == (other.config_sha256, other.shards)
 
+    @property
+    def digest(self) -> str:
+        """One hash of config and weights, by which a drafter knows its target."""
+        return hashlib.sha256(json.dumps([self.config_sha256, sorted(self.shards.items())]).encode()).hexdigest()
+
     def __str__(self) -> str:
         return f"{self.name}@{self.revision[:12]}" if self.revision else self.name
 
@@ -115,8 +123,8 @@ class Program:
     ``graphs`` maps a role ("model", "cpu", "scoring", ...) to the file to open for it; ``files`` are all files that the
     program needs, data files included. ``operators`` counts the nodes of the "model" graph by type. ``options`` are the
     settings that made it (group_size, exclude, algorithm, accuracy_level, ...); ``parity`` the figures that
-    ``lfm2-export parity`` found, None before it ran. ``kind``: DECODER or ENCODER. ``cache``: the state of the "model"
-    graph; ``own_cache``: of the graphs on our operators, None where it is the same.
+    ``lfm2-export parity`` found, None before it ran. ``kind``: DECODER, ENCODER or DRAFTER. ``cache``: the state of the
+    "model" graph; ``own_cache``: of the graphs on our operators, None where it is the same.
     """
 
     backend: str
@@ -241,14 +249,18 @@ def _check_program(program: Program) -> None:
         raise ArtifactError(f"{program} has context_length={program.context_length}, which is not from 1 to {_LARGEST}")
     if MODEL not in program.graphs:
         raise ArtifactError(f"{program} has no graph {MODEL!r}")
-    if program.kind not in (DECODER, ENCODER):
-        raise ArtifactError(f"{program} has kind={shown(program.kind)}, which is neither {DECODER} nor {ENCODER}")
+    if program.kind not in (DECODER, ENCODER, DRAFTER):
+        raise ArtifactError(
+            f"{program} has kind={shown(program.kind)}, which is none of {DECODER}, {ENCODER} and {DRAFTER}"
+        )
     if (program.kind == DECODER) != bool(program.cache.tensors):
         raise ArtifactError(f"{program} has {len(program.cache.tensors)} state tensors, which no {program.kind} has")
     if program.own_cache is not None and _states(program.own_cache) != _states(program.cache):
         raise ArtifactError(f"{program} has an own_cache of other layers than its cache")
     if program.kind == ENCODER:
         _check_encoder(program)
+    if program.kind == DRAFTER:
+        _check_drafter(program)
     for role, name in program.graphs.items():
         if name not in program.files:
             raise ArtifactError(f"{program} does not list {shown(name)}, its graph {shown(role)}, among its files")
@@ -274,6 +286,19 @@ def _check_encoder(program: Program) -> None:
     names = [tensor.name for tensor in program.outputs]
     if not names or len(set(names)) < len(names):
         raise ArtifactError(f"{program} has the outputs {shown(names)}; some, each once, expected")
+
+
+def _check_drafter(program: Program) -> None:
+    """What its runner reads."""
+    found = program.options.get("drafter")
+    made: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
+    block, count, layers = (made.get(name) for name in ("block_size", "num_target_layers", "target_layers"))
+    sizes = all(type(size) is int and 1 <= size <= _MOST_LAYERS for size in (block, count))
+    known = isinstance(layers, list | tuple) and all(type(layer) is int and layer >= 0 for layer in layers)
+    if not sizes or not known or not layers or max(layers) >= (count or 0):
+        raise ArtifactError(f"{program} has options.drafter={shown(made)}, which names no block and layers of a target")
+    if not all(isinstance(made.get(name), str) for name in ("target", "target_name")):
+        raise ArtifactError(f"{program} has options.drafter={shown(made)}, which does not say whose drafter it is")
 
 
 def _check_shape(program: Program, tensor: TensorSpec | StoredTensor) -> None:

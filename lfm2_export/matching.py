@@ -57,8 +57,11 @@ def match_tensors(
     model_tensors: Mapping[str, ModelTensor],
     fused_tensors: Mapping[str, FusedTensor],
     stored: Mapping[str, TensorInfo],
+    *,
+    knows_all: bool = False,
 ) -> dict[str, TensorInfo]:
-    """The family's tensors found among the stored ones; fused tensors are taken apart by offset.
+    """The family's tensors found among the stored ones; fused tensors are taken apart by offset. ``knows_all``:
+    whatever else is stored contradicts the config.
 
     Raises:
         CheckpointError: lists every tensor that is missing, left over, or of another shape than the config says.
@@ -69,7 +72,7 @@ def match_tensors(
             wrong[name] = (found[name].shape, tensor.shape)
     missing = [name for name in model_tensors if name not in found]
     left_over = [name for name in found if name not in model_tensors]
-    idle = {name for name in left_over if _is_idle(name)}
+    idle = {name for name in left_over if not knows_all and _is_idle(name)}
     _raise_mismatch(path, missing, [name for name in left_over if name not in idle], wrong)
     if idle:
         logger.warning(

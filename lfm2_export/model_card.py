@@ -66,7 +66,7 @@ def _front_matter(record: CheckpointRecord, checkpoint: Checkpoint, licences: Se
     data = ModelCardData(
         license="other" if licences else None,
         base_model=record.name if record.revision else None,
-        library_name="transformers.js",
+        library_name=None if checkpoint.config.drafter is not None else "transformers.js",
         pipeline_tag=_task(checkpoint),
         tags=["lfm2", "onnx"],
     )

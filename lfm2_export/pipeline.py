@@ -53,6 +53,7 @@ def export(
     config_from: str | Path | None = None,
     lora: str | Path | None = None,
     requantize_table: bool = False,
+    target: str | Path | None = None,
     revision: str | None = None,
     offline: bool = False,
     progress: Progress | None = None,
@@ -88,6 +89,8 @@ def export(
             merged into the weights as they are read.
         requantize_table: for a GGUF file: a token table that is quantized already is so again, in the scheme's format;
             llama.cpp's 6 bits take 10 here, for exactness.
+        target: of a drafter, and only of one: the artifact of the model that it drafts for, whose token table and head
+            it borrows.
         options: the backend's own settings (``Backend.OPTIONS``), each of which is checked; None leaves one to the
             backend. executorch has ``max_context``, positions that the buffers hold (4096); ``moe_op``, how quantized
             experts run: "stock" (default: ExecuTorch's operator), "lfm2" (ours) or "both"; ``embedding_bits``, how
@@ -99,7 +102,12 @@ def export(
     """
     settings = ExportSettings(
         source=CheckpointRequest(
-            name=checkpoint, revision=revision, offline=offline, config_from=config_from, lora=lora
+            name=checkpoint,
+            revision=revision,
+            offline=offline,
+            config_from=config_from,
+            lora=lora,
+            target=target,
         ),
         backend=backend,
         scheme=scheme,
@@ -122,6 +130,8 @@ def export(
 def _run(settings: ExportSettings, progress: Progress) -> Artifact:
     asked = settings.choices()
     opened = settings.source.open()
+    if opened.config.drafter is not None:
+        asked = tuple(settings.for_drafter(choice) for choice in asked)
     companions.check(opened)
     progress.phase("choosing what is stored how")
     choices = [replace(choice, schemes=_with_widths(settings, choice, opened)) for choice in asked]

@@ -15,7 +15,7 @@ from lfm2_export.backends import get_backend
 from lfm2_export.backends.base import Runner, RunnerOptions
 from lfm2_export.choices import BackendName, KernelsName, KvCacheName, SchemeName
 from lfm2_export.errors import ArtifactError
-from lfm2_export.manifest import ENCODER, Program
+from lfm2_export.manifest import DRAFTER, ENCODER, Program
 from lfm2_export.messages import shown
 from lfm2_export.packages import explained
 
@@ -56,6 +56,11 @@ def open_runner(artifact: Artifact, program: Program, options: RunnerOptions) ->
         raise ArtifactError(
             f"{paths.shown(artifact.path)}: {program} is an encoder, which generates no text; use `lfm2-export embed` "
             "or lfm2_export.load_encoder"
+        )
+    if program.kind == DRAFTER:
+        raise ArtifactError(
+            f"{paths.shown(artifact.path)}: {program} is a drafter, which generates no text by itself; give its model, "
+            "and this folder with --speculate"
         )
     artifact.verify(program)
     return get_backend(program.backend).load_runner(artifact.path, artifact.present(program), options)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lfm2_export.backends import BACKENDS
-from lfm2_export.families import FAMILIES
+from lfm2_export.families import DRAFTERS, FAMILIES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,4 +82,10 @@ def supported() -> Iterator[Supported]:
                     file=file,
                     runtimes=backend.TESTED_WITH.get(f"{family} {scheme}")
                     or backend.TESTED_WITH.get(scheme, "lfm2-export"),
+                )
+    for family in DRAFTERS:  # which nothing else runs
+        for name, backend in BACKENDS.items():
+            for scheme in backend.DRAFTER_SCHEMES:
+                yield Supported(
+                    family=family, backend=name, scheme=scheme, file=backend.SCHEMES[scheme], runtimes="lfm2-export"
                 )

@@ -26,7 +26,7 @@ from lfm2_export.artifact import Artifact
 from lfm2_export.backends.base import Runner, RunnerOptions
 from lfm2_export.choices import BackendName, KernelsName, KvCacheName, SchemeName
 from lfm2_export.errors import GenerationError
-from lfm2_export.manifest import Program
+from lfm2_export.manifest import CheckpointRecord, Program
 from lfm2_export.messages import shown
 from lfm2_export.runners import open_runner
 from lfm2_export.transformers_cache import ExportedCache, StateDesk
@@ -58,6 +58,7 @@ class ExportedModelForCausalLM(ProgramModule, GenerationMixin):
         generation_config: defaults of ``generate``.
         dtype: the program's activations.
         program: its entry in the manifest, for what the model says of itself.
+        origin: the checkpoint that it is of, by which drafters know their target.
     """
 
     main_input_name = "input_ids"
@@ -74,12 +75,13 @@ class ExportedModelForCausalLM(ProgramModule, GenerationMixin):
         *,
         dtype: torch.dtype = torch.float32,
         program: Program | None = None,
+        origin: CheckpointRecord | None = None,
     ):
         self.config = config
         self.name_or_path = config.name_or_path
         self.generation_config = generation_config or GenerationConfig.from_model_config(config)
         self.dtype = dtype
-        self.program = program
+        self.program, self._origin = program, origin
         self._desk = StateDesk(runner)
 
     @classmethod
@@ -139,7 +141,9 @@ class ExportedModelForCausalLM(ProgramModule, GenerationMixin):
         described.dtype = activations
         run_with = RunnerOptions.parse(threads=threads, kernels=kernels, kv_cache=kv_cache)
         runner = open_runner(artifact, program, run_with)
-        model = cls(runner, described, settings, dtype=activations, program=program)
+        model = cls(
+            runner, described, settings, dtype=activations, program=program, origin=artifact.manifest.checkpoint
+        )
         if isinstance(attention := options.get("attn_implementation"), str):
             model.set_attn_implementation(attention)
         if device_map is not None:
@@ -157,9 +161,9 @@ class ExportedModelForCausalLM(ProgramModule, GenerationMixin):
         Args:
             inputs: token ids [B, T], or a BatchEncoding (any mapping) with input_ids and attention_mask.
             args, kwargs: as in transformers; it refuses what it does not know by name. ``prompt_lookup_num_tokens``
-                (how many at most) and ``assistant_model`` (another model of this class with the same vocabulary) change
-                the speed alone; ``speculate_inexact=True`` allows them where tokens may differ: on all but q4
-                and q8 on our operators.
+                (how many at most) and ``assistant_model`` (another model of this class with the same vocabulary, or
+                what ``lfm2_export.load_drafter`` returns for one of this model's drafters) change the speed alone;
+                ``speculate_inexact=True`` allows them where tokens may differ: on all but q4 and q8 on our operators.
         """
         kwargs.pop("trust_remote_code", None)
         if isinstance(kwargs.get("custom_generate"), str):
@@ -173,7 +177,7 @@ class ExportedModelForCausalLM(ProgramModule, GenerationMixin):
             kwargs, inputs = {**inputs, **kwargs}, None
         if args and isinstance(args[0], GenerationConfig):
             kwargs["generation_config"], args = args[0], args[1:]
-        with speculating(self._desk, take_request(kwargs, self.generation_config)):
+        with speculating(self._desk, take_request(kwargs, self.generation_config), self._origin):
             return super().generate(inputs, *args, **kwargs)
 
     # Traced, it would be slower: what there is to compile is compiled.

@@ -16,8 +16,19 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from lfm2_export.backends.drafter import DraftRunner
+from lfm2_export.drafters import check_target
 from lfm2_export.errors import GenerationError
-from lfm2_export.speculation import DEFAULT_DRAFT_TOKENS, Drafter, ModelDrafter, PromptLookup, Report, SpeculativeRunner
+from lfm2_export.manifest import CheckpointRecord
+from lfm2_export.speculation import (
+    DEFAULT_DRAFT_TOKENS,
+    Drafter,
+    ModelDrafter,
+    PromptLookup,
+    Report,
+    SpeculativeRunner,
+    StreamDrafter,
+)
 from lfm2_export.transformers_cache import StateDesk
 
 logger = logging.getLogger(__name__)
@@ -27,14 +38,16 @@ _LOOKUP, _ASSISTANT, _INEXACT = "prompt_lookup_num_tokens", "assistant_model", "
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """``lookup``: proposals of a pass out of the text; ``assistant``: the desk of a smaller model."""
+    """``lookup``: proposals of a pass out of the text; ``assistant``: the desk of a smaller model; ``drafter``: one
+    that reads what this model computes."""
 
     lookup: int | None = None
     assistant: StateDesk | None = None
+    drafter: DraftRunner | None = None
     inexact: bool = False
 
     def __bool__(self) -> bool:
-        return self.lookup is not None or self.assistant is not None
+        return any(one is not None for one in (self.lookup, self.assistant, self.drafter))
 
 
 def take_request(options: dict[str, Any], defaults: GenerationConfig) -> Request:
@@ -51,37 +64,43 @@ def take_request(options: dict[str, Any], defaults: GenerationConfig) -> Request
         config = options["generation_config"] = copy.deepcopy(config or defaults)
         setattr(config, _LOOKUP, None)
     assistant = options.pop(_ASSISTANT, None)
-    desk = None if assistant is None else getattr(assistant, "_desk", None)
-    if assistant is not None and not isinstance(desk, StateDesk):
+    drafter = assistant if isinstance(assistant, DraftRunner) else None
+    desk = None if assistant is None or drafter is not None else getattr(assistant, "_desk", None)
+    if assistant is not None and drafter is None and not isinstance(desk, StateDesk):
         raise GenerationError(
-            f"generate: {_ASSISTANT} is a {type(assistant).__name__}; open an artifact with ExportedModelForCausalLM"
+            f"generate: {_ASSISTANT} is a {type(assistant).__name__}; open an artifact with ExportedModelForCausalLM, "
+            "or a drafter's with lfm2_export.load_drafter"
         )
-    if lookup is not None and desk is not None:
+    if lookup is not None and assistant is not None:
         raise GenerationError(f"generate: {_LOOKUP} and {_ASSISTANT} were both given; pass one of them")
-    return Request(lookup=lookup, assistant=desk, inexact=bool(options.pop(_INEXACT, False)))
+    return Request(lookup=lookup, assistant=desk, drafter=drafter, inexact=bool(options.pop(_INEXACT, False)))
 
 
 @contextmanager
-def speculating(desk: StateDesk, request: Request) -> Iterator[Report | None]:
-    """``desk``'s runner verifies proposals in the ``with`` block; what it did is in the report."""
+def speculating(desk: StateDesk, request: Request, origin: CheckpointRecord | None = None) -> Iterator[Report | None]:
+    """``desk``'s runner verifies proposals in the ``with`` block; what it did is in the report. ``origin``: the model's
+    checkpoint, of which a drafter must be."""
     if not request:
         yield None
         return
+    if request.drafter is not None and origin is not None:
+        check_target(request.drafter, origin, f"generate: {_ASSISTANT}")
     with _drafter(desk, request) as drafter:
         count = DEFAULT_DRAFT_TOKENS if request.lookup is None else request.lookup
         with desk.lock:
             runner = SpeculativeRunner(desk.runner, drafter, draft_tokens=count, inexact=request.inexact)
-            plain, desk.runner = desk.runner, runner
+            desk.runner = runner
         try:
             yield runner.report
         finally:
             with desk.lock:
-                runner.settle()
-                desk.runner = plain
+                desk.runner = runner.release()
             logger.info("speculation, %s", runner.report.summary())
 
 
 def _drafter(desk: StateDesk, request: Request) -> AbstractContextManager[Drafter]:
+    if request.drafter is not None:
+        return nullcontext(StreamDrafter(request.drafter, "assistant"))
     if request.assistant is None:
         return nullcontext(PromptLookup())
     if request.assistant is desk:

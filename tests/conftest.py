@@ -98,6 +98,39 @@ def random_artifact(once: Once) -> Callable[..., Exported]:
 
 
 @pytest.fixture(scope="session")
+def random_drafter(once: Once) -> Callable[..., Exported]:
+    """``random_drafter(target, schemes)``: a random drafter for an artifact of ``tests.drafters.TARGET``, and what it
+    was exported as. Leave both unchanged."""
+
+    def exported(target: Path, schemes: Sequence[str] = ("q4",)) -> Exported:
+        def make(folder: Path) -> None:
+            from tests.drafters import write_drafter
+
+            write_drafter(folder / "checkpoint")
+            lfm2_export.export(folder / "checkpoint", scheme=schemes, output=folder / "artifact", target=target)
+
+        folder = once("-".join(["drafter", target.parent.name, *schemes]), make)
+        return Exported(checkpoint=folder / "checkpoint", artifact=folder / "artifact")
+
+    return exported
+
+
+@pytest.fixture(scope="session")
+def taught(once: Once, artifact: Callable[[str], Path]) -> Path:
+    """The artifact (q4) of a drafter for tiny-dense that is often right on ``tests.drafters.PROMPTS``."""
+
+    def make(folder: Path) -> None:
+        from tests.drafters import teach_drafter  # imports torch, as few tests need to
+
+        teach_drafter(folder / "checkpoint")
+        lfm2_export.export(
+            folder / "checkpoint", output=folder / "artifact", target=artifact("tiny-dense"), algorithm="round"
+        )
+
+    return once("taught-drafter", make) / "artifact"
+
+
+@pytest.fixture(scope="session")
 def encoder(once: Once) -> Callable[..., Exported]:
     """``encoder("colbert", ["fp32"])``: a random encoder, and what it was exported as; ``options`` are export's own.
     Leave both unchanged."""

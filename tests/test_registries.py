@@ -101,6 +101,7 @@ class Copying:
     SCHEMES = {"fp32": "copy.safetensors"}  # noqa: RUF012
     DEFAULT_SCHEME = "fp32"
     OPTIONS = {"flavour": ExportOption(kind=str, metavar="NAME", help="recorded and nothing else")}  # noqa: RUF012
+    DRAFTER_SCHEMES: tuple[str, ...] = ()
     TESTED_WITH: dict[str, str] = {}  # noqa: RUF012
     KL_TOLERANCE = 0.0
 

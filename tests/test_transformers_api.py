@@ -16,7 +16,7 @@ import pytest
 import lfm2_export
 from lfm2_export.backends.base import Mark, Snapshot, check_fits, check_indices, check_rows
 from lfm2_export.backends.onnx import variants
-from lfm2_export.errors import ContextLimitError, GenerationError, RunnerError
+from lfm2_export.errors import ArtifactError, ContextLimitError, GenerationError, RunnerError
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -606,6 +606,20 @@ def test_proposals_change_no_token(exact, artifact, tokenizer, caplog, sampled):
     assert tokens(generation_config=config) == plain
     assert config.prompt_lookup_num_tokens == 4
     assert tokens() == plain
+
+
+def test_a_drafter_as_assistant_changes_no_token(exact, tokenizer, taught, artifact, caplog):
+    drafter = lfm2_export.load_drafter(taught, threads=1)
+    ids = torch.tensor([tokenizer("Once upon a time there")["input_ids"][:4]])
+    plain = exact.generate(ids, max_new_tokens=40, do_sample=False)
+    with caplog.at_level("INFO"):
+        found = exact.generate(ids, max_new_tokens=40, do_sample=False, assistant_model=drafter)
+    assert torch.equal(found, plain)
+    assert "speculation, assistant: " in caplog.text
+    assert torch.equal(exact.generate(ids, max_new_tokens=40, do_sample=False), plain)
+    other = ExportedModelForCausalLM.from_pretrained(artifact("tiny-moe"), scheme="q4", threads=1)
+    with pytest.raises(ArtifactError, match="generate: assistant_model: drafts for 'tiny-dense', not for tiny-moe"):
+        other.generate(ids, max_new_tokens=4, assistant_model=drafter)
 
 
 def test_several_rows_are_decoded_plainly_and_that_is_said(exact, tokenizer, caplog):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from lfm2_export.artifact import ArtifactWriter
     from lfm2_export.backends.base import Runner, RunnerOptions
+    from lfm2_export.backends.drafter import DraftRunner
     from lfm2_export.backends.encoder import EncoderRunner
     from lfm2_export.backends.profile import Profile
     from lfm2_export.backends.program import Estimate, ExportedProgram, ExportRequest
@@ -57,15 +58,16 @@ class Backend(Protocol):
     """What a backend offers.
 
     ``SCHEMES``: those that it lowers, with the name of the program's file; ``DEFAULT_SCHEME``: the one that is made
-    where none is asked for. ``OPTIONS``: settings of its own for
-    ``export``, by their keyword. ``TESTED_WITH``: the runtimes that tests open a scheme's program with; under "family
-    scheme" where a family's are others.
+    where none is asked for. ``DRAFTER_SCHEMES``: those of drafters. ``OPTIONS``: settings of its own for ``export``, by
+    their keyword. ``TESTED_WITH``: the runtimes that tests open a scheme's program with; under "family scheme" where a
+    family's are others.
     ``KL_TOLERANCE``: how far (mean KL divergence) int8 activations may take a quantized program from the eager model
     with the same weights.
     """
 
     SCHEMES: Mapping[str, str]
     DEFAULT_SCHEME: str
+    DRAFTER_SCHEMES: tuple[str, ...]
     OPTIONS: Mapping[str, ExportOption]
     TESTED_WITH: Mapping[str, str]
     KL_TOLERANCE: float
@@ -90,6 +92,9 @@ class Backend(Protocol):
 
     def load_encoder(self, folder: Path, program: Program, options: RunnerOptions | None = None) -> EncoderRunner:
         """A runner on one program of an artifact of an encoder."""
+
+    def load_drafter(self, folder: Path, program: Program, options: RunnerOptions | None = None) -> DraftRunner:
+        """A runner on one program of an artifact of a drafter."""
 
     def runnable_graphs(self, program: Program) -> dict[str, Program]:
         """Every graph of a program that runs here, by its file, as a program of its own."""

@@ -8,7 +8,7 @@ Shape suffixes: B rows of a batch, T new tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol, TypeVar, runtime_checkable
@@ -125,6 +125,28 @@ class NamesKernels(Protocol):
 def kernels_of(runner: Runner) -> str:
     """What a runner says of its kernels; empty where it says nothing."""
     return runner.kernels if isinstance(runner, NamesKernels) else ""
+
+
+# Told how many tokens the row held before a pass, and the residual streams of those that it appended, float32 [T,
+# width].
+StreamSink = Callable[[int, np.ndarray], None]
+
+
+@runtime_checkable
+class TapsStreams(Protocol):
+    """A runner whose program gives the residual streams behind its layers."""
+
+    def tap(self, layers: Sequence[int], sink: StreamSink | None) -> int:
+        """From here on ``sink`` is told of every pass that appends tokens to the only row, before the call that made it
+        returns; it must not call the runner. Tokens may be taken back later: then a pass is told of that begins before
+        them. None ends it.
+
+        Returns:
+            The width of the layers' streams side by side.
+
+        Raises:
+            RunnerError: the program does not give the stream behind one of ``layers``.
+        """
 
 
 @runtime_checkable

@@ -14,7 +14,7 @@ from typing import Any
 from lfm2_export.cache import CacheSpec
 from lfm2_export.calibration.statistics import Statistics
 from lfm2_export.checkpoint import Checkpoint
-from lfm2_export.manifest import DECODER, ENCODER, StoredTensor, TensorSpec
+from lfm2_export.manifest import DECODER, DRAFTER, ENCODER, StoredTensor, TensorSpec
 from lfm2_export.quant.schemes import Scheme
 
 TRACING, WEIGHTS, LOWERING = "tracing", "weights", "tracing and lowering"
@@ -42,11 +42,17 @@ class ExportRequest:
     @property
     def kind(self) -> str:
         """What the program will be."""
-        return DECODER if self.checkpoint.config.encoder is None else ENCODER
+        config = self.checkpoint.config
+        return ENCODER if config.encoder is not None else DECODER if config.drafter is None else DRAFTER
 
     def describe_kind(self) -> dict[str, Any]:
-        """What the manifest's options say of an encoder: its runner cannot ask the graph how many tokens it knows."""
-        return {} if self.kind == DECODER else {"vocab_size": self.checkpoint.config.vocab_size}
+        """What the manifest's options say of an encoder, whose runner cannot ask the graph how many tokens it knows,
+        and of a drafter: what it reads of which target."""
+        config, target = self.checkpoint.config, self.checkpoint.target
+        if config.drafter is not None and target is not None:
+            tie = {"target": target.record.digest, "target_name": str(target.record)}
+            return {"drafter": {**config.drafter.describe(), **tie}}
+        return {} if self.kind == DECODER else {"vocab_size": config.vocab_size}
 
     def describe_algorithm(self) -> dict[str, Any]:
         """What the manifest's options say of it."""

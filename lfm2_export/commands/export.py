@@ -42,6 +42,7 @@ class ExportCommand:
                 budget=options.budget,
                 measure=options.measure,
                 requantize_table=options.requantize_table,
+                target=options.target,
                 **source_options(options),
                 progress=progress,
                 **{name: getattr(options, name) for backend in BACKENDS.values() for name in backend.OPTIONS},
@@ -113,6 +114,12 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
                 choices=option.choices,
                 help=option.help,
             )
+    parser.add_argument(
+        "--target",
+        metavar="ARTIFACT",
+        type=given,
+        help="of a drafter: the artifact of the model that it drafts for, whose token table and head it borrows",
+    )
     parser.add_argument(
         "--requantize-table",
         action="store_true",

@@ -69,7 +69,7 @@ def add_speculation(parser: argparse.ArgumentParser) -> None:
         metavar="lookup|DIR",
         type=given,
         help="verify several tokens at once that are proposed by what stood in the text before (lookup), or by a "
-        "smaller artifact of the same vocabulary; turns itself off where that does not pay",
+        "smaller artifact of the same vocabulary or a drafter for this model; turns itself off where that does not pay",
     )
     parser.add_argument(
         "--draft-tokens", type=int, metavar="N", help=f"proposals at once, at most (default: {DEFAULT_DRAFT_TOKENS})"
@@ -108,6 +108,7 @@ def open_for_text(options: argparse.Namespace) -> Opened:
                 options=RunnerOptions.parse(threads=options.threads),
                 draft_tokens=options.draft_tokens,
                 inexact=options.speculate_inexact,
+                target=artifact.manifest.checkpoint,
             )
     return Opened(program=program, runner=runner, tokenizer=tokenizer, config=config)
 

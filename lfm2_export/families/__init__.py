@@ -49,13 +49,15 @@ FAMILIES: Registry[Family] = Registry(
         "lfm2_bidirectional": "lfm2_export.families.lfm2_bidirectional",
     }
 )
+# Of no use without their target, whose artifact an export is given.
+DRAFTERS: Registry[Family] = Registry({"lfm2_dspark": "lfm2_export.families.lfm2_dspark"})
 
 
 # What else is published under names like ours, by a word of its class or model_type: what it is, in a message.
 _OTHERS = {
     "bidirectional": "an encoder with a head that is not known",
     "bidir": "an encoder with a head that is not known",
-    "draftmodel": "a drafter for speculative decoding, which is of no use without its model",
+    "draftmodel": "a drafter of a kind that is not known",
     "vl": "a model of images and text",
     "audio": "a model of audio",
     "omni": "a model of audio, images and text",
@@ -81,12 +83,14 @@ def find_family(raw_config: Mapping[str, Any], place: str) -> Family:
     named = raw_config.get("architectures")
     classes = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
     model_type = raw_config["model_type"]
+    if drafter := _by_class(DRAFTERS, model_type, classes):
+        return drafter
     if other := _other(model_type, classes):
         raise CheckpointError(
             f"{place}: {shown(classes or model_type)} is {other}; only decoders and encoders of text are exported: "
             f"{', '.join(_known_classes())}"
         )
-    family = _by_class(model_type, classes) or get_family(model_type)
+    family = _by_class(FAMILIES, model_type, classes) or get_family(model_type)
     if classes and not set(classes) & set(family.ARCHITECTURES):
         raise CheckpointError(
             f"{place}: architectures={shown(classes)} is no class of {model_type}; expected "
@@ -95,9 +99,9 @@ def find_family(raw_config: Mapping[str, Any], place: str) -> Family:
     return family
 
 
-def _by_class(model_type: object, classes: list[str]) -> Family | None:
+def _by_class(families: Registry[Family], model_type: object, classes: list[str]) -> Family | None:
     """The family that is published under another one's ``model_type`` and told by its class."""
-    for family in FAMILIES.values():
+    for family in families.values():
         if model_type in getattr(family, "MODEL_TYPES", ()) and set(classes) & set(family.ARCHITECTURES):
             return family
     return None
@@ -123,8 +127,15 @@ def get_family(model_type: object) -> Family:
     Raises:
         CheckpointError: it is none of ours; the message lists those that are.
     """
+    if model_type in DRAFTERS:
+        return DRAFTERS[str(model_type)]
     if model_type not in FAMILIES:
         raise CheckpointError(
             f"config.json: model_type={shown(model_type)} is not supported; known families: {', '.join(FAMILIES)}"
         )
     return FAMILIES[str(model_type)]
+
+
+def is_drafter(family: Family) -> bool:
+    """Whether its checkpoints are drafters, which have a target."""
+    return any(family is one for one in DRAFTERS.values())

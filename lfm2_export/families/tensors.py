@@ -45,6 +45,7 @@ class Part(StrEnum):
     EXPERTS = "experts"
     ROUTERS = "routers"
     NORMS = "norms"
+    DRAFTING = "drafting"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

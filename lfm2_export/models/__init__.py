@@ -11,6 +11,7 @@ from lfm2_export.registry import Registry
 if TYPE_CHECKING:
     from lfm2_export.models.decoder import DecoderForCausalLM
     from lfm2_export.models.lfm2_bidirectional import Lfm2BidirectionalModel
+    from lfm2_export.models.lfm2_dspark import Lfm2DSparkDraftModel
 
 NETS: Registry[type[DecoderForCausalLM]] = Registry(
     {
@@ -21,6 +22,9 @@ NETS: Registry[type[DecoderForCausalLM]] = Registry(
 )
 ENCODERS: Registry[type[Lfm2BidirectionalModel]] = Registry(
     {"lfm2_bidirectional": "lfm2_export.models.lfm2_bidirectional:Lfm2BidirectionalModel"}
+)
+DRAFT_NETS: Registry[type[Lfm2DSparkDraftModel]] = Registry(
+    {"lfm2_dspark": "lfm2_export.models.lfm2_dspark:Lfm2DSparkDraftModel"}
 )
 
 
@@ -40,3 +44,12 @@ def get_encoder(model_type: str) -> type[Lfm2BidirectionalModel]:
         KeyError: no such family.
     """
     return ENCODERS[model_type]
+
+
+def get_draft_net(model_type: str) -> type[Lfm2DSparkDraftModel]:
+    """The eager model's class of a family of drafters.
+
+    Raises:
+        KeyError: no such family.
+    """
+    return DRAFT_NETS[model_type]

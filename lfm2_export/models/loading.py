@@ -24,15 +24,16 @@ from lfm2_export.errors import CheckpointError
 from lfm2_export.families import Family
 from lfm2_export.families.tensors import FusedPart
 from lfm2_export.messages import listed, named, natural
-from lfm2_export.models import get_encoder, get_net
+from lfm2_export.models import get_draft_net, get_encoder, get_net
 
 if TYPE_CHECKING:
     from lfm2_export.models.decoder import DecoderForCausalLM
     from lfm2_export.models.lfm2_bidirectional import Lfm2BidirectionalModel
+    from lfm2_export.models.lfm2_dspark import Lfm2DSparkDraftModel
 
     AnyNet: TypeAlias = DecoderForCausalLM | Lfm2BidirectionalModel
 
-Net = TypeVar("Net", "DecoderForCausalLM", "Lfm2BidirectionalModel")
+Net = TypeVar("Net", "DecoderForCausalLM", "Lfm2BidirectionalModel", "Lfm2DSparkDraftModel")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rows are read in pieces of about this many values, so that the fp32 values in between stay small.
@@ -77,6 +78,13 @@ def load_encoder_model(source: WeightSource, *, dtype: torch.dtype = torch.float
     with _on_meta():
         model = get_encoder(source.config.model_type)(source.config)
     return _filled(source, model, dtype)
+
+
+def load_draft_model(source: WeightSource) -> Lfm2DSparkDraftModel:
+    """The same of a drafter, fp32, with its target's table and head."""
+    with _on_meta():
+        model = get_draft_net(source.config.model_type)(source.config)
+    return _filled(source, model, torch.float32)
 
 
 def _check_dtype(dtype: torch.dtype) -> None:

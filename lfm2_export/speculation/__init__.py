@@ -11,6 +11,7 @@ from lfm2_export.speculation.controller import Controller as Controller
 from lfm2_export.speculation.controller import Report as Report
 from lfm2_export.speculation.drafters import Draft as Draft
 from lfm2_export.speculation.drafters import Drafter as Drafter
+from lfm2_export.speculation.dspark import StreamDrafter as StreamDrafter
 from lfm2_export.speculation.lookup import PromptLookup as PromptLookup
 from lfm2_export.speculation.model import ModelDrafter as ModelDrafter
 from lfm2_export.speculation.opening import LOOKUP as LOOKUP

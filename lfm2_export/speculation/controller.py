@@ -108,6 +108,7 @@ class Controller:
     _passes: dict[int, deque[float]] = field(default_factory=dict)  # seconds, by the number of proposals
     _kinds: dict[str, _Acceptance] = field(default_factory=dict)
     _drafting_s: float = 0.0  # of one proposal
+    _block_s: float = 0.0  # of proposals that come all at once
     _credit: float | None = None
     _since_plain: int = 0
 
@@ -149,10 +150,12 @@ class Controller:
         self._took(accepted + 1, seconds)
         self._add((accepted + 1) * step_s - min(seconds, _BUSY * _typical(times)))
 
-    def took_drafting(self, count: int, seconds: float) -> None:
-        """``seconds`` for ``count`` proposals."""
-        each = seconds / max(1, count)
-        self._drafting_s = each if not self._drafting_s else 0.8 * self._drafting_s + 0.2 * each
+    def took_drafting(self, count: int, seconds: float, *, at_once: bool = False) -> None:
+        """``seconds`` for ``count`` proposals; ``at_once``: for any number of them."""
+        if at_once:
+            self._block_s = _smoothed(self._block_s, seconds)
+        else:
+            self._drafting_s = _smoothed(self._drafting_s, seconds / max(1, count))
         self.report.seconds += seconds
         self._add(-seconds)
 
@@ -174,7 +177,7 @@ class Controller:
 
     def _cost(self, count: int) -> float:
         """Seconds of a pass with so many proposals, drafting included: measured, or from the nearest one that was."""
-        return self._pass_s(count) + count * self._drafting_s
+        return self._pass_s(count) + self._block_s + count * self._drafting_s
 
     def _pass_s(self, count: int) -> float:
         step_s = self._step_s()
@@ -183,6 +186,10 @@ class Controller:
         nearest = min(self._passes, key=lambda known: abs(known - count))
         pass_s = _typical(self._passes[nearest])
         return pass_s if nearest == count else step_s + max(0.0, pass_s - step_s) * count / nearest
+
+
+def _smoothed(known: float, seconds: float) -> float:
+    return 0.8 * known + 0.2 * seconds if known else seconds
 
 
 def _typical(times: Sequence[float]) -> float:

@@ -19,6 +19,7 @@ class PromptLookup:
 
     name = "lookup"
     costs = False
+    at_once = True
 
     def __init__(self) -> None:
         self._tokens: list[int] = []

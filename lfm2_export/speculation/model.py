@@ -19,6 +19,7 @@ class ModelDrafter:
     ``least``."""
 
     costs = True
+    at_once = False
     least = 0.4
 
     def __init__(self, runner: Runner, name: str = "model"):

@@ -18,12 +18,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lfm2_export.backends.base import Mark, Runner, Snapshot, TokenRows, check_rows, check_tokens, kernels_of
+from lfm2_export.backends.base import (
+    Mark,
+    Runner,
+    Snapshot,
+    TapsStreams,
+    TokenRows,
+    check_rows,
+    check_tokens,
+    kernels_of,
+)
 from lfm2_export.backends.guard import guard_of, guarded
 from lfm2_export.cache import CacheSpec
 from lfm2_export.errors import RunnerError
 from lfm2_export.speculation.controller import Controller, Report
-from lfm2_export.speculation.drafters import Draft, Drafter
+from lfm2_export.speculation.drafters import Draft, Drafter, ReadsStreams
 
 logger = logging.getLogger(__name__)
 
@@ -86,8 +95,35 @@ class SpeculativeRunner:
         self._block: _Block | None = None
         is_empty = runner.batch_size == 1 and not runner.lengths.any()
         self._tokens: list[int] | None = [] if is_empty else None  # of the only row; None: unknown, or several rows
+        if isinstance(drafter, ReadsStreams):
+            self._listen(drafter)
         self._marked: weakref.WeakKeyDictionary[Mark, list[int] | None] = weakref.WeakKeyDictionary()
         self._copied: weakref.WeakKeyDictionary[Snapshot, list[int] | None] = weakref.WeakKeyDictionary()
+
+    def _listen(self, drafter: ReadsStreams) -> None:
+        if not isinstance(self._runner, TapsStreams):
+            raise RunnerError(
+                "this program gives no residual streams, which the drafter reads; take the model's on onnx"
+            )
+        width = self._runner.tap(drafter.layers, drafter.hear)
+        if width != drafter.width:
+            self._runner.tap((), None)
+            raise RunnerError(
+                f"this program gives residual streams of {width} numbers, the drafter reads {drafter.width}; export "
+                "the drafter again with --target and this artifact"
+            )
+
+    def release(self) -> Runner:
+        """The runner behind this one, as if it had never been here; this one must not be used any more."""
+        with guard_of(self).lock:
+            self.settle()
+            if isinstance(self._drafter, ReadsStreams) and isinstance(self._runner, TapsStreams):
+                self._runner.tap((), None)
+            return self._runner
+
+    def _forget(self) -> None:
+        if isinstance(self._drafter, ReadsStreams):
+            self._drafter.forget()
 
     @property
     def report(self) -> Report:
@@ -140,6 +176,7 @@ class SpeculativeRunner:
     def reset(self, batch_size: int = 1) -> None:
         self.settle()
         self._runner.reset(batch_size)
+        self._forget()
         self._tokens = [] if batch_size == 1 else None
         if batch_size != 1:
             logger.warning("speculation is for one row; %d are decoded plainly", batch_size)
@@ -199,10 +236,15 @@ class SpeculativeRunner:
         started = self._clock()
         draft = drafter.propose([*self._tokens, token], most)
         if drafter.costs:
-            controller.took_drafting(len(draft.tokens), self._clock() - started)
+            controller.took_drafting(len(draft.tokens), self._clock() - started, at_once=drafter.at_once)
         elif draft.tokens:
             draft = Draft(tokens=draft.tokens[: controller.width(draft.kind)], kind=draft.kind)
-        return draft
+        return self._known(draft)
+
+    def _known(self, draft: Draft) -> Draft:
+        """Without what follows the first that is no token of the program's: a drafter may be anybody's."""
+        end = next((i for i, token in enumerate(draft.tokens) if not 0 <= token < self.vocab_size), None)
+        return draft if end is None else Draft(tokens=draft.tokens[:end], kind=draft.kind)
 
     def settle(self, rejected: bool = False) -> None:
         """Takes back what was proposed and not chosen: the runner behind this one then holds what ``lengths`` says."""
@@ -249,6 +291,7 @@ class SpeculativeRunner:
     def restore(self, snapshot: Snapshot) -> None:
         self.settle()
         self._runner.restore(snapshot)
+        self._forget()
         tokens = self._copied.get(snapshot)
         self._tokens = None if tokens is None else list(tokens)
 
@@ -276,6 +319,7 @@ class SpeculativeRunner:
     def reorder(self, indices: Sequence[int] | np.ndarray) -> None:
         self.settle()
         self._runner.reorder(indices)
+        self._forget()
         if self.batch_size != 1:
             self._tokens = None
 

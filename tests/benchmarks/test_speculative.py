@@ -51,3 +51,11 @@ def test_tokens_differ_on_the_runtimes_own_kernels_only(measured: Callable[..., 
     ours, stock = measured("differing", "--kernels", "lfm2"), measured("differing", "--kernels", "stock")
     assert (ours["exact"], ours["differing"], stock["exact"]) == (True, 0, False)
     assert stock["differing"] > 0
+
+
+def test_a_drafters_round_is_put_beside_a_step(measured: Callable[..., dict], taught: Path):
+    found = measured("round", "--drafter", str(taught))
+    assert set(found["round_over_step"]) == {"4 rows", "6 rows"}
+    assert found["draft_over_step"] > 0
+    gains = found["times_plain_by_tokens_a_round"]
+    assert gains["4"] == pytest.approx(4 * gains["1"], rel=0.1)

@@ -90,3 +90,24 @@ def test_a_drafter_with_another_vocabulary_is_refused(say: Say, dense: Path, art
     code, out, err = say("run", dense, *PROMPT, "--speculate", str(other))
     assert (code, out) == (2, "")
     assert "has another vocabulary than the model that it is to draft for" in err.splitlines()[-1]
+
+
+def test_a_drafter_of_the_model_proposes_and_changes_nothing(say: Say, dense: Path, taught: Path):
+    prompt = ("--prompt", "Once upon a time there", "--raw", "--max-new-tokens", "40")
+    for sampled in (("--temperature", "0"), ("--temperature", "0.8", "--seed", "4")):
+        plain = say("run", dense, *prompt, *sampled)
+        code, out, err = say("run", dense, *prompt, *sampled, "--speculate", str(taught))
+        assert (code, out) == (0, plain[1])
+        assert "speculation, drafter onnx q4: " in err
+
+
+def test_a_drafter_is_for_its_own_model(say: Say, dense: Path, taught: Path, artifact: Callable[[str], Path]):
+    code, out, err = say("run", artifact("tiny-moe"), *PROMPT, "--speculate", str(taught))
+    assert (code, out) == (2, "")
+    assert "drafts for 'tiny-dense', not for tiny-moe as it is here" in err.splitlines()[-1]
+    code, out, err = say("run", taught, *PROMPT)
+    assert (code, out) == (2, "")
+    assert "is a drafter, which generates no text by itself" in err.splitlines()[-1]
+    code, out, err = say("inspect", taught)
+    assert (code, err) == (0, "")
+    assert "lfm2_dspark" in out

@@ -35,8 +35,11 @@ class TimedRunner(HashRunner):
         return self.now
 
 
-def run(slope: float, rates: Sequence[float], tokens: int, *, costs: float = 0.0) -> tuple[float, SpeculativeRunner]:
-    """Times as fast as plain decoding, where proposals are right with each of ``rates`` for ``tokens`` tokens."""
+def run(
+    slope: float, rates: Sequence[float], tokens: int, *, costs: float = 0.0, block: float = 0.0
+) -> tuple[float, SpeculativeRunner]:
+    """Times as fast as plain decoding, where proposals are right with each of ``rates`` for ``tokens`` tokens; they
+    take ``costs`` seconds each, or ``block`` for all at once."""
     config = GenerationConfig(max_new_tokens=tokens * len(rates))
     (plain,) = complete(HashRunner(), [PROMPT], config)
     inner = TimedRunner(slope)
@@ -44,10 +47,10 @@ def run(slope: float, rates: Sequence[float], tokens: int, *, costs: float = 0.0
     class Changing(Oracle):
         def propose(self, history, most):
             self.rate = rates[min(len(rates) - 1, (len(history) - len(PROMPT)) // tokens)]
-            inner.now += costs * most
+            inner.now += costs * most + block
             return super().propose(history, most)
 
-    drafter = Changing([*PROMPT, *plain.tokens], costs=costs > 0)
+    drafter = Changing([*PROMPT, *plain.tokens], costs=costs + block > 0, at_once=block > 0)
     runner = SpeculativeRunner(inner, drafter, draft_tokens=8, clock=inner.clock)
     assert complete(runner, [PROMPT], config) == [plain]
     return STEP * (len(plain.tokens) - 1) / inner.now, runner
@@ -108,3 +111,19 @@ def test_a_draft_may_be_empty():
     assert runner.report.verified_steps == 0
     assert runner.report.to_json()["tokens"] == 19
     assert np.isclose(runner.report.gain, 1.0)
+
+
+def test_proposals_that_come_all_at_once_are_asked_for_and_verified_by_the_block():
+    gain, runner = run(0.06, [0.8], 400, block=0.4 * STEP)
+    widths = runner.report.drafted / runner.report.verified_steps
+    print(f"{gain:.2f}, {widths:.1f} at once, {runner.report.summary()}")
+    assert gain > 1.7
+    assert widths > 5
+    dearer, _ = run(0.06, [0.8], 400, costs=0.4 * STEP)
+    assert dearer < gain
+
+
+def test_blocks_of_which_nothing_is_right_are_soon_left_alone():
+    gain, runner = run(0.06, [0.0], 400, block=0.4 * STEP)
+    print(f"{gain:.3f}, {runner.report.summary()}")
+    assert gain > 0.97

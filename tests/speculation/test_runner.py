@@ -30,6 +30,7 @@ class Oracle:
     rate: float = 0.7
     name: str = "oracle"
     costs: bool = False
+    at_once: bool = False
     random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
     def propose(self, history: Sequence[int], most: int) -> Draft:

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lfm2_export import paths
 from lfm2_export.backends import ExportOption
+from lfm2_export.errors import ArtifactError
 from lfm2_export.heads import SENTENCE, TOKENS
 from lfm2_export.manifest import DECODER
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
     from lfm2_export.artifact import ArtifactWriter
     from lfm2_export.backends.base import RunnerOptions
+    from lfm2_export.backends.drafter import DraftRunner
     from lfm2_export.backends.executorch.encoder import ExecutorchEncoder
     from lfm2_export.backends.executorch.runner import ExecutorchRunner
     from lfm2_export.backends.executorch.stored import StoredWeights
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 
 SCHEMES = {"fp32": "model_fp32.pte", "8da4w": "model_8da4w.pte"}
 DEFAULT_SCHEME = "8da4w"
+DRAFTER_SCHEMES: tuple[str, ...] = ()
 OPTIONS = {
     "max_context": ExportOption(
         kind=int, metavar="N", help="positions that a .pte program's buffers hold (default: 4096)"
@@ -119,6 +123,15 @@ def load_encoder(folder: Path, program: Program, options: RunnerOptions | None =
     from lfm2_export.backends.executorch.encoder import ExecutorchEncoder
 
     return ExecutorchEncoder(folder, program, options)
+
+
+def load_drafter(folder: Path, program: Program, options: RunnerOptions | None = None) -> DraftRunner:
+    """There is none: a .pte gives no residual streams for it to read.
+
+    Raises:
+        ArtifactError: always.
+    """
+    raise ArtifactError(f"{paths.shown(folder)}: {program} is a drafter, which only onnx has; export it there")
 
 
 def runnable_graphs(program: Program) -> dict[str, Program]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from lfm2_export.backends import ExportOption
 from lfm2_export.heads import SENTENCE, TOKENS
-from lfm2_export.manifest import DECODER
+from lfm2_export.manifest import DECODER, DRAFTER
 from lfm2_export.messages import one_line
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lfm2_export.artifact import ArtifactWriter
     from lfm2_export.backends import FullPrecision
     from lfm2_export.backends.base import RunnerOptions
+    from lfm2_export.backends.onnx.drafter import OnnxDrafter
     from lfm2_export.backends.onnx.encoder import OnnxEncoder
     from lfm2_export.backends.onnx.runner import OnnxRunner
     from lfm2_export.backends.onnx.stored import StoredWeights
@@ -44,6 +45,8 @@ SCHEMES = {
     "q4f16": "model_q4f16.onnx",
 }
 DEFAULT_SCHEME = "q4"
+# Those of the CPU; one of float16 there only converts back and forth.
+DRAFTER_SCHEMES = ("fp32", "q8", "q4")
 OPTIONS: dict[str, ExportOption] = {}
 TESTED_WITH = {
     "fp32": "lfm2-export, onnxruntime, onnxruntime-genai, Transformers.js (Node)",
@@ -95,6 +98,17 @@ const generator = await pipeline("text-generation", "<this folder or repository>
 """
 
 
+_HOW_TO_DRAFT = """## Run it
+
+Beside the artifact of its model (`{target}`), whose decoding it makes faster and changes in nothing:
+
+```
+pip install lfm2-export
+lfm2-export run MODEL --speculate . --prompt "What is C. elegans?"
+```
+"""
+
+
 _HOW_TO_EMBED = """## Run it
 
 ```
@@ -119,6 +133,9 @@ _BY_TOKEN = " Vectors of tokens are compared by `lfm2_export.max_sim`, as by PyL
 def how_to_run(programs: Sequence[Program]) -> str:
     """The card's section on onnxruntime, onnxruntime-genai and Transformers.js."""
     first = programs[0]
+    if first.kind == DRAFTER:
+        target = one_line(first.options["drafter"]["target_name"])
+        return _HOW_TO_DRAFT.format(target=target.replace("`", "'"))
     dtype = one_line(first.scheme).replace('"', "'")
     if first.kind == DECODER:
         return _HOW_TO_RUN.format(dtype=dtype)
@@ -171,6 +188,13 @@ def load_encoder(folder: Path, program: Program, options: RunnerOptions | None =
     from lfm2_export.backends.onnx.encoder import OnnxEncoder
 
     return OnnxEncoder(folder, program, options)
+
+
+def load_drafter(folder: Path, program: Program, options: RunnerOptions | None = None) -> OnnxDrafter:
+    """A runner on a drafter's graph, the one with our products where they can be had."""
+    from lfm2_export.backends.onnx.drafter import OnnxDrafter
+
+    return OnnxDrafter(folder, program, options)
 
 
 def runnable_graphs(program: Program) -> dict[str, Program]:

@@ -10,7 +10,7 @@ those before them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ class StateBuffers:
         self.conv = {t.past_name: t.zeros(batch_size) for t in spec.conv}
         self._back = {name: np.zeros_like(front) for name, front in self.conv.items()}
         self._capacity = capacity
-        self._bindings: dict[tuple[ort.InferenceSession, bool, bool], ort.IOBinding] = {}
+        self._bindings: dict[tuple[ort.InferenceSession, bool, frozenset[str]], ort.IOBinding] = {}
         self._swapped = False
 
     @property
@@ -140,10 +140,10 @@ class StateBuffers:
             array[:, :, :used] = tensors[name][rows, :, :used]
         return state
 
-    def binding(self, session: ort.InferenceSession, windows: bool = False) -> ort.IOBinding:
+    def binding(self, session: ort.InferenceSession, others: Collection[str] = ()) -> ort.IOBinding:
         """An IOBinding of ``session`` with every state tensor bound; kept: most steps differ in three values only.
-        ``windows``: another one, for runs that bind further outputs."""
-        key = (session, self._swapped, windows)
+        ``others``: further outputs that will be bound; each set of them has one of its own."""
+        key = (session, self._swapped, frozenset(others))
         if key not in self._bindings:
             self._bindings[key] = self._bind(session)
         return self._bindings[key]

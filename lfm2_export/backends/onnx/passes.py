@@ -13,9 +13,10 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from onnxscript import optimizer
 
+from lfm2_export.backends.onnx.draft_graph import draft_inputs, draft_outputs
 from lfm2_export.backends.onnx.plan import ROPE_TABLES, Layout
 from lfm2_export.backends.weights.plan import WeightPlan
-from lfm2_export.cache import BATCH, TOTAL, CacheSpec
+from lfm2_export.cache import BATCH, TOTAL, CacheSpec, residual_name
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import ExportError
 from lfm2_export.heads import SENTENCE
@@ -120,6 +121,11 @@ def name_encoder_axes(model: ir.Model) -> int:
     return _name_axes(model, {"input_ids": rows, "attention_mask": rows}, outputs)
 
 
+def name_drafter_axes(model: ir.Model, config: ModelConfig) -> int:
+    """The same of a drafter's."""
+    return _name_axes(model, draft_inputs(config), draft_outputs(config))
+
+
 def _name_axes(
     model: ir.Model, inputs: Mapping[str, tuple[int | str, ...]], outputs: Mapping[str, tuple[int | str, ...]]
 ) -> int:
@@ -176,6 +182,39 @@ def allow_int8_experts(model: ir.Model) -> int:
     for node in nodes:
         node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 4)
     return len(nodes)
+
+
+def show_residuals(model: ir.Model, config: ModelConfig) -> int:
+    """Makes the residual stream behind every layer an output: what drafters read. It is computed anyway, and handed out
+    where a run asks for it. Returns how many."""
+    nodes = [node for node in model.graph if node.op_type == "SkipSimplifiedLayerNormalization"]
+    # Two norms a layer, of which the first one's addition closes the layer before.
+    sums = [node.outputs[3] for node in nodes[1::2]]
+    if len(nodes) != 2 * config.num_hidden_layers:
+        raise ExportError(f"{len(nodes)} additions to the residual stream; this is a defect, please report it")
+    for layer, value in enumerate(sums):
+        value.name = residual_name(layer)
+        value.type = _activations(model)
+        value.shape = ir.Shape((BATCH, SEQUENCE, config.hidden_size))
+        model.graph.outputs.append(value)
+    return len(sums)
+
+
+def hide_residuals(model: ir.Model) -> int:
+    """Makes them no outputs any more. Returns how many."""
+    shown = [value for value in model.graph.outputs if (value.name or "").startswith(residual_name(""))]
+    for value in shown:
+        model.graph.outputs.remove(value)
+        value.shape = value.type = None
+        value.name = value.name if value.uses() else ""  # of the last layer: read by nobody else
+    return len(shown)
+
+
+def _activations(model: ir.Model) -> ir.TypeProtocol:
+    """The type of what flows between a graph's layers, which is its state's too."""
+    state = next(value for value in model.graph.outputs if value.name != "logits")
+    assert state.type is not None
+    return ir.TensorType(state.dtype)
 
 
 def score_every_position(model: ir.Model) -> int:
@@ -248,6 +287,23 @@ def expected_encoder_operators(config: ModelConfig, plan: WeightPlan) -> dict[st
         "SkipSimplifiedLayerNormalization": 2 * config.num_hidden_layers,
         "MatMulNBits": sum(w.layout is Layout.MATMUL for w in quantized),
         "GatherBlockQuantized": sum(w.layout is Layout.TABLE for w in quantized),
+    }
+
+
+def expected_drafter_operators(config: ModelConfig, plan: WeightPlan) -> dict[str, int]:
+    """The same of a drafter, whose Markov matrices are read once for each proposal."""
+    assert config.drafter is not None
+    quantized = [w for w in plan.values() if isinstance(w.format, IntFormat)]
+    layers, again = config.num_hidden_layers, [f"markov_head.{name}" for name in ("markov_w1", "markov_w2")]
+    readings = {weight.name: config.drafter.block_size if weight.name in again else 1 for weight in quantized}
+    return {
+        # The first norm of the block, that of the streams, and those of q and k.
+        "SimplifiedLayerNormalization": 2 + 2 * layers,
+        "SkipSimplifiedLayerNormalization": 2 * layers,
+        "MatMulNBits": sum(readings[w.name] for w in quantized if w.layout is Layout.MATMUL),
+        "GatherBlockQuantized": sum(readings[w.name] for w in quantized if w.layout is Layout.TABLE),
+        "Softmax": layers,
+        "ArgMax": config.drafter.block_size,
     }
 
 

@@ -72,6 +72,8 @@ def make_plan(config: ModelConfig, scheme: Scheme) -> WeightPlan:
         QuantizationError: a width is no multiple of the group size, or an excluding pattern matches nothing.
     """
     plan = plans.make_plan(config, scheme, _OnnxStorage(fits_groups=scheme.fits_groups))
+    if config.drafter is not None:
+        return plan
     # cos and sin of every position, for half of a head, for each kind of attention.
     values = config.max_position_embeddings * config.head_dim * len(config.ropes)
     return replace(plan, table_bytes=values * np.dtype(plan.activation_dtype).itemsize)

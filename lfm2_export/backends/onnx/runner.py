@@ -10,14 +10,14 @@ Shape suffixes: B rows, T new tokens, S positions of the mask, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime as ort
 
-from lfm2_export import memory
+from lfm2_export import memory, paths
 from lfm2_export.backends.arguments import (
     LESS,
     check_chunk_size,
@@ -25,9 +25,11 @@ from lfm2_export.backends.arguments import (
     check_state_fits,
     check_threads,
 )
-from lfm2_export.backends.base import KvCache, Mark, RunnerOptions
+from lfm2_export.backends.base import KvCache, Mark, RunnerOptions, StreamSink
+from lfm2_export.backends.guard import guard_of
 from lfm2_export.backends.onnx.buffers import StateBuffers, as_ortvalue
 from lfm2_export.backends.onnx.session import check_program, has_independent_rows, open_session, windows
+from lfm2_export.backends.onnx.tap import Tap
 from lfm2_export.backends.onnx.variants import choose, own_kernels
 from lfm2_export.backends.runner_base import DEFAULT_CHUNK_SIZE, RunnerBase, program_id_of
 from lfm2_export.cache import RING_ROOM, CacheSpec
@@ -35,6 +37,10 @@ from lfm2_export.errors import ResourceError, RunnerError
 
 if TYPE_CHECKING:
     from lfm2_export.manifest import Program
+
+
+# Of a prompt whose residual streams are wanted, and with them the logits of every position: 32 MB of them on the 1.2B.
+_TAPPED_CHUNK = 128
 
 
 class OnnxRunner(RunnerBase):
@@ -78,6 +84,7 @@ class OnnxRunner(RunnerBase):
             chunk_size=chunk_size,
         )
         self._state = StateBuffers(cache, 1, 0)
+        self._tap: Tap | None = None
 
     @classmethod
     def from_program(cls, folder: Path, program: Program, options: RunnerOptions | None = None) -> OnnxRunner:
@@ -118,6 +125,15 @@ class OnnxRunner(RunnerBase):
         """Bytes allocated for the state."""
         return self._state.nbytes
 
+    def tap(self, layers: Sequence[int], sink: StreamSink | None) -> int:
+        """As ``TapsStreams`` says (backends/base.py)."""
+        with guard_of(self).lock:
+            self._tap = None
+            if sink is None:
+                return 0
+            self._tap = Tap(self._scoring_session(), self._cache, layers, sink, paths.shown(self._path))
+            return self._tap.width
+
     def _reset(self, batch_size: int) -> None:
         if batch_size == self.batch_size:
             self._state.clear()
@@ -131,6 +147,8 @@ class OnnxRunner(RunnerBase):
     def _prefill(self, rows: list[np.ndarray], chunk_size: int) -> np.ndarray:
         state = self._make_room(rows)
         logits_BV = np.empty((self.batch_size, self.vocab_size), dtype=np.float32)
+        if self._tap is not None:
+            chunk_size = min(chunk_size, _TAPPED_CHUNK)
         with _Transaction(state, rows):
             self._append(rows, chunk_size, logits_BV)
         return logits_BV
@@ -139,13 +157,41 @@ class OnnxRunner(RunnerBase):
         state, counts = self._state, _counts(rows)
         # GroupQueryAttention takes several rows at once in a first prompt or a single step, but not in a later chunk.
         if counts.max() == 1 or (not state.lengths.any() and counts.max() <= chunk_size):
-            run(self._session, state, _pad(rows), counts, logits_BV[:, None])
+            self._run_last(state, _pad(rows), counts, logits_BV)
             return
         for index, tokens in enumerate(rows):
             view = state.row(index)
             for part in _chunks(tokens, chunk_size):
-                run(self._session, view, part[None], _counts([part]), logits_BV[index][None, None])
+                self._run_last(view, part[None], _counts([part]), logits_BV[index][None])
             state.take_row(index, view)
+
+    def _run_last(self, state: StateBuffers, ids_BT: np.ndarray, counts: np.ndarray, logits_BV: np.ndarray) -> None:
+        """One pass, with the logits after each row's last token; where streams are wanted, through the scoring graph,
+        which alone gives them."""
+        if self._tap is None or self.batch_size != 1:
+            run(self._session, state, ids_BT, counts, logits_BV[:, None])
+            return
+        logits_BTV = np.empty((*ids_BT.shape, self.vocab_size), dtype=np.float32)
+        self._run(self._scoring_session(), state, ids_BT, counts, logits_BTV)
+        logits_BV[:] = logits_BTV[:, -1]
+
+    def _run(
+        self,
+        session: ort.InferenceSession,
+        state: StateBuffers,
+        ids_BT: np.ndarray,
+        counts: np.ndarray,
+        logits: np.ndarray,
+        others: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        """``run``, and the tap is told of it."""
+        tap = self._tap if self.batch_size == 1 else None
+        if tap is None:
+            run(session, state, ids_BT, counts, logits, others)
+            return
+        before, streams = int(state.lengths[0]), tap.room(int(counts[0]))
+        run(session, state, ids_BT, counts, logits, {**(others or {}), **streams})
+        tap.tell(before, streams)
 
     def _prefill_scored(self, rows: list[np.ndarray], chunk_size: int) -> list[np.ndarray]:
         session, state = self._scoring_session(), self._make_room(rows)
@@ -168,7 +214,7 @@ class OnnxRunner(RunnerBase):
             t.window_name: np.empty((1, int(t.shape[1]) + len(tokens), int(t.shape[2])), dtype=t.dtype)
             for t in self._cache.conv
         }
-        run(session, state, tokens[None], _counts([tokens]), logits_TV[None], window)
+        self._run(session, state, tokens[None], _counts([tokens]), logits_TV[None], window)
         return logits_TV, window
 
     def _accept(self, kept: np.ndarray, length: int, place: Any) -> None:
@@ -184,7 +230,7 @@ class OnnxRunner(RunnerBase):
         logits_TV = np.empty((len(tokens), self.vocab_size), dtype=np.float32)
         for start in range(0, len(tokens), chunk):
             part = tokens[start : start + chunk]
-            run(session, view, part[None], _counts([part]), logits_TV[None, start : start + len(part)])
+            self._run(session, view, part[None], _counts([part]), logits_TV[None, start : start + len(part)])
         self._state.take_row(index, view)
         return logits_TV
 
@@ -192,15 +238,15 @@ class OnnxRunner(RunnerBase):
         """One run, which is done or is not: nothing to put back."""
         state = self._make_room(rows)
         logits_BV = np.empty((self.batch_size, self.vocab_size), dtype=np.float32)
-        run(self._session, state, _pad(rows), _counts(rows), logits_BV[:, None])
+        self._run_last(state, _pad(rows), _counts(rows), logits_BV)
         return logits_BV
 
     def _score(self, rows: list[np.ndarray], chunk_size: int) -> np.ndarray:
-        kept, self._state = self._state, self._empty(len(rows))
+        kept, tap, self._state, self._tap = self._state, self._tap, self._empty(len(rows)), None
         try:
             return np.stack(self._prefill_scored(rows, chunk_size))
         finally:
-            self._state = kept
+            self._state, self._tap = kept, tap
 
     def _copy_state(self) -> dict[str, np.ndarray]:
         return self._state.copy_used()
@@ -264,8 +310,9 @@ def run(
 ) -> None:
     """Appends ``counts[b]`` tokens (the rest of ``ids_BT`` is right padding) and fills ``logits`` [B, 1 or T, V], and
     other outputs of the graph."""
-    binding = state.binding(session, windows=others is not None)
-    for name, array in (others or {}).items():
+    others = others or {}
+    binding = state.binding(session, others)
+    for name, array in others.items():
         binding.bind_ortvalue_output(name, as_ortvalue(array))
     binding.bind_ortvalue_input("input_ids", as_ortvalue(ids_BT))
     binding.bind_ortvalue_input("attention_mask", as_ortvalue(_mask(state.lengths + counts)))

@@ -34,9 +34,12 @@ WEBGPU_SCHEME = "q4f16"
 
 def write(checkpoint: Checkpoint, writer: ArtifactWriter) -> None:
     """Writes both files for the ONNX programs that the artifact will hold, the preferred one first; of an encoder,
-    which onnxruntime-genai does not run, config.json alone."""
+    which onnxruntime-genai does not run, config.json alone; of a drafter, which nothing else runs, as it is."""
     programs = [program for program in writer.programs if program.backend == "onnx"]
     config = checkpoint.config
+    if config.drafter is not None:
+        writer.write_json("config.json", checkpoint.raw_config)
+        return
     if config.encoder is not None:
         writer.write_json("config.json", transformers_js_config(checkpoint.raw_config, config, programs))
         return

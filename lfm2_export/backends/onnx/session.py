@@ -14,7 +14,7 @@ import onnxruntime as ort
 from lfm2_export import memory, paths
 from lfm2_export.backends.arguments import check_threads
 from lfm2_export.backends.onnx.variants import INDEPENDENT, ROWS
-from lfm2_export.cache import CacheSpec
+from lfm2_export.cache import CacheSpec, residual_name
 from lfm2_export.errors import ArtifactError, ResourceError, RunnerError
 from lfm2_export.messages import listed, natural, shown
 
@@ -85,7 +85,7 @@ def _vocabulary(session: ort.InferenceSession, path: Path, spec: CacheSpec) -> i
     outputs = {"logits"} | {t.present_name for t in spec.tensors}
     _check_names(path, "inputs", {i.name for i in session.get_inputs()}, inputs)
     found = {o.name for o in session.get_outputs()}
-    _check_names(path, "outputs", found - windows(session, spec), outputs)
+    _check_names(path, "outputs", found - windows(session, spec) - set(residuals(session, spec)), outputs)
     _check_state(path, {i.name: i for i in session.get_inputs()}, spec)
     logits = next(o for o in session.get_outputs() if o.name == "logits")
     if not logits.shape or not isinstance(logits.shape[-1], int) or logits.type != "tensor(float)":
@@ -100,6 +100,13 @@ def windows(session: ort.InferenceSession, spec: CacheSpec) -> set[str]:
     """The outputs that hold the conv states of every position, if the graph has them for all of its conv layers."""
     wanted = {tensor.window_name for tensor in spec.conv}
     return wanted if wanted <= {output.name for output in session.get_outputs()} else set()
+
+
+def residuals(session: ort.InferenceSession, spec: CacheSpec) -> dict[str, int]:
+    """The outputs that hold the residual stream behind a layer, with its width; 0 where it has no fixed one."""
+    wanted = {residual_name(tensor.layer) for tensor in spec.tensors}
+    found = (output for output in session.get_outputs() if output.name in wanted and len(output.shape) == 3)
+    return {one.name: one.shape[-1] if isinstance(one.shape[-1], int) else 0 for one in found}
 
 
 def has_independent_rows(session: ort.InferenceSession) -> bool:

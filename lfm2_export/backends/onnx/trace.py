@@ -22,14 +22,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lfm2_export.backends.onnx import ops
 from lfm2_export.backends.onnx.decompose import decompose_
+from lfm2_export.backends.onnx.draft_graph import draft_inputs, draft_outputs
 from lfm2_export.backends.onnx.lower import Lowering
 from lfm2_export.backends.onnx.lower_encoder import EncoderLowering
 from lfm2_export.backends.weights.plan import WeightPlan
 from lfm2_export.cache import CacheSpec
 from lfm2_export.config import ModelConfig
-from lfm2_export.models import get_encoder, get_net
+from lfm2_export.models import get_draft_net, get_encoder, get_net
 from lfm2_export.models.decoder import DecoderForCausalLM, Recorder
 from lfm2_export.models.lfm2_bidirectional import Lfm2BidirectionalModel
+from lfm2_export.models.lfm2_dspark import Lfm2DSparkDraftModel
 
 OPSET = 21
 
@@ -62,6 +64,22 @@ class OnnxEncoderProgram(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.net(input_ids, attention_mask).named().values())
+
+
+class OnnxDraftProgram(nn.Module):
+    """The traced signature: the target's streams, the newest token and the cache in; proposals, their confidence and
+    the streams' keys and values out."""
+
+    def __init__(self, drafter: Lfm2DSparkDraftModel):
+        super().__init__()
+        self.net = drafter
+
+    def forward(
+        self, streams: Tensor, anchor: Tensor, past_length: Tensor, past: list[tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, ...]:
+        found, new = self.net(streams, anchor, dict(enumerate(past)), past_length)
+        scores = () if found.confidence is None else (found.confidence,)
+        return (found.tokens, *scores, *(tensor for layer in sorted(new) for tensor in new[layer]))
 
 
 @contextlib.contextmanager
@@ -100,6 +118,23 @@ def trace_encoder(config: ModelConfig, plan: WeightPlan) -> ir.Model:
         program = OnnxEncoderProgram(encoder)
         names = ["input_ids", "attention_mask"]
         return _traced(program, (ids, torch.ones_like(ids)), shapes, names, list(config.encoder.outputs))
+
+
+def trace_drafter(config: ModelConfig, plan: WeightPlan) -> ir.Model:
+    """The ONNX graph of a drafter, initializers without values."""
+    dynamic, count, room = torch.export.Dim.DYNAMIC, 5, 7
+    with FakeTensorMode(allow_non_fake_inputs=False), torch.no_grad():
+        drafter = get_draft_net(config.model_type)(config).eval()
+        width = drafter.fc.in_features
+        Lowering(config, plan).lower_(drafter)
+        one, shape = torch.zeros(1, dtype=torch.long), (1, config.num_key_value_heads, room, config.head_dim)
+        # Each tensor of its own: one that is given twice is one input.
+        past = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.num_hidden_layers)]
+        arguments = (torch.zeros(1, count, width), one, one.clone(), past)
+        shapes: tuple[object, ...] = ({1: dynamic}, {}, {}, [({2: dynamic}, {2: dynamic}) for _ in past])
+        exported = torch.export.export(OnnxDraftProgram(drafter), arguments, dynamic_shapes=shapes, strict=False)
+        # A few layers, with operators that decoders have not: the exporter's own decomposition does.
+        return _to_onnx(exported, list(draft_inputs(config)), list(draft_outputs(config)))
 
 
 def _traced(

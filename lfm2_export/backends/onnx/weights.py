@@ -47,6 +47,8 @@ class OnnxPacking:
 
 def computed_tensors(config: ModelConfig) -> dict[str, Callable[[], np.ndarray]]:
     """What is in the data files beside the checkpoint's weights: RoPE's tables, by name."""
+    if config.drafter is not None:  # whose graph computes them: it knows no last position
+        return {}
     return {
         name: partial(_rope_table, config, kind, index)
         for kind in config.ropes

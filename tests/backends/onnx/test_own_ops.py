@@ -88,7 +88,9 @@ def boundary(session: ort.InferenceSession) -> list[dict[str, tuple[str, list[in
 
 @needs_library
 @each_program
-def test_inputs_and_outputs_are_the_portable_graphs_but_for_an_int8_cache(artifact: Exported, checkpoint, scheme):
+def test_inputs_and_outputs_are_the_portable_graphs_but_for_an_int8_cache_and_the_residual_streams(
+    artifact: Exported, checkpoint, scheme
+):
     folder, program = artifact(checkpoint), program_of(artifact(checkpoint), scheme)
     options = session_options(1, variants.own_library())
 
@@ -96,6 +98,8 @@ def test_inputs_and_outputs_are_the_portable_graphs_but_for_an_int8_cache(artifa
         return boundary(ort.InferenceSession(folder / program.graphs[role], options))
 
     portable = of_role("model")
+    rows = ["batch_size", "sequence_length"]
+    streams = {f"residual.{layer}": ("tensor(float)", [*rows, 256]) for layer in range(6)}
     assert of_role("lfm2") == portable
     quantized = [
         {
@@ -107,12 +111,12 @@ def test_inputs_and_outputs_are_the_portable_graphs_but_for_an_int8_cache(artifa
     assert of_role("lfm2_kv8") == quantized
     for role, (inputs, outputs) in (("lfm2_scoring", portable), ("lfm2_kv8_scoring", quantized)):
         kind, shape = outputs["logits"]
-        logits = {"logits": (kind, ["batch_size", "sequence_length", shape[-1]])}
+        logits = {"logits": (kind, [*rows, shape[-1]])}
         conv = {name.replace("present_", ""): value for name, value in outputs.items() if "conv" in name}
         windows = {
             f"conv_window.{name.split('.')[1]}": (kind, [b, None, d]) for name, (kind, (b, _, d)) in conv.items()
         }
-        assert of_role(role) == [inputs, outputs | logits | windows]
+        assert of_role(role) == [inputs, outputs | logits | windows | streams]
 
 
 def test_only_whole_numbers_on_float_activations_have_such_graphs(artifact: Exported):
