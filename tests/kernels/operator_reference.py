@@ -43,7 +43,8 @@ def expected(op: str, inputs: Inputs, attributes: Attributes) -> list[npt.NDArra
     x, delta, gamma, delta_gamma = padded[0], *padded[before : before + 3]
     assert x is not None
     assert gamma is not None
-    epsilon = float(np.float32(attributes.get("epsilon", 0)))
+    said = attributes.get("epsilon")
+    epsilon = float(np.float32(said)) if isinstance(said, float) else 0.0  # of another type: as if it were not there
     own = None if delta_gamma is None else delta_gamma.reshape(-1)
     total = sum_of(x, None if delta is None else delta.reshape(x.shape), own, epsilon)
     rows = normalized(total, gamma.reshape(-1), epsilon)

