@@ -52,12 +52,18 @@ def address_space_left() -> int | None:
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit == resource.RLIM_INFINITY:
         return None
-    return max(0, limit - _mapped())
+    return max(0, limit - _of_statm(0))
 
 
-def _mapped() -> int:
+def resident() -> int | None:
+    """Bytes of this process that are in memory; None where the system does not say (outside Linux)."""
+    return _of_statm(1) or None
+
+
+def _of_statm(field: int) -> int:
+    """Bytes; 0 where they cannot be known."""
     try:
         with open(_STATM, encoding="ascii") as file:
-            return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+            return int(file.read().split()[field]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
         return 0

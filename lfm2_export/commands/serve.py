@@ -1,4 +1,4 @@
-"""``lfm2-export serve``: programs behind an OpenAI-compatible HTTP server."""
+"""``lfm2-export serve``: programs behind an OpenAI-compatible HTTP server, and a page to chat with them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DEFAULTS = Limits()
 
 class ServeCommand:
     name = "serve"
-    help = "answer OpenAI's API over HTTP: /v1/chat/completions, /v1/completions, /v1/embeddings, /metrics"
+    help = "a chat page at /, and OpenAI's API: /v1/chat/completions, /v1/completions, /v1/embeddings, /metrics"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
@@ -72,7 +72,10 @@ class ServeCommand:
         access = Access(key=key, origins=tuple(options.allow_origin), local=is_loopback(bound))
         if not access.local and key is None:
             console.note(f"{options.host}: anyone who reaches this machine can ask; --api-key KEY lets only some")
-        serve(bound, models, limits, access, ready=lambda: console.note(f"{url_of(bound)}/v1   Ctrl-C: end"))
+        url = url_of(bound)
+        serve(
+            bound, models, limits, access, ready=lambda: console.note(f"{url} to chat, {url}/v1 the API; Ctrl-C: end")
+        )
         return 0
 
 

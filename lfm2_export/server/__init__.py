@@ -7,8 +7,8 @@ from the runner to the socket:
 thread of a program; ``fields``, ``sampling_request``, ``chat_request`` and ``completion_request`` what a body asks
 for; ``chat_answer`` and ``completion_answer`` what goes back, ``logprobs`` within it;
 ``embeddings`` of encoders; ``errors``; ``metrics``;
-``access`` who may ask; ``answering`` whole and streamed, until a client goes away; ``app`` the paths; ``listening``
-socket and signals.
+``access`` who may ask; ``answering`` whole and streamed, until a client goes away; ``chat_page`` and the folder
+``page`` what a browser is shown; ``app`` the paths; ``listening`` socket and signals.
 
-Only ``access``, ``answering``, ``app`` and ``listening`` know the web framework (the extra ``serve``).
+Only ``access``, ``answering``, ``chat_page``, ``app`` and ``listening`` know the web framework (the extra ``serve``).
 """

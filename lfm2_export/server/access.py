@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lfm2_export.messages import shown
+from lfm2_export.server.chat_page import is_of_page
 from lfm2_export.server.errors import ApiError
 
 ANY = "*"
@@ -40,7 +41,8 @@ class Access:
         is_own = origin in (None, f"http://{host}", f"https://{host}")
         if not is_own and origin not in self.origins and ANY not in self.origins:
             raise ApiError(403, f"Origin {shown(origin, 60)} may not ask; start the server with --allow-origin")
-        if self.key is not None and path not in _OPEN and not _has_key(headers, self.key):
+        is_open = path in _OPEN or is_of_page(path)  # the page asks its user for the key
+        if self.key is not None and not is_open and not _has_key(headers, self.key):
             raise ApiError(401, "no API key, or another one; send Authorization: Bearer KEY", code="invalid_api_key")
 
 

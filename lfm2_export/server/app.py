@@ -23,6 +23,7 @@ from lfm2_export import json_values
 from lfm2_export.server import chat_answer, completion_answer, metrics
 from lfm2_export.server.access import Access, Guarded
 from lfm2_export.server.answering import respond
+from lfm2_export.server.chat_page import page_routes
 from lfm2_export.server.chat_request import parse_chat
 from lfm2_export.server.completion_request import parse_completion
 from lfm2_export.server.embeddings import parse_embedding, to_json
@@ -47,6 +48,7 @@ def create_app(models: Models, limits: Limits, access: Access) -> Starlette:
         "/v1/embeddings": (paths.embedding, "POST"),
     }
     made = [Route(path, _told(handler, path, models), methods=[method]) for path, (handler, method) in routes.items()]
+    made += page_routes()
     middleware = [Middleware(Guarded, access=access)]
     if access.origins:
         allowed = {"allow_origins": list(access.origins), "allow_methods": ["GET", "POST"], "allow_headers": ["*"]}

@@ -17,6 +17,7 @@ import numpy as np
 
 from lfm2_export.encoders import Encoder
 from lfm2_export.errors import RunnerError
+from lfm2_export.manifest import ENCODER
 from lfm2_export.messages import shown
 from lfm2_export.server.answer import Json
 from lfm2_export.server.errors import ApiError, invalid
@@ -109,7 +110,7 @@ class EncoderQueue:
     def to_json(self) -> dict[str, Any]:
         length = self._encoder.runner.context_length
         fields = {"id": self.name, "object": "model", "created": self.created, "owned_by": "lfm2-export"}
-        return {**fields, "max_model_len": length}
+        return {**fields, "max_model_len": length, "kind": ENCODER}
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)

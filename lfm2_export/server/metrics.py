@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Mapping
 
+from lfm2_export import memory
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _COUNTERS = {
@@ -20,6 +22,7 @@ _GAUGES = {
     "lfm2_prefix_cache_entries": "States that are kept",
 }
 _RESPONSES = "lfm2_http_responses_total"
+_MEMORY = "process_resident_memory_bytes"
 _FIRST = "lfm2_time_to_first_token_seconds"
 _BOUNDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -53,6 +56,7 @@ class Metrics:
         """All of it; ``gauges``: by model and name."""
         with self._lock:
             lines = [*self._counter_lines(), *_gauge_lines(gauges), *self._response_lines(), *self._first_lines()]
+            lines += _memory_lines()
         return "\n".join(lines) + "\n"
 
     def _counter_lines(self) -> Iterable[str]:
@@ -79,6 +83,14 @@ def _gauge_lines(gauges: Mapping[str, Mapping[str, float]]) -> Iterable[str]:
     for name, what in _GAUGES.items():
         yield from _head(name, what, "gauge")
         yield from (_line(name, values[name], model=model) for model, values in gauges.items())
+
+
+def _memory_lines() -> Iterable[str]:
+    """Under the name that Prometheus' own clients give it."""
+    resident = memory.resident()
+    if resident is not None:
+        yield from _head(_MEMORY, "Bytes of the server that are in memory", "gauge")
+        yield f"{_MEMORY} {resident}"
 
 
 def _head(name: str, what: str, kind: str) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from lfm2_export.backends.base import Runner
 from lfm2_export.constraints import Grammars
 from lfm2_export.errors import ConfigError
 from lfm2_export.generation_config import GenerationConfig
+from lfm2_export.manifest import DECODER
 from lfm2_export.messages import listed, shown
 from lfm2_export.server.embeddings import EncoderQueue
 from lfm2_export.server.engine import Engine
@@ -52,6 +53,7 @@ class Served:
             "created": self.created,
             "owned_by": "lfm2-export",
             "max_model_len": self.model.runner.context_length,
+            "kind": DECODER,
         }
 
 
