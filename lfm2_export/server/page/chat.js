@@ -35,7 +35,9 @@ export class Page {
     this.model.disabled = this.send.disabled = true;
     try {
       const told = (line) => (this.where.textContent = line);
-      this.where.textContent = await this.engine.prepare(this.model.value, told);
+      const { model, where } = await this.engine.prepare(this.model.value, told);
+      this.model.value = model;
+      told(where);
       this.send.disabled = false;
     } finally {
       this.model.disabled = false;
@@ -120,10 +122,10 @@ export class Page {
     if (done.reason === 'length') this.#keepAtEnd(() => answer.note(`Cut after ${done.tokens} tokens.`));
     if (!answer.text) this.#keepAtEnd(() => answer.note('No text.'));
     const kept = done.keptTokens ? ` (${done.keptTokens} kept)` : '';
-    const counted = `${done.promptTokens}${kept} + ${done.tokens} tokens`;
+    const parts = [`${done.promptTokens}${kept} + ${done.tokens} tokens`];
     const seconds = (performance.now() - this.#first) / 1000;
-    const speed = done.tokens > 1 && this.#first !== null ? ` · ${((done.tokens - 1) / seconds).toFixed(1)} tokens/s` : '';
-    this.figures.textContent = counted + speed;
+    if (done.tokens > 1 && this.#first !== null) parts.push(`${((done.tokens - 1) / seconds).toFixed(1)} tokens/s`);
+    this.figures.textContent = parts.join(' · ');
   }
 
   async #showMemory() {

@@ -1,8 +1,8 @@
 // Answers of the server that this page comes from, through /v1/chat/completions as any client of it.
 //
-// An engine has: models() -> [{id, label}]; prepare(model, told) -> where it runs, in words; reply(request) -> an async
-// iterator of {text}, {thought} and, last, {done: {reason, tokens, promptTokens, ...}}; memory() -> words or "".
-// Each raises an Error with a line for the user; NeedsKey where the server asks for one.
+// An engine has: models() -> [{id, label}]; prepare(model, told) -> {model, where}: which model is ready, and what it
+// runs on, in words; reply(request) -> an async iterator of {text}, {thought} and, last, {done: {reason, tokens,
+// promptTokens}}; memory() -> words. Each raises an Error with a line for the user; NeedsKey where a key is asked for.
 import { events } from './events.js';
 
 const KEY = 'lfm2-export-key';
@@ -29,7 +29,7 @@ export class Engine {
 
   async prepare(model) {
     const { max_model_len: length } = await (await this.#ask(`v1/models/${encodeURI(model)}`)).json();
-    return `on the server, context of ${length.toLocaleString('en')} tokens`;
+    return { model, where: `on the server, context of ${length.toLocaleString('en')} tokens` };
   }
 
   async *reply({ model, messages, settings, signal }) {
