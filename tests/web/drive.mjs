@@ -1,7 +1,8 @@
 // Drives Chromium: node drive.mjs NODE_MODULES CHROMIUM < job.json > result.json
 //
-// In: {"arguments": [...], "visits": [{"url", "width", "height", "dark", "steps": [[action, ...], ...]}]}. Out: for each
-// visit the values of its steps, and what the page asked for, logged and was refused.
+// In: {"arguments": [...], "visits": [{"url", "width", "height", "dark", "before", "steps": [[action, ...], ...]}]};
+// "before" is a script that runs before the page's own. Out: for each visit the values of its steps, and what the page
+// asked for and logged, and its errors.
 import path from 'node:path';
 import { pathToFileURL } from 'node:url';
 import { text as all } from 'node:stream/consumers';
@@ -30,7 +31,7 @@ for (const visit of job.visits) visits.push(await visited(visit));
 await browser.close();
 console.log(JSON.stringify(visits));
 
-async function visited({ url, width = 1280, height = 800, dark = false, steps }) {
+async function visited({ url, width = 1280, height = 800, dark = false, before = '', steps }) {
   const options = { viewport: { width, height }, colorScheme: dark ? 'dark' : 'light', deviceScaleFactor: 1 };
   const context = await browser.newContext(options);
   const page = await context.newPage();
@@ -38,6 +39,7 @@ async function visited({ url, width = 1280, height = 800, dark = false, steps })
   page.on('request', (request) => found.requests.push(request.url()));
   page.on('console', (message) => found.log.push(message.text()));
   page.on('pageerror', (error) => found.errors.push(String(error)));
+  await page.addInitScript(before);
   await page.goto(url);
   for (const [action, ...values] of steps) {
     try {

@@ -26,6 +26,7 @@ WEBGPU = (
     "--js-flags=--liftoff-only",
 )
 ON_WEBGPU = 4
+CORES = "Object.defineProperty(navigator, 'hardwareConcurrency', {value: 6})"
 TOKENS = ("attribute", "article.assistant", "data-token-ids")
 
 
@@ -63,14 +64,14 @@ def test_on_wasm_it_says_pythons_tokens_and_asks_nobody_else(
     steps = [READY, ("text", "#where"), *greedily(), *say(QUESTION), ANSWERED, TOKENS]
     again = [("click", "#new"), *say(QUESTIONS[1]), ANSWERED, TOKENS, ("text", "#figures"), ("text", "article")]
     with serving(page, folder) as url:
-        (visit,) = drive({"url": url, "steps": [*steps, *again]})
+        (visit,) = drive({"url": url, "before": CORES, "steps": [*steps, *again]})
     expected = [python_answer(folder, question) for question in QUESTIONS]
     found = [[int(token) for token in value.split()] for value in (visit.values[9], visit.values[-3])]
     print(visit.values)
     assert found == [answer.tokens for answer in expected]
     assert found[0] != found[1]
     assert visit.values[-1] == [QUESTIONS[1], expected[1].text]
-    assert visit.values[1] == ["in this browser on wasm, 1 thread; WebGPU finds no GPU here"]
+    assert visit.values[1] == ["in this browser on wasm, 3 threads; WebGPU finds no GPU here"]
     assert "tokens/s" in visit.values[-2][0]
     assert all(request.startswith(url) for request in visit.requests)
 

@@ -122,7 +122,7 @@ export class Page {
     if (done.reason === 'length') this.#keepAtEnd(() => answer.note(`Cut after ${done.tokens} tokens.`));
     if (!answer.text) this.#keepAtEnd(() => answer.note('No text.'));
     const kept = done.keptTokens ? ` (${done.keptTokens} kept)` : '';
-    const parts = [`${done.promptTokens}${kept} + ${done.tokens} tokens`];
+    const parts = [`${done.promptTokens} prompt tokens${kept} · ${done.tokens} new`];
     const seconds = (performance.now() - this.#first) / 1000;
     if (done.tokens > 1 && this.#first !== null) parts.push(`${((done.tokens - 1) / seconds).toFixed(1)} tokens/s`);
     this.figures.textContent = parts.join(' · ');
@@ -158,11 +158,10 @@ export class Page {
     try {
       await action();
     } catch (error) {
-      const asksForKey = error.name === 'NeedsKey';
-      this.key.hidden = !asksForKey;
-      if (asksForKey) return this.secret.focus();
       this.fault.textContent = error.message;
-      this.fault.hidden = false;
+      this.fault.hidden = !error.message;
+      this.key.hidden = error.name !== 'NeedsKey';
+      if (!this.key.hidden) this.secret.focus();
     }
   }
 

@@ -70,7 +70,7 @@ export class Engine {
       if (error.name === 'AbortError') throw error;
       throw new Error('The server does not answer; is it still running?');
     }
-    if (response.status === 401) throw new NeedsKey('The server asks for its API key.');
+    if (response.status === 401) throw new NeedsKey(this.#key ? 'The server has another API key.' : '');
     if (response.ok) return response;
     const told = await response.json().catch(() => null);
     throw new Error(told?.error?.message ?? `The server answers ${response.status} to ${path}.`);

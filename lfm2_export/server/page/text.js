@@ -26,8 +26,13 @@ function blocks(text) {
     }
   }
   return found
-    .map(({ code, lines }) => ({ code, content: lines.join('\n') }))
-    .filter(({ code, content }) => code || content.trim());
+    .map(({ code, lines }) => ({ code, content: code ? lines.join('\n') : trimmed(lines.join('\n')) }))
+    .filter(({ code, content }) => code || content);
+}
+
+// Without the empty lines around it, which the distance between blocks stands for.
+function trimmed(text) {
+  return text.replace(/^\s*\n/, '').trimEnd();
 }
 
 function inline(text) {
