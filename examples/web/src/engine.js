@@ -72,7 +72,7 @@ export class Engine {
     }
   }
 
-  // Of the page and its worker, WebAssembly's included; not of the GPU. Chromium tells it to isolated pages alone.
+  // Of the page and its worker, as the browser counts; not of the GPU. Chromium tells it to isolated pages alone.
   async memory() {
     if (!performance.measureUserAgentSpecificMemory) return 'memory: not told by this browser';
     const { bytes } = await performance.measureUserAgentSpecificMemory();
