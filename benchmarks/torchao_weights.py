@@ -3,8 +3,9 @@
     python -m benchmarks.torchao_weights tiny-moe tiny-dense --output build/torchao.json
 
 In: checkpoints. Out: a table and JSON: the KL divergence from the unquantized model that the rounding of weights alone
-causes, in the eager model in float32: torchao's ``Int8DynamicActivationIntxWeightConfig`` (int4, groups of 32, symmetric), ours,
-and ours calibrated. Everything that 8da4w stores in 4 bits is rounded by each; what it stores in 8 bits is ours in all.
+causes, in the eager model in float32: torchao's ``Int8DynamicActivationIntxWeightConfig`` (int4, groups of 32,
+symmetric), ours, and ours calibrated. What 8da4w stores in 4 bits is rounded by each; what it stores in 8 bits is ours
+in all.
 """
 
 from __future__ import annotations
