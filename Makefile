@@ -33,8 +33,10 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/lfm2-export demo
 
-# Two processes: the tests are many small exports, which a second core halves.
+# Two processes: the tests are many small exports, which a second core halves. Our operators are compiled before, where
+# there is a compiler, so that no test waits for it.
 test: $(STAMP)
+	-$(BIN)/python -m lfm2_export.kernels
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 # .venv has the newest versions that are taken; these are the oldest that the whole suite is for.
