@@ -1,4 +1,4 @@
-"""Builds the operator libraries at first use, and remembers them.
+"""Builds the operator libraries at first use, and remembers them; ONNX Runtime's may have come with the wheel.
 
 In: the C++ sources beside this file, a C++ compiler and CMake, and for ExecuTorch its installed wheel. Out: the path of
 ``liblfm2_ops.so`` (ExecuTorch's operator), ``liblfm2_onnx.so`` (ONNX Runtime's operators) or the native runner in the
@@ -23,12 +23,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lfm2_export.hashing import cache_folder
-from lfm2_export.kernels.compiling import SOURCES, Build, KernelBuildError
+from lfm2_export.kernels import shipped, sources
+from lfm2_export.kernels.compiling import Build, KernelBuildError
 
 logger = logging.getLogger(__name__)
 
-_SUFFIX = "dylib" if sys.platform == "darwin" else "so"
-LIBRARY, ONNX_LIBRARY = f"liblfm2_ops.{_SUFFIX}", f"liblfm2_onnx.{_SUFFIX}"
+# As CMake names a shared library here.
+_NAME = {"darwin": "lib{}.dylib", "win32": "{}.dll"}.get(sys.platform, "lib{}.so")
+LIBRARY, ONNX_LIBRARY = _NAME.format("lfm2_ops"), _NAME.format("lfm2_onnx")
 RUNNER = "lfm2_native_run"
 _COMPILERS = ("c++", "g++", "clang++")
 # What to do instead of building.
@@ -50,16 +52,21 @@ def library_path() -> Path | None:
 
 
 def onnx_library_path() -> Path | None:
-    """ONNX Runtime's operator library, built now if it is not there; None without a compiler.
+    """ONNX Runtime's operator library: what a platform wheel brought, or built now if it is not there; None where
+    neither can be.
 
     Raises:
         KernelBuildError: the build failed.
     """
+    if (path := shipped.library(ONNX_LIBRARY)) is not None:
+        return path
     return None if tools() is None else _remembered(ONNX_LIBRARY, None)
 
 
 def built_onnx_library() -> Path | None:
-    """The same where it was built before; nothing is built."""
+    """The same where it was shipped, or built before; nothing is built."""
+    if (path := shipped.library(ONNX_LIBRARY)) is not None:
+        return path
     found = tools()
     path = None if found is None else _folder(None, found.compiler) / ONNX_LIBRARY
     return path if path is not None and path.exists() else None
@@ -124,11 +131,18 @@ class Tools(NamedTuple):
 @cache
 def tools() -> Tools | None:
     """CMake and the compiler ($CXX, or the first that is found); None if one is missing."""
-    scripts = sysconfig.get_path("scripts")  # `pip install cmake` puts it there, on the PATH or not
-    cmake = shutil.which("cmake") or shutil.which("cmake", path=scripts)
-    named = os.environ.get("CXX")
-    compiler = next(filter(None, map(shutil.which, [named] if named else _COMPILERS)), None)
+    cmake, compiler = _cmake(), _compiler()
     return None if cmake is None or compiler is None else Tools(cmake, compiler)
+
+
+def _cmake() -> str | None:
+    scripts = sysconfig.get_path("scripts")  # `pip install cmake` puts it there, on the PATH or not
+    return shutil.which("cmake") or shutil.which("cmake", path=scripts)
+
+
+def _compiler() -> str | None:
+    named = os.environ.get("CXX")
+    return next(filter(None, map(shutil.which, [named] if named else _COMPILERS)), None)
 
 
 @cache
@@ -141,12 +155,14 @@ def _remedy(target: str) -> str:
 
 
 def missing_tools(target: str) -> str:
-    """What is wanted to build ``target``, and what to do without it."""
+    """What is missing to build ``target``; of ExecuTorch's, also what to do without it."""
     wanted = os.environ.get("CXX") or " or ".join(_COMPILERS)
-    return (
-        f"{target} cannot be built: it needs CMake and a C++20 compiler ({wanted}); install them (pip install cmake), "
-        f"or use {_remedy(target)}"
-    )
+    lacking = [
+        *(["CMake (pip install cmake)"] if _cmake() is None else []),
+        *([f"a C++20 compiler ({wanted})"] if _compiler() is None else []),
+    ]
+    remedy = "" if target == ONNX_LIBRARY else f"; install what is missing, or use {_STOCK_OPERATOR}"
+    return f"{target} cannot be built without {' and '.join(lacking)}{remedy}"
 
 
 def _folder(package: Path | None, compiler: str) -> Path:
@@ -161,15 +177,8 @@ def _objects(found: Tools) -> Path:
 
 def _key(package: Path | None, compiler: str) -> str:
     wheel = [] if package is None else [str(package), importlib.metadata.version("executorch")]
-    parts = [platform.machine(), *wheel, _version(compiler)]
-    digest = hashlib.sha256("\n".join(parts).encode())
-    for file in sorted(_source_files()):
-        digest.update(f"\n{file.relative_to(SOURCES)}\n".encode() + file.read_bytes())
-    return digest.hexdigest()[:20]
-
-
-def _source_files() -> list[Path]:
-    return [SOURCES / "CMakeLists.txt", *(SOURCES / "src").iterdir(), *(SOURCES / "runner").iterdir()]
+    parts = [platform.machine(), *wheel, _version(compiler), sources.digest()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
 
 
 @cache

@@ -20,11 +20,11 @@ from pathlib import Path
 
 from lfm2_export.errors import Lfm2ExportError
 from lfm2_export.folders import Folder, UnexpectedKindError
+from lfm2_export.kernels.sources import SOURCES
 from lfm2_export.lock import Lock
 
 logger = logging.getLogger(__name__)
 
-SOURCES = Path(__file__).parent
 _WHOLE = "whole"  # in a folder of objects: no build was interrupted in it
 _POLL_S = 0.1
 
