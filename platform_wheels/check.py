@@ -54,19 +54,33 @@ def check(wheel: Path, artifact: Path) -> dict[str, object]:
 
 def _install(wheel: Path, environment: Path) -> Path:
     """The installed package's folder."""
-    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+    _done([sys.executable, "-m", "venv", str(environment)])
     python = str(environment / "bin" / "python")
-    subprocess.run([python, "-m", "pip", "install", "-q", "--disable-pip-version-check", str(wheel)], check=True)
-    where = "import sysconfig; print(sysconfig.get_path('platlib'))"
-    done = subprocess.run([python, "-c", where], check=True, capture_output=True, text=True)
-    return Path(done.stdout.strip()) / "lfm2_export"
+    _done([python, "-m", "pip", "install", "-q", "--disable-pip-version-check", str(wheel)])
+    where = _done([python, "-c", "import sysconfig; print(sysconfig.get_path('platlib'))"])
+    return Path(where.strip()) / "lfm2_export"
+
+
+def _done(command: list[str]) -> str:
+    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CheckError(f"{' '.join(command)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def _environment() -> dict[str, str]:
+    """Without what would bring another lfm2-export, or a compiler."""
+    return {name: value for name, value in os.environ.items() if name not in ("CXX", "PYTHONPATH")}
 
 
 def _run(work: Path, artifact: Path) -> subprocess.CompletedProcess[str]:
     program = work / "environment" / "bin" / "lfm2-export"
     command = [str(program), "run", str(artifact.absolute()), "--prompt", "What is a list?", "--json"]
-    environment = {name: value for name, value in os.environ.items() if name not in ("CXX", "PYTHONPATH")}
-    environment |= {"PATH": str(program.parent), "XDG_CACHE_HOME": str(work / "cache"), "HF_HUB_OFFLINE": "1"}
+    environment = _environment() | {
+        "PATH": str(program.parent),
+        "XDG_CACHE_HOME": str(work / "cache"),
+        "HF_HUB_OFFLINE": "1",
+    }
     return subprocess.run(
         [*command, "--max-new-tokens", "8", "--kernels", "lfm2"],
         env=environment,

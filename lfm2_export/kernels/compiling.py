@@ -11,12 +11,15 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from lfm2_export.errors import Lfm2ExportError
 from lfm2_export.folders import Folder, UnexpectedKindError
@@ -87,14 +90,27 @@ class Build:
     def _run(self, log: Path, mode: str, arguments: list[str]) -> None:
         command = [self.cmake, *arguments]
         with log.open(mode) as output:
-            done = subprocess.run(
-                command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, check=False
-            )
-        if done.returncode:
+            code = _exit_code(command, output)
+        if code:
             raise KernelBuildError(
-                f"{Path(self.cmake).name} failed with exit code {done.returncode} on {SOURCES}: its output is in "
-                f"{log}; or use {self.remedy}"
+                f"{Path(self.cmake).name} failed with exit code {code} on {SOURCES}: its output is in {log}; or use "
+                f"{self.remedy}"
             )
+
+
+def _exit_code(command: list[str], output: IO[str]) -> int:
+    """Of a command with all that it starts: an interruption ends the compilers too, which would go on without it."""
+    with subprocess.Popen(
+        command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            if sys.platform == "win32":
+                process.kill()
+            else:
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
 
 
 def _cmake_name(file_name: str) -> str:

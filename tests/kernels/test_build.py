@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import stat
 import subprocess
 import sys
@@ -109,11 +110,19 @@ for last; do :; done
 [ "$1" = --build ] || exit 0
 echo "begin $2" >> "$TALE"
 echo half > "$2/half.o"
-until [ -e "$GO" ]; do sleep 0.05; done
-echo "lib$4" > "$2/lib$4.so"
-echo "end $2" >> "$TALE"
+(
+  until [ -e "$GO" ]; do sleep 0.05; done
+  echo "lib$4" > "$2/lib$4.so"
+  echo "end $2" >> "$TALE"
+) &  # as CMake has compilers of its own
+wait
 """
-ASK = "from lfm2_export.kernels import build; print(build.{}())"
+ASK = """
+from lfm2_export import interrupts
+from lfm2_export.kernels import build
+with interrupts.raising():
+    print(build.{}())
+"""
 
 
 class Builders:
@@ -187,6 +196,18 @@ def test_what_a_killed_build_left_is_not_used(tmp_path: Path):
     assert folders[0] != folders[1]
     assert [folder.exists() for folder in folders] == [False, True]
     assert [found.parent for found in builders.cache.rglob("half.o")] == [folders[1]]
+
+
+def test_an_interruption_ends_the_compilers_and_leaves_no_objects(tmp_path: Path):
+    builders = Builders(tmp_path)
+    interrupted = builders.start("onnx_library_path")
+    builders.wait_for_a_build()
+    interrupted.terminate()
+    assert interrupted.wait(timeout=60) == 128 + signal.SIGTERM
+    builders.go.touch()  # a compiler that is still there would end by itself, and say so
+    time.sleep(0.3)
+    assert [line[0] for line in builders.told()] == ["begin"]
+    assert [found.name for found in builders.cache.rglob("*") if found.is_file()] == ["liblfm2_onnx.so.log"]
 
 
 # Before the compiler: notes each source of ours, and has it compile (next to) nothing in its place.
