@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest wheels lint format golden sanitize sanitized fuzz fuzz-operators faults bench bench-8b clean
+.PHONY: help demo test test-oldest wheels platform-wheels lint format golden sanitize sanitized fuzz fuzz-operators faults bench bench-8b clean
 
 help:
 	@echo "make demo      export the bundled checkpoint as fp32 and q4, prove it, generate text from both"
 	@echo "make test      run the tests"
 	@echo "make test-oldest  run them with the versions of oldest.txt, in .venv-oldest"
 	@echo "make wheels    build the wheels into dist/: lfm2-export, the bundled checkpoints' own, and optimum-cli's command"
+	@echo "make platform-wheels  and those with the compiled operators for Linux on x86-64 and aarch64; prove this machine's"
 	@echo "make lint      ruff format and check, mypy"
 	@echo "make sanitize  run the C++ kernels' and operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make fuzz      fuzz the readers of files for MINUTES=5 (of one: TARGET=checkpoint); Linux on x86-64"
@@ -33,8 +34,10 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/lfm2-export demo
 
-# Two processes: the tests are many small exports, which a second core halves.
+# Two processes: the tests are many small exports, which a second core halves. Our operators are compiled before, where
+# there is a compiler, so that no test waits for it.
 test: $(STAMP)
+	-$(BIN)/python -m lfm2_export.kernels
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 # .venv has the newest versions that are taken; these are the oldest that the whole suite is for.
@@ -52,6 +55,15 @@ test-oldest: $(OLDEST)/.installed
 wheels: $(STAMP)
 	rm -rf build/lib integrations/*/build
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist . integrations/lfm2-export-demo integrations/optimum-lfm2
+
+# The other machine's library needs its cross compiler (Debian: g++-aarch64-linux-gnu, g++-x86-64-linux-gnu).
+PLATFORM := build/platform_wheels
+platform-wheels: wheels
+	rm -rf $(PLATFORM) dist/lfm2_export-*-manylinux_*.whl
+	$(BIN)/python -m platform_wheels linux --into dist --work $(PLATFORM) \
+	  dist/lfm2_export-$$($(BIN)/python -c 'import lfm2_export; print(lfm2_export.__version__)')-py3-none-any.whl
+	$(BIN)/lfm2-export export tiny-moe --scheme q4 --output $(PLATFORM)/artifact
+	$(BIN)/python -m platform_wheels check dist/lfm2_export-*-manylinux_*_$$(uname -m).whl $(PLATFORM)/artifact
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

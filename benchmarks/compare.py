@@ -28,7 +28,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import shlex
 import statistics
 import sys
@@ -43,6 +42,7 @@ from benchmarks.processes import BenchmarkError, read_once, watch
 from benchmarks.synthetic import REAL_SHAPES
 from benchmarks.toolchain import Compiler, find_compiler
 from lfm2_export.errors import Lfm2ExportError
+from lfm2_export.resources import processor_name
 
 if TYPE_CHECKING:
     from benchmarks.programs import Program
@@ -116,7 +116,7 @@ def compare_one(
     found = Comparison(
         shape=shape,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        cpu=cpu_name(),
+        cpu=processor_name(),
         threads=options.threads,
         versions=versions(compiler, rival, [run for one in runs.values() for run in one]),
         read_gb_per_s=round(statistics.median(reads), 2),
@@ -168,14 +168,6 @@ def versions(compiler: Compiler, rival: llama_cpp.LlamaBench | None, runs: Seque
         commit = next((run.version for run in runs if run.version), "unknown")
         found[LLAMA_CPP] = f"{commit} ({rival.package}; {' '.join(['-march=native', *rival.flags])})"
     return found | ours()
-
-
-def cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def say(text: str) -> None:

@@ -18,9 +18,11 @@ import numpy as np
 
 from lfm2_export.artifact import Artifact
 from lfm2_export.backends import get_backend
+from lfm2_export.backends.arguments import check_threads
 from lfm2_export.backends.base import Runner, RunnerOptions, kernels_of
 from lfm2_export.backends.profile import Profile
 from lfm2_export.errors import GenerationError
+from lfm2_export.resources import processor_name
 from lfm2_export.runners import open_runner
 
 _SEED = 0
@@ -55,8 +57,8 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchResult:
-    """``kernels``: whose run here, and for which instructions. ``load_s`` from the call to a runner that is ready;
-    rates in tokens per second, medians over ``rounds``.
+    """``kernels``: whose run here, and for which instructions; ``processor``: as it names itself. ``load_s`` from the
+    call to a runner that is ready; rates in tokens per second, medians over ``rounds``.
 
     ``first_token_s``: load, prefill of the prompt and one token. ``peak_memory_bytes``: the most that this process
     held, Python included. ``artifact_bytes``: the program's files. ``profile``: None where none was asked for.
@@ -64,7 +66,8 @@ class BenchResult:
 
     program: str
     kernels: str
-    threads: int | None
+    threads: int
+    processor: str
     prompt_tokens: int
     new_tokens: int
     rounds: int
@@ -108,7 +111,8 @@ def measure(
     result = BenchResult(
         program=str(program),
         kernels=kernels_of(runner),
-        threads=options.threads,
+        threads=check_threads(options.threads),
+        processor=processor_name(),
         prompt_tokens=workload.prompt_tokens,
         new_tokens=workload.new_tokens,
         rounds=workload.rounds,

@@ -302,14 +302,15 @@ class _ToStderr(logging.Handler):
 
 @contextmanager
 def logging_to_stderr(*, verbose: bool) -> Iterator[None]:
-    """Within it the package's warnings are printed, and with ``verbose`` what it does."""
+    """Within it the package's warnings are printed, and that it compiles, which takes long; with ``verbose`` all that
+    it does."""
     logger, handler = logging.getLogger("lfm2_export"), _ToStderr()
-    before = logger.level
+    told = logger if verbose else logging.getLogger("lfm2_export.kernels.compiling")
+    before = told.level
     logger.addHandler(handler)
-    if verbose:
-        logger.setLevel(logging.INFO)
+    told.setLevel(logging.INFO)
     try:
         yield
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(before)
+        told.setLevel(before)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import platform
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -53,6 +54,15 @@ def usable_cores(topology: Path = Path("/sys/devices/system/cpu")) -> int:
     if not all(path.is_file() for path in siblings):
         return len(cpus)
     return len({path.read_text() for path in siblings})
+
+
+def processor_name(info: Path = Path("/proc/cpuinfo")) -> str:
+    """As the processor names itself to Linux on x86; elsewhere what Python knows, at least its architecture."""
+    if info.is_file():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def check_disk(folder: str | Path, needed: int, *, purpose: str = "the artifact") -> None:

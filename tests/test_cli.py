@@ -16,6 +16,7 @@ import pytest
 from lfm2_export import cli
 from lfm2_export.kernels import build, targets
 from lfm2_export.manifest import MANIFEST
+from lfm2_export.resources import processor_name, usable_cores
 from tests.checkpoints import tiny_config, write_random_checkpoint
 
 
@@ -82,6 +83,7 @@ def test_version_names_every_runtime(capsys: pytest.CaptureFixture[str]) -> None
     library = build.built_onnx_library()
     name = "not built yet" if library is None else targets.chosen(targets.runnable(library))
     assert out.splitlines()[-1] == f"our kernels: {name}"
+    assert out.splitlines()[-2] == f"processor: {processor_name()}, threads: {usable_cores()}"
 
 
 def test_no_verb_shows_the_help_and_fails(capsys: pytest.CaptureFixture[str]) -> None:

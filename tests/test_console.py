@@ -136,6 +136,19 @@ def test_verbose_prints_what_is_logged_and_only_then() -> None:
     assert logging.getLogger("lfm2_export").level == level
 
 
+def test_that_something_compiles_is_said_without_verbose() -> None:
+    from lfm2_export.kernels import compiling
+
+    level = compiling.logger.level
+    with printing(io.StringIO) as output:
+        with console.logging_to_stderr(verbose=False):
+            compiling.logger.info("compiling")
+            compiling.logger.debug("with -O3")
+        compiling.logger.info("quiet again")
+    assert output.getvalue() == "compiling\n"
+    assert compiling.logger.level == level
+
+
 @pytest.mark.parametrize("arguments", [("--verbose", "inspect", "a"), ("inspect", "--verbose", "a"), ("inspect", "a")])
 def test_what_a_message_has_no_room_for_is_told_to_who_asks(
     arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -120,3 +120,9 @@ def test_hardware_threads_of_one_core_count_once(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)), raising=False)
     assert usable_cores(tmp_path) == 4
     assert usable_cores(tmp_path / "nothing") == 6
+
+
+def test_a_processor_is_named_as_it_names_itself(tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: A Fast One\n")
+    assert resources.processor_name(tmp_path / "cpuinfo") == "A Fast One"
+    assert resources.processor_name(tmp_path / "none")

@@ -7,9 +7,11 @@ import platform
 from typing import Any, Protocol
 
 from lfm2_export import __version__
+from lfm2_export.backends.arguments import check_threads
 from lfm2_export.backends.base import Kernels, KvCache, RunnerOptions
 from lfm2_export.kernels import build, targets
 from lfm2_export.packages import listed_versions
+from lfm2_export.resources import processor_name
 
 
 class Command(Protocol):
@@ -102,10 +104,16 @@ def version_text() -> str:
     """Our version and that of every runtime found, a line each."""
     lines = [f"lfm2-export {__version__}", f"python {platform.python_version()}"]
     lines += [f"{name} {version or 'not installed'}" for name, version in listed_versions().items()]
+    lines.append(f"processor: {processor_name()}, threads: {check_threads(None)}")
     return "\n".join([*lines, f"our kernels: {_kernels()}"])
 
 
 def _kernels() -> str:
     """For which instructions our operators in ONNX Runtime run; they are built at first use, not to be asked for it."""
     library = build.built_onnx_library()
-    return "not built yet" if library is None else targets.chosen(targets.runnable(library))
+    if library is None:
+        return "not built yet"
+    try:
+        return targets.chosen(targets.runnable(library))
+    except OSError as error:
+        return f"{library} cannot be loaded ({error})"

@@ -171,6 +171,8 @@ class BenchCommand:
             return 0
         rows = [
             *([("kernels", result.kernels)] if result.kernels else []),
+            ("threads", str(result.threads)),
+            ("processor", result.processor),
             ("load", f"{result.load_s:.2f} s"),
             ("to the first token", f"{result.first_token_s:.2f} s"),
             (f"prefill of {result.prompt_tokens} tokens", f"{result.prefill_tps:.1f} tokens/s"),

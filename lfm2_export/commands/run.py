@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lfm2_export import console, interrupts
+from lfm2_export.backends.arguments import check_threads
 from lfm2_export.backends.base import kernels_of
 from lfm2_export.commands.base import add_artifact, add_json, add_machine
 from lfm2_export.commands.talk import (
@@ -26,6 +27,7 @@ from lfm2_export.errors import GenerationError
 from lfm2_export.generation import TokenEvent, generate
 from lfm2_export.messages import shown
 from lfm2_export.mixups import is_artifact
+from lfm2_export.resources import processor_name
 
 
 class RunCommand:
@@ -62,19 +64,25 @@ class RunCommand:
             skip_special_tokens=options.skip_special_tokens,
         )
         if options.json:
-            console.print_json(_collect(opened, ids, timed, "".join(pieces)))
+            console.print_json(_machine(options) | _collect(opened, ids, timed, "".join(pieces)))
         else:
             for piece in pieces:
                 console.stream(piece)
             console.stream("\n")
-            console.note(f"{_described(opened)}: {timed.summary(len(ids))}")
+            console.note(f"{_described(opened, options)}: {timed.summary(len(ids))}")
             note_speculation(opened)
         return 0
 
 
-def _described(opened: Opened) -> str:
+def _described(opened: Opened, options: argparse.Namespace) -> str:
+    """What ran, and on what: "onnx q4 on lfm2 avx2, threads: 2, <processor>"."""
     kernels = kernels_of(opened.runner)
-    return f"{opened.program} on {kernels}" if kernels else str(opened.program)
+    program = f"{opened.program} on {kernels}" if kernels else str(opened.program)
+    return "{}, threads: {threads}, {processor}".format(program, **_machine(options))
+
+
+def _machine(options: argparse.Namespace) -> dict[str, Any]:
+    return {"threads": check_threads(options.threads), "processor": processor_name()}
 
 
 def _asked(options: argparse.Namespace) -> str:

@@ -1,9 +1,9 @@
-"""Builds the operator libraries at first use, and remembers them.
+"""Builds the operator libraries at first use, and remembers them; ONNX Runtime's may have come with the wheel.
 
 In: the C++ sources beside this file, a C++ compiler and CMake, and for ExecuTorch its installed wheel. Out: the path of
 ``liblfm2_ops.so`` (ExecuTorch's operator), ``liblfm2_onnx.so`` (ONNX Runtime's operators) or the native runner in the
 user's cache, in a folder named for everything that went into it: a new version of anything builds anew, and what older
-ones built stays valid. Needs no source of either runtime.
+ones built stays valid. The kernels are compiled once for all three (``compiling.py``). It needs no source of either.
 """
 
 from __future__ import annotations
@@ -18,31 +18,24 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from lfm2_export.errors import Lfm2ExportError
 from lfm2_export.hashing import cache_folder
+from lfm2_export.kernels import shipped, sources
+from lfm2_export.kernels.compiling import Build, KernelBuildError
 
 logger = logging.getLogger(__name__)
 
-SOURCES = Path(__file__).parent
-_SUFFIX = "dylib" if sys.platform == "darwin" else "so"
-LIBRARY, ONNX_LIBRARY = f"liblfm2_ops.{_SUFFIX}", f"liblfm2_onnx.{_SUFFIX}"
+# As CMake names a shared library here.
+_NAME = {"darwin": "lib{}.dylib", "win32": "{}.dll"}.get(sys.platform, "lib{}.so")
+LIBRARY, ONNX_LIBRARY = _NAME.format("lfm2_ops"), _NAME.format("lfm2_onnx")
 RUNNER = "lfm2_native_run"
 _COMPILERS = ("c++", "g++", "clang++")
 # What to do instead of building.
 _REMEDY = {ONNX_LIBRARY: "onnxruntime's own kernels (--kernels stock)"}
 _STOCK_OPERATOR = "the program with the stock operator (--moe-op stock)"
-
-
-class KernelBuildError(Lfm2ExportError):
-    """The operator library could not be built; the message names the file that holds the compiler's output."""
-
-    exit_code = 3
 
 
 def library_path() -> Path | None:
@@ -55,21 +48,25 @@ def library_path() -> Path | None:
     if tools() is None:
         _say_once(missing_tools(LIBRARY))
         return None
-    return _remembered(LIBRARY, {}, package)
+    return _remembered(LIBRARY, package)
 
 
 def onnx_library_path() -> Path | None:
-    """ONNX Runtime's operator library, built now if it is not there; None without a compiler.
+    """ONNX Runtime's operator library: what a platform wheel brought, or built now if it is not there; None where
+    neither can be.
 
     Raises:
         KernelBuildError: the build failed.
     """
-    options = {"LFM2_BUILD_ONNX": "ON", "LFM2_BUILD_OPS": "OFF"}
-    return None if tools() is None else _remembered(ONNX_LIBRARY, options, None)
+    if (path := shipped.library(ONNX_LIBRARY)) is not None:
+        return path
+    return None if tools() is None else _remembered(ONNX_LIBRARY, None)
 
 
 def built_onnx_library() -> Path | None:
-    """The same where it was built before; nothing is built."""
+    """The same where it was shipped, or built before; nothing is built."""
+    if (path := shipped.library(ONNX_LIBRARY)) is not None:
+        return path
     found = tools()
     path = None if found is None else _folder(None, found.compiler) / ONNX_LIBRARY
     return path if path is not None and path.exists() else None
@@ -81,58 +78,35 @@ def runner_path() -> Path:
     Raises:
         KernelBuildError: executorch is not installed, there is no compiler, or the build failed.
     """
-    return _remembered(RUNNER, {"LFM2_BUILD_RUNNER": "ON", "LFM2_BUILD_OPS": "OFF"}, executorch_folder())
+    return _remembered(RUNNER, executorch_folder())
 
 
-def build(target: str, into: Path, *, options: Mapping[str, str], package: Path | None) -> Path:
-    """Runs CMake on our sources and puts the file ``target`` into the folder ``into`` once it is whole.
-
-    Args:
-        options: CMake cache entries, such as those of another compiler.
-        package: the executorch wheel's folder, for what is built against it.
-
-    Raises:
-        KernelBuildError: there is no compiler or CMake, or they failed; what they printed stays in a file.
-    """
+def _remembered(target: str, package: Path | None) -> Path:
+    """The file of a target of ``CMakeLists.txt``, built if it is not there; ``package``: the executorch wheel's folder,
+    for what is built against it."""
     found = tools()
     if found is None:
         raise KernelBuildError(missing_tools(target))
-    wheel = {} if package is None else {"CMAKE_PREFIX_PATH": str(package / "share" / "cmake")}
-    entries = {"CMAKE_CXX_COMPILER": found.compiler, **wheel, **options}
-    logger.info("building %s (once)", target)
-    try:
-        return _build(found.cmake, target, into, [f"-D{name}={value}" for name, value in entries.items()])
-    except OSError as error:
-        raise KernelBuildError(
-            f"{into}: {target} cannot be built here ({error}); set XDG_CACHE_HOME to a folder that can be written"
-        ) from error
+    result = _folder(package, found.compiler) / target
+    if result.exists():
+        return result
+    return Build(
+        result=result,
+        objects=_objects(found),
+        cmake=found.cmake,
+        entries={"CMAKE_CXX_COMPILER": found.compiler, "LFM2_BUILD_ONNX": "ON", **_wheel_entries(package)},
+        remedy=_remedy(target),
+    ).make()
 
 
-def _build(cmake: str, target: str, into: Path, definitions: list[str]) -> Path:
-    into.mkdir(parents=True, exist_ok=True)
-    log = into / f"{target}.log"
-    with tempfile.TemporaryDirectory(prefix=f"{target}.", dir=into) as work:
-        for mode, command in (
-            ("w", [cmake, "-S", str(SOURCES), "-B", work, *definitions]),
-            ("a", [cmake, "--build", work, "--target", _cmake_name(target), "--parallel"]),
-        ):
-            _run(log, command, mode, remedy=_remedy(target))
-        os.replace(Path(work, target), into / target)
-    log.unlink(missing_ok=True)
-    return into / target
-
-
-def _cmake_name(target: str) -> str:
-    return target.removeprefix("lib").partition(".")[0]
-
-
-def _remembered(target: str, options: Mapping[str, str], package: Path | None) -> Path:
-    found = tools()
-    if found is None:
-        raise KernelBuildError(missing_tools(target))
-    folder = _folder(package, found.compiler)
-    built = folder / target
-    return built if built.exists() else build(target, folder, options=options, package=package)
+def _wheel_entries(package: Path | None) -> dict[str, str]:
+    if package is None:
+        return {"LFM2_BUILD_OPS": "OFF"}
+    return {
+        "CMAKE_PREFIX_PATH": str(package / "share" / "cmake"),
+        "LFM2_BUILD_RUNNER": "ON",
+        "LFM2_EXECUTORCH_VERSION": importlib.metadata.version("executorch"),
+    }
 
 
 def executorch_folder() -> Path:
@@ -157,11 +131,18 @@ class Tools(NamedTuple):
 @cache
 def tools() -> Tools | None:
     """CMake and the compiler ($CXX, or the first that is found); None if one is missing."""
-    scripts = sysconfig.get_path("scripts")  # `pip install cmake` puts it there, on the PATH or not
-    cmake = shutil.which("cmake") or shutil.which("cmake", path=scripts)
-    named = os.environ.get("CXX")
-    compiler = next(filter(None, map(shutil.which, [named] if named else _COMPILERS)), None)
+    cmake, compiler = _cmake(), _compiler()
     return None if cmake is None or compiler is None else Tools(cmake, compiler)
+
+
+def _cmake() -> str | None:
+    scripts = sysconfig.get_path("scripts")  # `pip install cmake` puts it there, on the PATH or not
+    return shutil.which("cmake") or shutil.which("cmake", path=scripts)
+
+
+def _compiler() -> str | None:
+    named = os.environ.get("CXX")
+    return next(filter(None, map(shutil.which, [named] if named else _COMPILERS)), None)
 
 
 @cache
@@ -174,40 +155,32 @@ def _remedy(target: str) -> str:
 
 
 def missing_tools(target: str) -> str:
-    """What is wanted to build ``target``, and what to do without it."""
+    """What is missing to build ``target``; of ExecuTorch's, also what to do without it."""
     wanted = os.environ.get("CXX") or " or ".join(_COMPILERS)
-    return (
-        f"{target} cannot be built: it needs CMake and a C++20 compiler ({wanted}); install them (pip install cmake), "
-        f"or use {_remedy(target)}"
-    )
+    lacking = [
+        *(["CMake (pip install cmake)"] if _cmake() is None else []),
+        *([f"a C++20 compiler ({wanted})"] if _compiler() is None else []),
+    ]
+    remedy = "" if target == ONNX_LIBRARY else f"; install what is missing, or use {_STOCK_OPERATOR}"
+    return f"{target} cannot be built without {' and '.join(lacking)}{remedy}"
 
 
 def _folder(package: Path | None, compiler: str) -> Path:
     return cache_folder() / "kernels" / _key(package, compiler)
 
 
+def _objects(found: Tools) -> Path:
+    """Of the sources and tools alone: what is built against a wheel shares the kernels with what is not."""
+    digest = hashlib.sha256("\n".join([_key(None, found.compiler), *found]).encode())
+    return cache_folder() / "kernels" / f"objects-{digest.hexdigest()[:20]}"
+
+
 def _key(package: Path | None, compiler: str) -> str:
     wheel = [] if package is None else [str(package), importlib.metadata.version("executorch")]
-    parts = [platform.machine(), *wheel, _version(compiler)]
-    digest = hashlib.sha256("\n".join(parts).encode())
-    for file in sorted(_source_files()):
-        digest.update(f"\n{file.relative_to(SOURCES)}\n".encode() + file.read_bytes())
-    return digest.hexdigest()[:20]
+    parts = [platform.machine(), *wheel, _version(compiler), sources.digest()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
 
 
-def _source_files() -> list[Path]:
-    return [SOURCES / "CMakeLists.txt", *(SOURCES / "src").iterdir(), *(SOURCES / "runner").iterdir()]
-
-
+@cache
 def _version(compiler: str) -> str:
     return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-
-
-def _run(log: Path, command: list[str], mode: str, *, remedy: str) -> None:
-    with log.open(mode) as output:
-        done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, check=False)
-    if done.returncode:
-        raise KernelBuildError(
-            f"{Path(command[0]).name} failed with exit code {done.returncode} on {SOURCES}: its output is in {log}; "
-            f"or use {remedy}"
-        )

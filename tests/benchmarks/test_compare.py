@@ -147,12 +147,6 @@ def test_help_says_how_to_keep_the_machine_quiet() -> None:
     assert "--launcher" in text
 
 
-def test_cpu_name(tmp_path: Path) -> None:
-    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: A Fast One\n")
-    assert compare.cpu_name(tmp_path / "cpuinfo") == "A Fast One"
-    assert compare.cpu_name(tmp_path / "none")
-
-
 def test_results_are_one_json_a_shape() -> None:
     folder = Path(compare.__file__).parent / "results"
     for path in folder.glob("*.json"):

@@ -102,13 +102,15 @@ def _library(program: Program, kernels: Kernels) -> Path | None:
             f"{program}: has no graph for our kernels, which are for q4 and q8 in groups of 32 to 256; export "
             "such a scheme (again), or pass --kernels stock"
         )
+    if kernels is Kernels.AUTO:
+        return own_library()
     own = own_kernels()
-    if own.library is None and kernels is Kernels.LFM2:
-        raise RunnerError(f"our kernels cannot be had here: {own.missing}; or pass --kernels stock and no --kv-cache")
+    if own.library is None:
+        raise RunnerError(f"our kernels cannot be had here: {own.missing}; pass --kernels stock and no --kv-cache")
     return own.library
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class OwnKernels:
     """``library``: with our operators; None where it cannot be had, and ``missing`` says why. ``name``: the instruction
     set that its kernels use here, such as "avx2"."""
@@ -119,31 +121,39 @@ class OwnKernels:
 
 
 def own_library() -> Path | None:
-    """The library with our operators; None where it cannot be had."""
-    return own_kernels().library
-
-
-@functools.cache
-def own_kernels() -> OwnKernels:
-    """Our operators, built at first use. That they cannot be had is said once, with the cause.
+    """The library with our operators; None where it cannot be had, which is said once, with the cause.
 
     Raises:
         RunnerError: LFM2_KERNELS names kernels that this processor does not run.
     """
-    found = _find_own_kernels()
-    if found.missing:
-        logger.warning("%s; onnxruntime's own kernels run instead", found.missing)
-    return found
+    own = own_kernels()
+    if own.missing:
+        _say_once(own)
+    return own.library
 
 
-def _find_own_kernels() -> OwnKernels:
+@functools.cache
+def _say_once(own: OwnKernels) -> None:
+    logger.warning("%s; onnxruntime's own kernels run instead", own.missing)
+
+
+@functools.cache
+def own_kernels() -> OwnKernels:
+    """Our operators, built at first use, or why they cannot be had.
+
+    Raises:
+        RunnerError: LFM2_KERNELS names kernels that this processor does not run.
+    """
     try:
         path = build.onnx_library_path()
     except build.KernelBuildError as error:
         return OwnKernels(missing=str(error))
     if path is None:
         return OwnKernels(missing=build.missing_tools(build.ONNX_LIBRARY))
-    names = targets.runnable(path)
+    try:
+        names = targets.runnable(path)
+    except OSError as error:
+        return OwnKernels(missing=f"{path}: cannot be loaded ({error}); delete it to have it built again")
     if names == [targets.PLAIN]:
         return OwnKernels(missing=f"this processor lacks what our kernels are for ({targets.WANTED})")
     name = targets.chosen(names)

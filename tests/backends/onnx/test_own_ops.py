@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -152,6 +153,7 @@ def test_ours_are_chosen_where_they_can_be_had(artifact: Exported):
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     variants.own_kernels.cache_clear()
     monkeypatch.setattr(build, "onnx_library_path", lambda: None)
+    monkeypatch.setattr(build, "_compiler", lambda: None)
     yield
     variants.own_kernels.cache_clear()
 
@@ -172,9 +174,15 @@ def test_without_a_compiler_the_runtimes_own_kernels_are_chosen(artifact: Export
 
 
 @pytest.mark.parametrize("options", [{"kernels": "lfm2"}, {"kv_cache": "int8"}])
-def test_without_a_compiler_ours_are_refused_with_what_they_need(artifact: Exported, no_compiler, options):
-    with pytest.raises(RunnerError, match=r"cannot be had here: .* needs CMake and a C\+\+20 compiler.*no --kv-cache"):
+def test_without_a_compiler_ours_are_refused_with_what_they_need(artifact: Exported, no_compiler, options, caplog):
+    with pytest.raises(RunnerError, match="our kernels cannot be had here") as raised:
         lfm2_export.load_runner(artifact("tiny-moe"), scheme="q4", **options)
+    wanted = os.environ.get("CXX") or "c++ or g++ or clang++"
+    assert str(raised.value) == (
+        f"our kernels cannot be had here: liblfm2_onnx.so cannot be built without a C++20 compiler ({wanted}); "
+        "pass --kernels stock and no --kv-cache"
+    )
+    assert caplog.records == []  # nothing falls back
 
 
 def test_a_build_that_fails_is_said_and_the_runtimes_own_kernels_are_chosen(artifact, no_compiler, monkeypatch, caplog):
@@ -187,6 +195,17 @@ def test_a_build_that_fails_is_said_and_the_runtimes_own_kernels_are_chosen(arti
     assert [record.getMessage() for record in caplog.records] == [
         "cmake failed with exit code 1: its output is in a.log; onnxruntime's own kernels run instead"
     ]
+
+
+def test_a_library_that_cannot_be_loaded_is_said_and_the_runtimes_own_kernels_are_chosen(
+    artifact, no_compiler, monkeypatch, tmp_path, caplog
+):
+    (tmp_path / "liblfm2_onnx.so").write_text("no library")
+    monkeypatch.setattr(build, "onnx_library_path", lambda: tmp_path / "liblfm2_onnx.so")
+    assert choose(artifact("tiny-moe"), program_of(artifact("tiny-moe"), "q4")).library is None
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"{tmp_path}/liblfm2_onnx.so: cannot be loaded (")
+    assert line.endswith("); delete it to have it built again; onnxruntime's own kernels run instead")
 
 
 @needs_library
