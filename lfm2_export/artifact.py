@@ -33,10 +33,8 @@ from lfm2_export.staging import Staging, alone, contents, unfinished
 logger = logging.getLogger(__name__)
 
 # Of a text file: the largest tokenizer.json, with a vocabulary of 128,000, has 17 MB.
-_TEXT_LIMIT = 64 << 20
+TEXT_LIMIT = 64 << 20
 
-# People edit the model card; a changed one is no damage.
-_NOT_VOUCHED_FOR = (CARD, MANIFEST)
 _INDEX = Index(
     name=MANIFEST,
     sizes=lambda data: {name: entry.bytes for name, entry in Manifest.from_json(data).all_files().items()},
@@ -162,7 +160,8 @@ class Artifact:
         if hashes:
             self._check_hashes(entries)
         for name in self.edited():
-            _check_text(self.path / name, self.path)
+            if name != CARD:  # which only people read
+                _check_text(self.path / name, self.path)
 
     def _has(self, name: str) -> bool:
         return paths.exists(self.path / name, ArtifactError)
@@ -204,6 +203,30 @@ class Artifact:
         """
         here = {name: entry for name, entry in self.manifest.files.items() if self._has(name)}
         return edited(self.path, here)
+
+    @property
+    def owns_card(self) -> bool:
+        """Whether the model card is an export's still: there, not edited and not adopted."""
+        card = self.manifest.files.get(CARD)
+        return card is not None and CARD not in self.manifest.adopted and self._has(CARD) and CARD not in self.edited()
+
+    def adopt(self) -> tuple[Artifact, list[str]]:
+        """Records the shared files that were edited as they are now, and that further exports keep them; with their
+        names. Files of programs are nobody's to edit.
+
+        Raises:
+            ArtifactError: one is no text (or JSON, where its name says so) any more, a program's file was changed, the
+                folder cannot be written, or an export is writing to it.
+            ResourceError: the disk is full.
+        """
+        with alone(self.path) as folder:
+            artifact = replace(self, manifest=_read_manifest(self.path))
+            artifact.verify()
+            names = artifact.edited()
+            manifest = artifact.manifest.with_adopted(_entries(self.path, names))
+            if names:
+                folder.write(MANIFEST, manifest.to_json().encode())
+        return replace(self, manifest=manifest), names
 
     def _check_size(self, name: str, entry: FileEntry) -> None:
         path = self.path / name
@@ -276,8 +299,16 @@ class Artifact:
             manifest = _with_parity(_read_manifest(self.path), parity or {}, self.path)
             if readme is not None:
                 folder.write(CARD, readme.encode())
+                manifest = replace(manifest, files={**manifest.files, **_entries(self.path, [CARD])})
             folder.write(MANIFEST, manifest.to_json().encode())
         return replace(self, manifest=manifest)
+
+
+def _entries(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
+    """Size and SHA-256 of files as they are now."""
+    written = {name: folder / name for name in names}
+    digests = sha256_files(written.values())
+    return {name: FileEntry(bytes=path.stat().st_size, sha256=digests[path]) for name, path in sorted(written.items())}
 
 
 def edited(folder: Path, entries: Mapping[str, FileEntry]) -> list[str]:
@@ -304,9 +335,9 @@ def _is_regular(path: Path) -> bool:
 def _check_text(path: Path, folder: Path) -> None:
     """Refuses what is neither JSON, where the name says so, nor text."""
     if path.suffix == ".json":
-        files.read_json_object(path, folder, ArtifactError, limit=_TEXT_LIMIT)
+        files.read_json_object(path, folder, ArtifactError, limit=TEXT_LIMIT)
     else:
-        files.read_text(path, folder, ArtifactError, limit=_TEXT_LIMIT)
+        files.read_text(path, folder, ArtifactError, limit=TEXT_LIMIT)
 
 
 def _with_parity(manifest: Manifest, parity: Mapping[tuple[str, str], Mapping[str, Any]], folder: Path) -> Manifest:
@@ -473,16 +504,9 @@ class ArtifactWriter:
             shared = other.files.keys() & set(names)
             if other.key != program.key and shared:
                 raise ArtifactError(f"{self.folder}: {min(shared)} of {program} belongs to {other} already")
-        program = replace(program, files=self._entries(names))
+        program = replace(program, files=_entries(self._staging.files, names))
         self._added[program.key] = program
         return program
-
-    def _entries(self, names: Iterable[str]) -> dict[str, FileEntry]:
-        written = {name: self._staging.files / name for name in names}
-        digests = sha256_files(written.values())
-        return {
-            name: FileEntry(bytes=path.stat().st_size, sha256=digests[path]) for name, path in sorted(written.items())
-        }
 
     @property
     def programs(self) -> tuple[Program, ...]:
@@ -511,20 +535,24 @@ class ArtifactWriter:
             # A link is replaced itself, wherever it leads.
             if (self._staging.files / name).is_file() and _is_regular(self.folder / name)
         }
-        for name in edited(self.folder, ours):
+        for name in sorted({*edited(self.folder, ours), *(self.existing.adopted & ours.keys())}):
+            how = "adopted" if name in self.existing.adopted else "edited since the last export"
             logger.warning(
-                "%s: was edited since the last export and stays as it is; to have it made anew, delete it first",
+                "%s: was %s and stays as it is; to have it made anew, delete it first",
                 paths.shown(self.folder / name),
+                how,
             )
             (self._staging.files / name).unlink()
 
     def _manifest(self) -> Manifest:
         claimed = {name for program in self._added.values() for name in program.files}
         written = {p.relative_to(self._staging.files).as_posix() for p in self._staging.files.rglob("*") if p.is_file()}
-        shared = self._entries(written - claimed - set(_NOT_VOUCHED_FOR))
+        shared = _entries(self._staging.files, written - claimed - {MANIFEST})
         kept = dict(self.existing.files) if self.existing else {}
+        adopted = self.existing.adopted if self.existing else frozenset()
         return Manifest(
             checkpoint=self.existing.checkpoint if self.existing else self._checkpoint,
             programs=self.programs,
             files=dict(sorted({**kept, **shared}.items())),
+            adopted_files=tuple(sorted(adopted - shared.keys())),  # what was made anew is an export's again
         )

@@ -85,6 +85,7 @@ def _artifact(artifact: Artifact) -> dict[str, Any]:
         "checkpoint": str(record),
         "programs": [_program(program, artifact) for program in artifact.select()],
         "edited_files": [as_unicode(name) for name in artifact.edited()],
+        "adopted_files": [as_unicode(name) for name in artifact.manifest.adopted_files],
         "missing_files": [as_unicode(name) for name in artifact.missing()],
     }
 

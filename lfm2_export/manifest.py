@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lfm2_export import json_values
@@ -178,12 +178,25 @@ class Program:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The whole file. ``files`` are those that no single program owns: config, tokenizer, licence."""
+    """The whole file. ``files`` are those that no single program owns: config, tokenizer, licence, model card;
+    ``adopted_files`` the names of those of them that are not an export's but as their owner wants them."""
 
     checkpoint: CheckpointRecord
     programs: tuple[Program, ...] = ()
     files: Mapping[str, FileEntry] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
+    adopted_files: tuple[str, ...] = ()
+
+    @property
+    def adopted(self) -> frozenset[str]:
+        return frozenset(self.adopted_files)
+
+    def with_adopted(self, entries: Mapping[str, FileEntry]) -> Manifest:
+        """With shared files as their owner has made them."""
+        assert entries.keys() <= self.files.keys()
+        return replace(
+            self, files={**self.files, **entries}, adopted_files=tuple(sorted(self.adopted | entries.keys()))
+        )
 
     def all_files(self) -> dict[str, FileEntry]:
         """Every file that is vouched for, by its name in the artifact."""
@@ -193,7 +206,10 @@ class Manifest:
         return found
 
     def to_json(self) -> str:
-        return json.dumps(encode(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        value = encode(self)
+        if not self.adopted_files:  # so that versions that know of none read it
+            del value["adopted_files"]
+        return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, place: str = MANIFEST) -> Manifest:
@@ -228,6 +244,9 @@ def _check(manifest: Manifest) -> None:
             raise ArtifactError(f"the file name {shown(name)} leaves the artifact's folder")
         if entry.bytes < 0 or len(entry.sha256) != 64 or set(entry.sha256) - set("0123456789abcdef"):
             raise ArtifactError(f"{named(name)} has no valid size and sha256")
+    for name in manifest.adopted_files:
+        if name not in manifest.files:
+            raise ArtifactError(f"adopted_files names {shown(name)}, which is not among the shared files")
     seen: set[tuple[str, str]] = set()
     for program in manifest.programs:
         _check_program(program)
@@ -310,6 +329,8 @@ def _check_shape(program: Program, tensor: TensorSpec | StoredTensor) -> None:
 
 def _check_figures(program: Program) -> None:
     """Those that the model card shows."""
+    if not isinstance(text := (program.parity or {}).get("text", ""), str):
+        raise ArtifactError(f"{program} has parity.text={shown(text)}, which is not a string")
     for hop in _SHOWN_HOPS:
         figures = (program.parity or {}).get(hop, {})
         if not isinstance(figures, Mapping):

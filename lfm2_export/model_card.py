@@ -10,15 +10,17 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lfm2_export.backends import BACKENDS
+from lfm2_export.backends import BACKENDS, tested_with
 from lfm2_export.checkpoint import Checkpoint
 from lfm2_export.manifest import ENCODER, CheckpointRecord, Program
 from lfm2_export.messages import one_line
 from lfm2_export.resources import human_bytes
+from lfm2_export.source import SUFFIX
 from lfm2_export.templating import fill_in
 
 _MARKUP = re.compile(r"[\\`*\[\]<>|#&~]")
 _NAME_LIMIT = 200
+_JS_LIBRARY = "transformers.js"  # the Hub's name for it
 _FIGURE_NAMES = ("Lowering: max error", "Lowering: KL", "Quantization: KL", "Same top token", "Perplexity")
 _ENCODER_FIGURE_NAMES = ("Lowering: max error", "Lowering: 1 - cosine", "Cosine to fp32, mean", "Least")
 
@@ -31,15 +33,18 @@ def render(record: CheckpointRecord, programs: Sequence[Program], checkpoint: Ch
     total, active = checkpoint.parameter_count, checkpoint.active_parameter_count
     licences = [path.name for path in checkpoint.files() if path.name.startswith("LICENSE")]
     values = {
-        "front_matter": _front_matter(record, checkpoint, licences),
+        "front_matter": _front_matter(record, programs, checkpoint, licences),
         "record": record,
         "total": _millions(total),
         "active": None if active == total else _millions(active),
         "programs": [_row(program) for program in programs],
-        "how_to_run": [BACKENDS[name].how_to_run(own) for name, own in by_backend.items() if name in BACKENDS],
+        "how_to_run": [
+            BACKENDS[name].how_to_run(own, record.model_type) for name, own in by_backend.items() if name in BACKENDS
+        ],
         "widths": [row for program in programs if (row := _widths(program))],
         "figures": [row for program in programs if (row := _figures(program))],
         "figure_names": _FIGURE_NAMES if checkpoint.config.encoder is None else _ENCODER_FIGURE_NAMES,
+        "texts": dict.fromkeys(str(text) for p in programs if (text := (p.parity or {}).get("text"))),
         "licence": licences[0] if licences else None,
     }
     return fill_in("model_card.md", values, filters={"plain": _plain, "code": _code})
@@ -59,18 +64,46 @@ def _code(name: object) -> str:
     return f"`{one_line(str(name), _NAME_LIMIT).replace('`', chr(39)).replace('|', '/')}`"
 
 
-def _front_matter(record: CheckpointRecord, checkpoint: Checkpoint, licences: Sequence[str]) -> str:
+def _front_matter(
+    record: CheckpointRecord, programs: Sequence[Program], checkpoint: Checkpoint, licences: Sequence[str]
+) -> str:
     """What the Hub reads, as YAML."""
     from huggingface_hub import ModelCardData
 
+    base = _base_model(record)
+    quantized = any(tensor.granularity for program in programs for tensor in program.tensors)
     data = ModelCardData(
         license="other" if licences else None,
-        base_model=record.name if record.revision else None,
-        library_name=None if checkpoint.config.drafter is not None else "transformers.js",
+        license_link=licences[0] if licences else None,
+        base_model=base,
+        base_model_relation="quantized" if base and quantized else None,
+        library_name=None if checkpoint.config.drafter is not None else _library(record, programs),
         pipeline_tag=_task(checkpoint),
-        tags=["lfm2", "onnx"],
+        tags=_tags(record, programs),
     )
     return data.to_yaml()
+
+
+def _base_model(record: CheckpointRecord) -> str | None:
+    """The repository that the checkpoint came from; of a GGUF file, the one that holds it."""
+    if not record.revision:
+        return None
+    return "/".join(record.name.split("/")[:2]) if record.name.lower().endswith(SUFFIX) else record.name
+
+
+def _library(record: CheckpointRecord, programs: Sequence[Program]) -> str:
+    """What the Hub shows how to open it with: Transformers.js where it does, else what its first program is for."""
+    for program in programs:
+        if program.backend in BACKENDS:
+            opened_by = tested_with(BACKENDS[program.backend].TESTED_WITH, record.model_type, program.scheme)
+            if _JS_LIBRARY in opened_by.lower():
+                return _JS_LIBRARY
+    return programs[0].backend
+
+
+def _tags(record: CheckpointRecord, programs: Sequence[Program]) -> list[str]:
+    """The family, the files' formats, and ours."""
+    return list(dict.fromkeys(["lfm2-export", record.model_type, *(program.backend for program in programs)]))
 
 
 def _task(checkpoint: Checkpoint) -> str:

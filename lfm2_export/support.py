@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lfm2_export.backends import BACKENDS
+from lfm2_export.backends import BACKENDS, tested_with
 from lfm2_export.families import DRAFTERS, FAMILIES
 
 
@@ -80,8 +80,7 @@ def supported() -> Iterator[Supported]:
                     backend=name,
                     scheme=scheme,
                     file=file,
-                    runtimes=backend.TESTED_WITH.get(f"{family} {scheme}")
-                    or backend.TESTED_WITH.get(scheme, "lfm2-export"),
+                    runtimes=tested_with(backend.TESTED_WITH, family, scheme),
                 )
     for family in DRAFTERS:  # which nothing else runs
         for name, backend in BACKENDS.items():

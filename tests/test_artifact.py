@@ -63,7 +63,7 @@ def test_a_new_artifact_holds_what_was_written_and_nothing_else(out: Path) -> No
     assert os.listdir(out.parent) == ["out"]
     opened = Artifact.open(out)
     assert opened.manifest == made.manifest
-    assert list(opened.manifest.files) == ["config.json"]
+    assert list(opened.manifest.files) == ["README.md", "config.json"]
     assert list(opened.program().files) == ["onnx/model_q4.onnx", "onnx/model_q4.onnx_data"]
     assert opened.graph(opened.program(), "model") == out / "onnx/model_q4.onnx"
     assert opened.graph(opened.program(), "scoring") is None
@@ -652,8 +652,8 @@ def test_shared_files_are_their_owners(out: Path) -> None:
 
 def test_a_changed_model_card_is_no_damage(out: Path) -> None:
     write_artifact(out)
-    (out / "README.md").write_text("edited")
-    Artifact.open(out)
+    (out / "README.md").write_bytes(b"edited, in Latin-1: \xe9")
+    assert Artifact.open(out).edited() == ["README.md"]
 
 
 def test_one_program_can_be_checked_alone(out: Path) -> None:
@@ -675,7 +675,7 @@ def test_a_second_opening_reads_no_file_again(out: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(hashing, "sha256_file", lambda path: (reads.append(path.name), real(path))[1])
     Artifact.open(out)
     Artifact.open(out)
-    assert sorted(reads) == ["config.json", "model_q4.onnx", "model_q4.onnx_data"]
+    assert sorted(reads) == ["README.md", "config.json", "model_q4.onnx", "model_q4.onnx_data"]
 
 
 def test_the_preferred_program(out: Path) -> None:

@@ -151,3 +151,55 @@ def test_weights_that_are_missing_or_changed_are_still_refused(own: Path) -> Non
     with pytest.raises(ArtifactError, match=r"model_q4.onnx_data: is missing"):
         lfm2_export.load_runner(own, scheme="q4")
     assert lfm2_export.Artifact.open(own).program().scheme == "fp32"
+
+
+def test_adopted_edits_are_recorded_and_kept_by_further_exports(own: Path, capsys: pytest.CaptureFixture) -> None:
+    json_edit("genai_config.json", search={"max_length": 8192})(own)
+    (own / "chat_template.jinja").write_text("mine")
+    (own / "README.md").write_bytes(b"# mine, in Latin-1: \xe9")
+    names = ["README.md", "chat_template.jinja", "genai_config.json"]
+    kept = {name: (own / name).read_bytes() for name in names}
+    assert lfm2_export.Artifact.open(own).edited() == names
+    assert main(["adopt", str(own)]) == 0
+    assert capsys.readouterr().out == "adopted: README.md, chat_template.jinja, genai_config.json\n"
+    assert lfm2_export.Artifact.open(own).edited() == []
+    assert main(["inspect", str(own)]) == 0
+    printed = capsys.readouterr().out
+    assert "adopted: README.md, chat_template.jinja, genai_config.json" in printed
+    assert "edited since" not in printed
+    assert main(["adopt", str(own), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"adopted": [], "adopted_files": names}
+
+    (own / "chat_template.jinja").unlink()  # to have it made anew
+    lfm2_export.export("tiny-dense", scheme="fp32", output=own)
+    found = lfm2_export.Artifact.open(own)
+    assert (own / "chat_template.jinja").read_bytes() != kept.pop("chat_template.jinja")
+    assert {name: (own / name).read_bytes() for name in kept} == kept
+    assert (found.edited(), list(found.manifest.adopted_files)) == ([], sorted(kept))
+
+
+def test_an_artifact_without_adopted_files_is_read_by_versions_that_know_of_none(own: Path) -> None:
+    assert "adopted_files" not in json.loads((own / "lfm2_export.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("config.json", b"{", "config.json: is not JSON"),
+        ("onnx/model_q4.onnx", b"\x08", "model_q4.onnx: has 1 bytes where the export wrote"),
+    ],
+)
+def test_what_is_no_text_any_more_or_a_program_is_not_adopted(
+    own: Path, capsys: pytest.CaptureFixture, name: str, content: bytes, text: str
+) -> None:
+    manifest = (own / "lfm2_export.json").read_bytes()
+    (own / name).write_bytes(content)
+    assert main(["adopt", str(own)]) == 2
+    assert text in capsys.readouterr().err
+    assert (own / "lfm2_export.json").read_bytes() == manifest
+
+
+def test_a_manifest_may_not_adopt_what_it_does_not_list(own: Path, capsys: pytest.CaptureFixture) -> None:
+    json_edit("lfm2_export.json", adopted_files=["onnx/model_q4.onnx"])(own)
+    assert main(["inspect", str(own)]) == 2
+    assert "adopted_files names 'onnx/model_q4.onnx', which is not among the shared files" in capsys.readouterr().err

@@ -300,7 +300,8 @@ def test_a_text_of_ones_own_is_used_and_named(artifact: Callable[[str], Path], t
     report = measure_parity(
         artifact("tiny-dense"), "tiny-dense", scheme="fp32", text=tmp_path / "mine.txt", max_tokens=FEW, threads=1
     )
-    assert report.text == "96 tokens of mine.txt"
+    digest = hashlib.sha256((tmp_path / "mine.txt").read_bytes()).hexdigest()
+    assert report.text == f"96 tokens of mine.txt (sha256 {digest[:12]})"
     assert report.passed
 
 
@@ -318,9 +319,13 @@ def test_figures_are_recorded_in_manifest_and_model_card(copied: Callable[[str],
     assert artifact.program("onnx", "q8").parity is None
     card = found.artifact / "README.md"
     assert "Parity with the eager model" in card.read_text()
-    card.write_bytes(b"mine, in Latin-1: \xe9")
-    record_parity(found.artifact, found.checkpoint, report)
-    assert card.read_bytes() == b"mine, in Latin-1: \xe9"
+    assert f"Measured on {report.text}." in card.read_text()
+    assert artifact.edited() == []
+    for change in (lambda: card.write_bytes(b"mine, in Latin-1: \xe9"), lambda: artifact.adopt(), card.unlink):
+        change()
+        before = card.read_bytes() if card.exists() else None
+        record_parity(found.artifact, found.checkpoint, report)
+        assert (card.read_bytes() if card.exists() else None) == before
 
 
 def test_weights_that_amplify_int8_activations_are_told_from_a_wrong_lowering(tmp_path: Path) -> None:
@@ -351,10 +356,9 @@ def test_figures_that_cannot_be_recorded_are_printed_all_the_same(
     report = measure_parity(found.artifact, found.checkpoint, scheme="fp32", max_tokens=FEW, threads=1)
     monkeypatch.setattr(hops, "measure", lambda *_, **__: report)
     with ArtifactWriter(found.artifact, CheckpointRecord.of(open_checkpoint(str(found.checkpoint)))):
-        assert main(["parity", str(found.artifact), str(found.checkpoint), "--json"]) == 0
+        assert main(["parity", str(found.artifact), str(found.checkpoint), "--json", "--record"]) == 2
     out, err = capsys.readouterr()
     assert json.loads(out) == report.to_json()
-    assert "the figures were not written into the artifact: " in err
     assert "another export is writing to it" in err
 
 

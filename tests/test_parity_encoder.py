@@ -77,12 +77,16 @@ def test_every_scheme_passes_and_every_control_is_noticed(trained: Exported) -> 
 def test_the_command_keeps_its_figures(copy: Path, trained: Exported, capsys: pytest.CaptureFixture[str]) -> None:
     page = copy.parent / "page.html"
     arguments = [str(copy), str(trained.checkpoint), "--scheme", "q8", "--report", str(page)]
+    before = {name: (copy / name).read_bytes() for name in ("lfm2_export.json", "README.md")}
     assert main(["parity", *arguments]) == 0
+    assert {name: (copy / name).read_bytes() for name in before} == before
+    assert main(["parity", *arguments, "--record"]) == 0
     assert "sentence_embedding, mean" in capsys.readouterr().out
     program = lfm2_export.Artifact.open(copy).program(scheme="q8")
     assert program.parity is not None
     assert program.parity["quantization"]["cosine"] > COSINES["q8"]
     assert "| onnx q8 | " in (copy / "README.md").read_text().partition("## Parity")[2]
+    assert f"Measured on {program.parity['text']}." in (copy / "README.md").read_text()
     assert "KL divergence" not in page.read_text()
 
 

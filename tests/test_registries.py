@@ -131,7 +131,7 @@ class Copying:
             tensors=tuple(StoredTensor(name=name, shape=info.shape, dtype="float32") for name, info in tensors),
         )
 
-    def how_to_run(self, programs: Sequence[Program]) -> str:
+    def how_to_run(self, programs: Sequence[Program], family: str) -> str:
         return "## Run it\n\nAs you like.\n"
 
     def runtime_files(self, checkpoint, writer) -> None:

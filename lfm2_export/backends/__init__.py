@@ -81,7 +81,7 @@ class Backend(Protocol):
     def export_program(self, request: ExportRequest) -> ExportedProgram:
         """Writes the program's files below ``request.folder``."""
 
-    def how_to_run(self, programs: Sequence[Program]) -> str:
+    def how_to_run(self, programs: Sequence[Program], family: str) -> str:
         """Markdown for the model card: how these programs, all of this backend, are run."""
 
     def runtime_files(self, checkpoint: Checkpoint, writer: ArtifactWriter) -> None:
@@ -111,6 +111,11 @@ class Backend(Protocol):
         self, folder: Path, program: Program, rows: Sequence[np.ndarray], *, threads: int | None = None
     ) -> FullPrecision | None:
         """Logits of every position with kernels that leave activations alone; None where there is no such choice."""
+
+
+def tested_with(table: Mapping[str, str], family: str, scheme: str) -> str:
+    """The runtimes that a ``TESTED_WITH`` has for a family's scheme, in words."""
+    return table.get(f"{family} {scheme}") or table.get(scheme, "lfm2-export")
 
 
 def option_flag(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lfm2_export.commands.adopt import AdoptCommand
 from lfm2_export.commands.base import Command, version_text
 from lfm2_export.commands.chat import ChatCommand
 from lfm2_export.commands.check import BenchCommand, ParityCommand
@@ -23,6 +24,7 @@ COMMANDS: tuple[Command, ...] = (
     ParityCommand(),
     QualityCommand(),
     BenchCommand(),
+    AdoptCommand(),
     InspectCommand(),
     SupportCommand(),
     DemoCommand(),

@@ -37,6 +37,11 @@ class ParityCommand:
         parser.add_argument("checkpoint", metavar="CHECKPOINT", type=given, help="what the artifact was made of")
         parser.add_argument("--text", metavar="FILE", type=given, help="text that the checkpoint was not trained on")
         parser.add_argument("--report", metavar="FILE.html", type=given, help="also write a page with all figures")
+        parser.add_argument(
+            "--record",
+            action="store_true",
+            help="write the figures, and on which text, into the artifact's manifest and model card",
+        )
         add_max_kl(parser)
         add_source(parser)
         add_json(parser)
@@ -97,17 +102,15 @@ def refuse_encoder(artifact: str, option: str) -> None:
 
 
 def _keep(options: argparse.Namespace, report: ParityReport, source: dict[str, Any]) -> None:
-    """Writes the page that was asked for, and the figures into the artifact where that is possible."""
+    """Writes the page and the record that were asked for; the one also where the other fails."""
     from lfm2_export.parity import page, record_parity
 
     try:
         if options.report:
             page.write(report, options.report)
     finally:
-        try:
+        if options.record:
             record_parity(options.artifact, options.checkpoint, report, **source)
-        except Lfm2ExportError as error:
-            console.note(f"the figures were not written into the artifact: {error}")
 
 
 def check_writable(path: str) -> None:

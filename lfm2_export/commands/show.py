@@ -97,6 +97,7 @@ def _print_artifact(found: dict[str, Any]) -> None:
     for note, names in (
         ("not in this folder", absent),
         ("edited since the export", found["edited_files"]),
+        ("adopted", found["adopted_files"]),
         ("missing", found["missing_files"]),
     ):
         if names:

@@ -5,20 +5,21 @@ In: the arguments of ``measure_parity``. Out: a ``ParityReport``; recorded in th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from lfm2_export import model_card
+from lfm2_export import model_card, paths
 from lfm2_export.artifact import Artifact
 from lfm2_export.backends import get_backend
 from lfm2_export.backends.base import RunnerOptions
 from lfm2_export.backends.eager import EagerRunner
 from lfm2_export.checkpoint import Checkpoint, CheckpointRequest
 from lfm2_export.errors import ArtifactError
-from lfm2_export.manifest import CheckpointRecord, Program
+from lfm2_export.manifest import CARD, MANIFEST, CheckpointRecord, Program
 from lfm2_export.models.loading import load_model
 from lfm2_export.packages import recorded_versions
 from lfm2_export.parity import encoder
@@ -31,6 +32,8 @@ from lfm2_export.parity.report import ParityReport, ProgramParity
 from lfm2_export.parity.sample import Sample, read_sample
 from lfm2_export.parity.storage import ComparedWeights
 from lfm2_export.resources import check_memory
+
+logger = logging.getLogger(__name__)
 
 # torch, transformers and a runtime, beside the weights.
 _MEMORY_BASE = 512 << 20
@@ -188,9 +191,10 @@ def _score_text(subject: Subject, sample: Sample, reference: list[np.ndarray]) -
 
 def _record(artifact: Artifact, report: ParityReport, checkpoint: Checkpoint) -> None:
     """Writes the figures into the manifest, and into the model card unless somebody has edited it."""
-    card = artifact.path / "README.md"
-    before = model_card.render(artifact.manifest.checkpoint, artifact.programs, checkpoint)
-    untouched = card.is_file() and card.read_bytes() == before.encode()
+    owns_card = artifact.owns_card
     updated = artifact.update(parity=report.records())
-    if untouched:
+    if owns_card:
         updated.update(readme=model_card.render(updated.manifest.checkpoint, updated.programs, checkpoint))
+    else:
+        card = paths.shown(artifact.path / CARD)
+        logger.warning("%s: is not as the export wrote it and stays so; the figures are in %s alone", card, MANIFEST)

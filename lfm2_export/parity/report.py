@@ -143,10 +143,11 @@ class ParityReport:
         }
 
     def records(self) -> dict[tuple[str, str], dict[str, Any]]:
-        """What the manifest keeps of each program: the figures that matter and the verdict of each hop."""
+        """What the manifest keeps of each program: the text, the figures that matter and the verdict of each hop."""
         return {
             measured.program.key: {
-                hop.name: {**finite(hop.summary), "passed": hop.passed} for hop in (self.model, *measured.hops)
+                "text": self.text,
+                **{hop.name: {**finite(hop.summary), "passed": hop.passed} for hop in (self.model, *measured.hops)},
             }
             for measured in self.programs
         }

@@ -7,6 +7,7 @@ only differences mean something.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def read_sample(checkpoint: Checkpoint, text: str | Path | None, *, max_tokens: 
         content = files.read_own_text(path, Lfm2ExportError, limit=TEXT_LIMIT, option="--text")
         tokens = np.array(tokenizer.encode(content, add_special_tokens=False), dtype=np.int64)
         prefix = np.array(tokenizer.encode(""), dtype=np.int64)
-        description = _describe(checkpoint, text)
+        description = _describe(checkpoint, text, content)
     elif text is None:
         tokens = np.random.default_rng(0).integers(0, checkpoint.config.vocab_size, max_tokens + 1)
         prefix = tokens[:0]
@@ -81,12 +82,12 @@ def read_sample(checkpoint: Checkpoint, text: str | Path | None, *, max_tokens: 
     return Sample(description=description, windows=_windows(tokens, prefix, length, max_tokens))
 
 
-def _describe(checkpoint: Checkpoint, text: str | Path | None) -> str:
+def _describe(checkpoint: Checkpoint, text: str | Path | None, content: str) -> str:
     if text is not None:
-        return Path(text).name
+        return f"{Path(text).name} (sha256 {hashlib.sha256(content.encode()).hexdigest()[:12]})"
     if checkpoint.name in BUNDLED:
         return f"{HELD_OUT.name}, which was kept out of the checkpoint's training"
-    return f"{HELD_OUT.name}, English documentation text (pass --text for another)"
+    return f"{HELD_OUT.name}, English documentation text that comes with lfm2-export"
 
 
 def _windows(tokens: np.ndarray, prefix: np.ndarray, length: int, max_tokens: int) -> tuple[Window, ...]:

@@ -53,18 +53,18 @@ TESTED_WITH |= dict.fromkeys((f"lfm2_bidirectional {scheme}" for scheme in SCHEM
 # Activations are int8, one scale a token, at every linear layer.
 KL_TOLERANCE = 2e-3
 
-_HOW_TO_RUN = """## Run it
+_HOW_TO_RUN = """## Run the .pte
 
-```
+```sh
 pip install "lfm2-export[executorch]"
 lfm2-export run . --backend executorch --prompt "What is C. elegans?"
 ```
 """
 
 
-_HOW_TO_EMBED = """## Run it
+_HOW_TO_EMBED = """## Run the .pte
 
-```
+```sh
 pip install "lfm2-export[executorch]"
 {command}
 ```
@@ -75,7 +75,7 @@ _EMBED = 'lfm2-export embed . --backend executorch --text "What is C. elegans?" 
 _LOAD = "python -c 'import lfm2_export; print(lfm2_export.load_encoder(\".\").run([[1, 2, 3]]))'"
 
 
-def how_to_run(programs: Sequence[Program]) -> str:
+def how_to_run(programs: Sequence[Program], family: str) -> str:
     """The card's section on .pte programs."""
     first = programs[0]
     if first.kind == DECODER:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lfm2_export.backends import ExportOption
+from lfm2_export.backends import ExportOption, tested_with
 from lfm2_export.heads import SENTENCE, TOKENS
 from lfm2_export.manifest import DECODER, DRAFTER
 from lfm2_export.messages import one_line
@@ -81,19 +81,54 @@ _turn_telemetry_off()
 
 _HOW_TO_RUN = """## Run it
 
-```
+In this folder; on the Hub the repository's id stands where the dot is:
+
+```sh
 pip install lfm2-export
 lfm2-export run . --prompt "What is C. elegans?"
 ```
 
 Graphs named `*_lfm2*.onnx` are for lfm2-export's own operators, which it builds where it finds a compiler; they are
 faster and read the same data files. All others need ONNX Runtime alone.
+"""
 
-onnxruntime-genai opens the folder as it is (`og.Model(".")`). So does Transformers.js:
+_GENAI = "onnxruntime-genai"
+_HOW_TO_GENAI = """
+onnxruntime-genai (`pip install onnxruntime-genai`) opens the folder as it is:
+
+```python
+import json
+
+import onnxruntime_genai as og
+
+model = og.Model(".")
+tokenizer = og.Tokenizer(model)
+messages = json.dumps([{"role": "user", "content": "What is C. elegans?"}])
+ids = tokenizer.encode(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+parameters = og.GeneratorParams(model)
+parameters.set_search_options(max_length=len(ids) + 128)
+generator = og.Generator(model, parameters)
+generator.append_tokens(ids)
+while not generator.is_done():
+    generator.generate_next_token()
+print(tokenizer.decode(generator.get_sequence(0)[len(ids) :]))
+```
+"""
+
+_TRANSFORMERS_JS = "Transformers.js"
+_HOW_TO_TRANSFORMERS_JS = """
+Transformers.js (`npm install @huggingface/transformers`) does, too. In Node, in this folder (a page gives the
+repository's id to `pipeline`, without the two lines about `env`):
 
 ```js
-import {{ pipeline }} from "@huggingface/transformers";
-const generator = await pipeline("text-generation", "<this folder or repository>", {{ dtype: "{dtype}" }});
+import path from "node:path";
+import {{ env, pipeline }} from "@huggingface/transformers";
+
+env.allowRemoteModels = false;
+env.localModelPath = path.dirname(process.cwd());
+const generator = await pipeline("text-generation", path.basename(process.cwd()), {{ dtype: "{dtype}" }});
+const [reply] = await generator([{{ role: "user", content: "What is C. elegans?" }}], {{ max_new_tokens: 128 }});
+console.log(reply.generated_text.at(-1).content);
 ```
 """
 
@@ -111,7 +146,9 @@ lfm2-export run MODEL --speculate . --prompt "What is C. elegans?"
 
 _HOW_TO_EMBED = """## Run it
 
-```
+In this folder; on the Hub the repository's id stands where the dot is:
+
+```sh
 pip install lfm2-export
 {command}
 ```
@@ -120,25 +157,31 @@ Inputs of the graphs: `input_ids` and `attention_mask`, int64 [batch, tokens], p
 {outputs}.{more} Transformers.js opens the folder as it is:
 
 ```js
-import {{ pipeline }} from "@huggingface/transformers";
-const extract = await pipeline("feature-extraction", "<this folder or repository>", {{ dtype: "{dtype}" }});
+import path from "node:path";
+import {{ env, pipeline }} from "@huggingface/transformers";
+
+env.allowRemoteModels = false;
+env.localModelPath = path.dirname(process.cwd());
+const extract = await pipeline("feature-extraction", path.basename(process.cwd()), {{ dtype: "{dtype}" }});
+console.log((await extract("What is C. elegans?")).dims);
 ```
 """
 _EMBED = 'lfm2-export embed . --text "What is C. elegans?" --query'
 _LOAD = "python -c 'import lfm2_export; print(lfm2_export.load_encoder(\".\").run([[1, 2, 3]]))'"
 _POOLED = ' `lfm2_export.sentence_transformers.load(".")` is a model of sentence-transformers.'
+_OTHERS = (_GENAI, _TRANSFORMERS_JS)
 _BY_TOKEN = " Vectors of tokens are compared by `lfm2_export.max_sim`, as by PyLate."
 
 
-def how_to_run(programs: Sequence[Program]) -> str:
-    """The card's section on onnxruntime, onnxruntime-genai and Transformers.js."""
+def how_to_run(programs: Sequence[Program], family: str) -> str:
+    """The card's section on onnxruntime, and on onnxruntime-genai and Transformers.js where they open a program."""
     first = programs[0]
     if first.kind == DRAFTER:
         target = one_line(first.options["drafter"]["target_name"])
         return _HOW_TO_DRAFT.format(target=target.replace("`", "'"))
-    dtype = one_line(first.scheme).replace('"', "'")
     if first.kind == DECODER:
-        return _HOW_TO_RUN.format(dtype=dtype)
+        return _HOW_TO_RUN + _with_other_runtimes(programs, family)
+    dtype = one_line(first.scheme).replace('"', "'")
     names = [output.name for output in first.outputs]
     return _HOW_TO_EMBED.format(
         dtype=dtype,
@@ -146,6 +189,14 @@ def how_to_run(programs: Sequence[Program]) -> str:
         outputs=", ".join(f"`{one_line(name).replace('`', chr(39))}`" for name in names),
         more=_POOLED if SENTENCE in names else _BY_TOKEN if TOKENS in names else "",
     )
+
+
+def _with_other_runtimes(programs: Sequence[Program], family: str) -> str:
+    opened_by = {name: [p for p in programs if name in tested_with(TESTED_WITH, family, p.scheme)] for name in _OTHERS}
+    parts = [_HOW_TO_GENAI] if opened_by[_GENAI] else []
+    if opened := opened_by[_TRANSFORMERS_JS]:
+        parts.append(_HOW_TO_TRANSFORMERS_JS.format(dtype=opened[0].scheme))
+    return "".join(parts)
 
 
 def make_plan(config: ModelConfig, scheme: Scheme) -> WeightPlan:
