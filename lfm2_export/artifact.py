@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, ParamSpec
+from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec
 
 from lfm2_export import files, json_values, mixups, notebook, paths
 from lfm2_export.errors import ArtifactError, CheckpointError
@@ -29,6 +29,9 @@ from lfm2_export.messages import one_line
 from lfm2_export.preference import preference
 from lfm2_export.resources import human_bytes
 from lfm2_export.staging import Staging, alone, contents, unfinished
+
+if TYPE_CHECKING:
+    from lfm2_export.backends.base import Runner, RunnerOptions
 
 logger = logging.getLogger(__name__)
 
@@ -279,6 +282,12 @@ class Artifact:
         raise ArtifactError(
             f"{paths.shown(self.path)}: has no {asked} program{where}, only: {there}; export it into this folder first"
         )
+
+    def load_runner(self, program: Program, options: RunnerOptions) -> Runner:
+        """A runner on one of its programs, whose files were checked."""
+        from lfm2_export.backends import get_backend
+
+        return get_backend(program.backend).load_runner(self.path, self.present(program), options)
 
     def graph(self, program: Program, role: str) -> Path | None:
         """The file of a program's graph for a role, None where it has none."""

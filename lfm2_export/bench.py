@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from lfm2_export.artifact import Artifact
 from lfm2_export.backends import get_backend
 from lfm2_export.backends.arguments import check_threads
 from lfm2_export.backends.base import Runner, RunnerOptions, kernels_of
 from lfm2_export.backends.profile import Profile
 from lfm2_export.errors import GenerationError
+from lfm2_export.hub_artifacts import open_artifact
 from lfm2_export.resources import processor_name
 from lfm2_export.runners import open_runner
 
@@ -99,7 +99,7 @@ def measure(
         ArtifactError, RunnerError: the program cannot be loaded.
         GenerationError: the counts are not positive or do not fit the context.
     """
-    artifact = Artifact.open(path, verify=False)
+    artifact = open_artifact(path, backend=backend, scheme=scheme)
     program = artifact.program(backend, scheme)
     workload.check(program.context_length)
     started = time.perf_counter()

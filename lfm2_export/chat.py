@@ -24,6 +24,7 @@ from lfm2_export.constraints import Constraint
 from lfm2_export.errors import ContextLimitError, GenerationError
 from lfm2_export.generation import FinishReason, continue_from
 from lfm2_export.generation_config import GenerationConfig
+from lfm2_export.hub_artifacts import open_artifact
 from lfm2_export.logprobs import Choice, choice_of
 from lfm2_export.messages import shown
 from lfm2_export.replies import StopStrings
@@ -128,7 +129,7 @@ class Chat:
         """A conversation on a runner of its own, with the artifact's settings and stop tokens.
 
         Args:
-            path: the artifact's folder, a program in it, or an opened one.
+            path: the artifact's folder, a program in it, its Hub id, or an opened one.
             config: in place of the artifact's settings (``GenerationConfig.from_artifact``).
             backend, scheme, threads, kernels, kv_cache: as in ``load_runner``.
             options: those of ``Chat`` itself (``system``, ``stop``, ...).
@@ -136,7 +137,7 @@ class Chat:
         Raises:
             ArtifactError, RunnerError, GenerationError: as ``load_runner``, ``Tokenizer.from_dir`` and ``Chat``.
         """
-        artifact = path if isinstance(path, Artifact) else Artifact.open(path, verify=False)
+        artifact = path if isinstance(path, Artifact) else open_artifact(path, backend=backend, scheme=scheme)
         runner = load_runner(
             artifact, backend=backend, scheme=scheme, threads=threads, kernels=kernels, kv_cache=kv_cache
         )

@@ -22,6 +22,7 @@ from lfm2_export.backends.encoder import EncoderRunner
 from lfm2_export.choices import BackendName, SchemeName
 from lfm2_export.errors import ArtifactError, ContextLimitError, RunnerError
 from lfm2_export.heads import ATTENDED, EXPANSION, PADDING, SENTENCE, TOKENS
+from lfm2_export.hub_artifacts import open_artifact
 from lfm2_export.manifest import ENCODER
 from lfm2_export.messages import listed, shown
 from lfm2_export.packages import explained
@@ -49,7 +50,8 @@ def load_encoder(
     scheme: SchemeName | None = None,
     threads: int | None = None,
 ) -> Encoder:
-    """An encoder on one program of the artifact at ``path``; files are checked against the manifest first.
+    """An encoder on one program of the artifact at ``path``, a folder or a Hub id (``organization/name[@revision]``);
+    files are checked against the manifest first.
 
     Raises:
         ArtifactError: no artifact there, no such program in it, it is a decoder's, or a file is missing or was changed.
@@ -57,7 +59,7 @@ def load_encoder(
     """
     if not isinstance(path, str | os.PathLike | Artifact):
         raise ArtifactError(f"{shown(path)}: is not the name of a folder; give the one that `lfm2-export export` wrote")
-    artifact = path if isinstance(path, Artifact) else Artifact.open(path, verify=False)
+    artifact = path if isinstance(path, Artifact) else open_artifact(path, backend=backend, scheme=scheme)
     program = artifact.program(backend, scheme)
     if program.kind != ENCODER:
         raise ArtifactError(

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from lfm2_export import paths
 from lfm2_export.artifact import Artifact
-from lfm2_export.backends import get_backend
 from lfm2_export.backends.base import Runner, RunnerOptions
 from lfm2_export.choices import BackendName, KernelsName, KvCacheName, SchemeName
 from lfm2_export.errors import ArtifactError
+from lfm2_export.hub_artifacts import open_artifact
 from lfm2_export.manifest import DRAFTER, ENCODER, Program
 from lfm2_export.messages import shown
 from lfm2_export.packages import explained
@@ -30,7 +30,8 @@ def load_runner(
     kernels: KernelsName | None = None,
     kv_cache: KvCacheName | None = None,
 ) -> Runner:
-    """A runner on one program of the artifact at ``path``; files are checked against the manifest first.
+    """A runner on one program of the artifact at ``path``, a folder or a Hub id (``organization/name[@revision]``);
+    files are checked against the manifest first.
 
     ``kernels``: "auto" (ours where they can be had, which is the default), "lfm2" or "stock" (the runtime's own).
     ``kv_cache``: "float" (the default), or "int8": a quarter of float32's memory, for onnx's q4 and q8 on our kernels.
@@ -42,7 +43,7 @@ def load_runner(
     options = RunnerOptions.parse(threads=threads, kernels=kernels, kv_cache=kv_cache)
     if not isinstance(path, str | os.PathLike | Artifact):
         raise ArtifactError(f"{shown(path)}: is not the name of a folder; give the one that `lfm2-export export` wrote")
-    artifact = path if isinstance(path, Artifact) else Artifact.open(path, verify=False)
+    artifact = path if isinstance(path, Artifact) else open_artifact(path, backend=backend, scheme=scheme)
     return open_runner(artifact, artifact.program(backend, scheme), options)
 
 
@@ -63,4 +64,4 @@ def open_runner(artifact: Artifact, program: Program, options: RunnerOptions) ->
             "and this folder with --speculate"
         )
     artifact.verify(program)
-    return get_backend(program.backend).load_runner(artifact.path, artifact.present(program), options)
+    return artifact.load_runner(program, options)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lfm2_export import paths
-from lfm2_export.errors import CheckpointError, ResourceError
+from lfm2_export.errors import CheckpointError, Lfm2ExportError, ResourceError
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def _from_hub(name: str, revision: str | None, offline: bool) -> Source:
     try:
         path = _snapshot(name, revision, offline)
     except Exception as error:  # whatever the Hub's library, its HTTP client or its download engine may raise
-        raise _hub_error(name, revision, offline, error) from error
+        raise hub_error(name, revision, offline, error) from error
     commit = path.name if path.parent.name == "snapshots" and _COMMIT.fullmatch(path.name) else revision
     return Source(path=path, revision=commit)
 
@@ -138,7 +138,7 @@ def _file_from_hub(name: str, repository: str, file: str, revision: str | None, 
     try:
         path = Path(hf_hub_download(repository, file, revision=revision, local_files_only=offline))
     except Exception as error:  # as for a snapshot
-        raise _hub_error(name, revision, offline, error) from error
+        raise hub_error(name, revision, offline, error) from error
     commits = [part for part in path.parts if _COMMIT.fullmatch(part)]
     return Source(path=path, revision=commits[-1] if commits else revision)
 
@@ -174,31 +174,33 @@ def _snapshot(name: str, revision: str | None, offline: bool) -> Path:
     return folder
 
 
-def _hub_error(name: str, revision: str | None, offline: bool, error: Exception) -> Exception:
-    """The library's exception as one of ours: one line that says what to do."""
+def hub_error(
+    name: str,
+    revision: str | None,
+    offline: bool,
+    error: Exception,
+    kind: type[Lfm2ExportError] = CheckpointError,
+) -> Lfm2ExportError:
+    """The Hub's library's exception as one of ours: one line that says what to do."""
     from huggingface_hub import constants, errors
 
     at = f"{name}@{revision}" if revision else name
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
         return ResourceError(f"{at}: the disk of {constants.HF_HUB_CACHE} is full; free space or set HF_HOME elsewhere")
     if isinstance(error, errors.GatedRepoError):
-        return CheckpointError(
-            f"{at}: is gated; accept its terms on https://huggingface.co/{name}, then `hf auth login`"
-        )
+        return kind(f"{at}: is gated; accept its terms on https://huggingface.co/{name}, then `hf auth login`")
     if isinstance(error, errors.RevisionNotFoundError):
-        return CheckpointError(f"{at}: the Hub has no revision {revision}; give a branch, tag or commit of {name}")
+        return kind(f"{at}: the Hub has no revision {revision}; give a branch, tag or commit of {name}")
     if isinstance(error, errors.RepositoryNotFoundError):
-        return CheckpointError(
-            f"{at}: no such directory or Hub id; check the spelling (a private one needs `hf auth login`)"
-        )
+        return kind(f"{at}: no such directory or Hub id; check the spelling (a private one needs `hf auth login`)")
     if isinstance(error, errors.RemoteEntryNotFoundError):
-        return CheckpointError(f"{at}: the repository has no such file; check the spelling")
+        return kind(f"{at}: the repository has no such file; check the spelling")
     if isinstance(error, errors.HFValidationError):
-        return CheckpointError(f"{at}: no such directory, and not a valid Hub id; check the spelling")
+        return kind(f"{at}: no such directory, and not a valid Hub id; check the spelling")
     if isinstance(error, errors.LocalEntryNotFoundError) and not isinstance(error.__cause__, errors.HfHubHTTPError):
-        return CheckpointError(_not_cached(at, offline or bool(constants.HF_HUB_OFFLINE), constants.HF_HUB_CACHE))
+        return kind(_not_cached(at, offline or bool(constants.HF_HUB_OFFLINE), constants.HF_HUB_CACHE))
     reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
-    return CheckpointError(f"{at}: the Hub could not give it ({reason}); try again, or give a local directory")
+    return kind(f"{at}: the Hub could not give it ({reason}); try again, or give a local directory")
 
 
 def _not_cached(at: str, offline: bool, cache: str) -> str:

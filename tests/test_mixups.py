@@ -75,7 +75,7 @@ def test_a_checkpoint_where_an_artifact_belongs(said, tmp_path: Path) -> None:
     )
     assert (
         "a Hub id is a checkpoint's: export it first (`lfm2-export export LiquidAI/LFM2-1.2B --output lfm2-1.2b-q4`)"
-        in said("bench", "LiquidAI/LFM2-1.2B")
+        in said("adopt", "LiquidAI/LFM2-1.2B")
     )
     (tmp_path / "LFM2-Q4_0.gguf").write_bytes(b"GGUF")
     assert "LFM2-Q4_0.gguf: is a checkpoint, not an artifact; export it first" in said("bench", "LFM2-Q4_0.gguf")

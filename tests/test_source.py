@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
-import socket
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -23,97 +18,22 @@ from lfm2_export.manifest import CheckpointRecord
 from lfm2_export.source import resolve
 from tests.checkpoints import tiny_config, write_random_checkpoint
 from tests.encoder_checkpoints import COLBERT, write_encoder
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-REFUSALS = {
-    "org/nothing": (404, "RepoNotFound"),
-    "org/gated": (403, "GatedRepo"),
-    "org/broken": (500, ""),
-}
-
-
-class FakeHub(BaseHTTPRequestHandler):
-    """As much of the Hub's HTTP interface as a snapshot needs; one repository, ``org/model``."""
-
-    files: dict[str, bytes]
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        for name, (status, code) in REFUSALS.items():
-            if name in path:
-                return self.answer(b"{}", status, {"X-Error-Code": code})
-        if path.endswith(("/revision/main", f"/revision/{COMMIT}")):
-            return self.answer(json.dumps({"id": "org/model", "sha": COMMIT, "siblings": []}).encode())
-        if "/revision/" in path:
-            return self.answer(b"{}", 404, {"X-Error-Code": "RevisionNotFound"})
-        if "/tree/" in path:
-            return self.answer(json.dumps([self.entry(name) for name in self.files]).encode())
-        data = self.files[path.partition(f"/resolve/{COMMIT}/")[2]]
-        return self.answer(data, headers={"ETag": f'"{sha256(data)}"', "X-Repo-Commit": COMMIT})
-
-    def entry(self, name: str) -> dict[str, Any]:
-        data = self.files[name]
-        lfs = {"oid": sha256(data), "size": len(data), "pointerSize": 130}
-        return {"type": "file", "path": name, "size": len(data), "oid": "0" * 40, "lfs": lfs}
-
-    def answer(self, body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for key, value in (headers or {}).items():
-            self.send_header(key, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+from tests.fake_hub import COMMIT, closed_port, files_of, own_cache, serving, sha256, use_endpoint
 
 
 @pytest.fixture(autouse=True)
 def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    cache = tmp_path / "hub"
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    use_endpoint(monkeypatch, f"http://127.0.0.1:{closed_port()}")
-    return cache
+    return own_cache(tmp_path, monkeypatch)
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
     """A running Hub; the files of ``org/model``, which a test may change."""
-    folder = write_random_checkpoint(tmp_path / "remote", tiny_config("lfm2"), seed=1, shards=2)
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files = files_of(write_random_checkpoint(tmp_path / "remote", tiny_config("lfm2"), seed=1, shards=2))
     files |= {"LICENSE": b"the licence", "tokenizer.json": b"{}", "chat_template.jinja": b"x"}
     files |= {"modeling_x.py": b"evil", "pytorch_model.bin": b"evil", "onnx/model.safetensors": b"other"}
-    handler = type("Hub", (FakeHub,), {"files": files})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    use_endpoint(monkeypatch, f"http://127.0.0.1:{server.server_port}")
-    yield files
-    server.shutdown()
-    server.server_close()
-
-
-def use_endpoint(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    template = url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-
-
-def closed_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    with serving(files, monkeypatch) as running:
+        yield running.files
 
 
 def refusal(name: str, kind: type[Lfm2ExportError] = CheckpointError, **options: Any) -> str:

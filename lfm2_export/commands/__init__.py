@@ -10,6 +10,7 @@ from lfm2_export.commands.completion import CompletionCommand
 from lfm2_export.commands.demo import DemoCommand
 from lfm2_export.commands.embed import EmbedCommand
 from lfm2_export.commands.export import ExportCommand
+from lfm2_export.commands.push import PushCommand
 from lfm2_export.commands.quality import QualityCommand
 from lfm2_export.commands.run import RunCommand
 from lfm2_export.commands.serve import ServeCommand
@@ -25,6 +26,7 @@ COMMANDS: tuple[Command, ...] = (
     QualityCommand(),
     BenchCommand(),
     AdoptCommand(),
+    PushCommand(),
     InspectCommand(),
     SupportCommand(),
     DemoCommand(),

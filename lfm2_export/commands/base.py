@@ -38,10 +38,11 @@ def given(text: str) -> str:
     return text
 
 
-def add_artifact(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "artifact", metavar="DIR", type=given, help="a folder that `lfm2-export export` wrote, or a program in it"
-    )
+def add_artifact(parser: argparse.ArgumentParser, *, on_hub: bool = True) -> None:
+    """``on_hub``: what is given may also be a repository (``hub_artifacts``)."""
+    more = ", or organization/name[@revision] on the Hub" if on_hub else ""
+    what = f"a folder that `lfm2-export export` wrote, or a program in it{more}"
+    parser.add_argument("artifact", metavar="DIR", type=given, help=what)
     add_program_choice(parser)
 
 

@@ -33,7 +33,7 @@ class ParityCommand:
     help = "compare an artifact with the eager model it was made of; exit code 1 below tolerance"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        add_artifact(parser)
+        add_artifact(parser, on_hub=False)
         parser.add_argument("checkpoint", metavar="CHECKPOINT", type=given, help="what the artifact was made of")
         parser.add_argument("--text", metavar="FILE", type=given, help="text that the checkpoint was not trained on")
         parser.add_argument("--report", metavar="FILE.html", type=given, help="also write a page with all figures")

@@ -12,6 +12,7 @@ from lfm2_export.commands.base import add_machine, add_program_choice, given, ru
 from lfm2_export.commands.talk import generation_settings
 from lfm2_export.encoders import Encoder, load_encoder
 from lfm2_export.errors import ConfigError
+from lfm2_export.hub_artifacts import name_of, open_artifact
 from lfm2_export.manifest import ENCODER
 from lfm2_export.runners import open_runner
 from lfm2_export.server.embeddings import EncoderQueue
@@ -34,7 +35,7 @@ class ServeCommand:
             metavar="DIR...",
             nargs="+",
             type=given,
-            help="folders that `lfm2-export export` wrote; a folder's name is its model's",
+            help="folders that `lfm2-export export` wrote, or Hub ids; a folder's name is its model's",
         )
         add_program_choice(parser)
         parser.add_argument(
@@ -63,7 +64,7 @@ class ServeCommand:
         key = options.api_key or os.environ.get(KEY_VARIABLE) or None
         bound = bind(options.host, options.port)
         chat_template.prepare()
-        opened = [_open(Path(folder), options) for folder in options.artifacts]
+        opened = [_open(folder, options) for folder in options.artifacts]
         models = Models(
             [one for one in opened if isinstance(one, Model)],
             limits,
@@ -98,10 +99,10 @@ def _limits(options: argparse.Namespace) -> Limits:
     )
 
 
-def _open(folder: Path, options: argparse.Namespace) -> Model | tuple[str, Encoder]:
+def _open(path: str, options: argparse.Namespace) -> Model | tuple[str, Encoder]:
     """A model that generates text, or an encoder with its name."""
-    artifact = Artifact.open(folder, verify=False)
-    name = _name(artifact.path)
+    artifact = open_artifact(path, backend=options.backend, scheme=options.scheme)
+    name = _name(path, artifact.path)
     program = artifact.program(options.backend, options.scheme)
     with console.busy(f"loading {program}"):
         if program.kind == ENCODER:
@@ -121,8 +122,8 @@ def _encoder(artifact: Artifact, options: argparse.Namespace) -> Encoder:
     return load_encoder(artifact, backend=options.backend, scheme=options.scheme, threads=options.threads)
 
 
-def _name(folder: Path) -> str:
-    name = folder.resolve().name
+def _name(path: str, folder: Path) -> str:
+    name = name_of(path, folder)
     if not name:
         raise ConfigError(f"{folder}: has no name to serve it by; give a folder with one")
     return name

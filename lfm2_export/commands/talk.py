@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TextIO
 
 from lfm2_export import chat_template, console
-from lfm2_export.artifact import Artifact
 from lfm2_export.backends.base import Runner, RunnerOptions
 from lfm2_export.commands.base import given, runner_options
 from lfm2_export.errors import GenerationError
 from lfm2_export.generation import TokenEvent
 from lfm2_export.generation_config import GenerationConfig
+from lfm2_export.hub_artifacts import open_artifact
 from lfm2_export.manifest import Program
 from lfm2_export.runners import open_runner
 from lfm2_export.speculation import DEFAULT_DRAFT_TOKENS, Report, SpeculativeRunner, speculating
@@ -85,7 +85,7 @@ def open_for_text(options: argparse.Namespace) -> Opened:
     """Loads program, tokenizer and the checkpoint's generation settings, overridden by the options."""
     if not getattr(options, "raw", False):
         chat_template.prepare()  # while the program is loaded
-    artifact = Artifact.open(options.artifact, verify=False)
+    artifact = open_artifact(options.artifact, backend=options.backend, scheme=options.scheme)
     program = artifact.program(options.backend, options.scheme)
     config = generation_settings(artifact.path).override(
         max_new_tokens=options.max_new_tokens,

@@ -13,6 +13,7 @@ from lfm2_export.artifact import Artifact
 from lfm2_export.backends.base import Runner, RunnerOptions
 from lfm2_export.drafters import check_target, open_drafter
 from lfm2_export.errors import ArtifactError
+from lfm2_export.hub_artifacts import open_artifact
 from lfm2_export.manifest import DRAFTER, CheckpointRecord, Program
 from lfm2_export.runners import open_runner
 from lfm2_export.speculation.drafters import Drafter
@@ -39,8 +40,8 @@ def speculating(
 
     Args:
         runner: the program that decides; it belongs to what is returned.
-        choice: "lookup": what stood in the text before; else the folder of a smaller artifact with the same vocabulary,
-            or of a drafter for this model.
+        choice: "lookup": what stood in the text before; else a smaller artifact with the same vocabulary, or a drafter
+            for this model.
         tokenizer: the one of ``runner``'s artifact.
         options: how the smaller artifact's program is run.
         draft_tokens: proposals of a pass at most; default: 8.
@@ -52,19 +53,22 @@ def speculating(
         RunnerError: the program cannot verify, or only inexactly; or ``draft_tokens`` is out of range.
     """
     count = check_draft_tokens(DEFAULT_DRAFT_TOKENS if draft_tokens is None else draft_tokens)
-    drafter: Drafter = PromptLookup() if choice == LOOKUP else _opened(Path(choice), tokenizer, options, target)
+    drafter: Drafter = PromptLookup() if choice == LOOKUP else _opened(choice, tokenizer, options, target)
     return SpeculativeRunner(runner, drafter, draft_tokens=count, inexact=inexact)
 
 
 def _opened(
-    folder: Path, tokenizer: Tokenizer, options: RunnerOptions | None, target: CheckpointRecord | None
+    choice: str | os.PathLike[str],
+    tokenizer: Tokenizer,
+    options: RunnerOptions | None,
+    target: CheckpointRecord | None,
 ) -> Drafter:
-    artifact, options = Artifact.open(folder, verify=False), options or RunnerOptions()
-    program = artifact.program(None, None)
+    artifact = open_artifact(choice if isinstance(choice, str) else Path(choice))
+    options, program = options or RunnerOptions(), artifact.program(None, None)
     if program.kind == DRAFTER:
         drafter = open_drafter(artifact, program, options)
         if target is not None:
-            check_target(drafter, target, paths.shown(folder))
+            check_target(drafter, target, paths.shown(artifact.path))
         return StreamDrafter(drafter, f"drafter {program}")
     return _model(artifact, program, tokenizer, options)
 

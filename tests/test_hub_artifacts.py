@@ -1,0 +1,162 @@
+"""Artifacts on the Hub, against a small one on this machine: what is fetched, what opens offline, what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from huggingface_hub import constants
+
+import lfm2_export
+from lfm2_export.cli import main
+from lfm2_export.errors import ArtifactError
+from lfm2_export.hub_artifacts import name_of, needed_files, open_artifact
+from lfm2_export.manifest import FileEntry
+from tests.artifacts import program
+from tests.fake_hub import COMMIT, Hub, closed_port, files_of, own_cache, serving, use_endpoint
+
+PROMPT = [[1, 30, 40]]
+RUN = ["run", "org/model", "--prompt", "What is a list?", "--max-new-tokens", "4"]
+
+
+@pytest.fixture(autouse=True)
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return own_cache(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def made(artifact: Callable[[str], Path]) -> Path:
+    return artifact("tiny-dense")
+
+
+@pytest.fixture
+def hub(made: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    files = files_of(made) | {"evil.py": b"x", "onnx/pickled.bin": b"x"}
+    with serving(files, monkeypatch) as running:
+        yield running
+
+
+def refusal(name: str, **options: str) -> str:
+    with pytest.raises(ArtifactError) as caught:
+        open_artifact(name, **options)
+    print(caught.value)
+    return str(caught.value)
+
+
+def test_a_program_by_its_repository_is_the_folders(hub: Hub, made: Path) -> None:
+    expected = lfm2_export.load_runner(made, scheme="q4", kernels="stock").prefill(PROMPT)
+    found = lfm2_export.load_runner("org/model", scheme="q4", kernels="stock").prefill(PROMPT)
+    assert np.array_equal(found, expected)
+    assert not np.array_equal(found, lfm2_export.load_runner("org/model", scheme="q8", kernels="stock").prefill(PROMPT))
+
+
+def test_only_what_the_program_needs_is_fetched_and_once(hub: Hub) -> None:
+    found = open_artifact("org/model", scheme="q4")
+    wanted = found.program(scheme="q4")
+    shared = found.manifest.files
+    assert set(hub.asked) == {"lfm2_export.json", *shared, *wanted.files}
+    assert len(hub.asked) == len(set(hub.asked))
+    assert hub.asked[0] == "lfm2_export.json"
+    assert {name for name in hub.asked if name in wanted.files} == set(hub.asked[-len(wanted.files) :])
+    assert "onnx/model.onnx_data" in hub.files  # another program's
+    hub.asked.clear()
+    open_artifact("org/model", scheme="q4")
+    assert hub.asked == []
+    open_artifact(f"org/model@{COMMIT}", scheme="q8")
+    assert set(hub.asked) == set(found.program(scheme="q8").files)
+
+
+def test_what_was_fetched_opens_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    assert main([*RUN, "--scheme", "q8"]) == 0
+    said = capsys.readouterr().out
+    use_endpoint(monkeypatch, f"http://127.0.0.1:{closed_port()}")
+    assert main([*RUN, "--scheme", "q8"]) == 0  # no network
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert main([*RUN, "--scheme", "q8"]) == 0
+    assert main(RUN) == 0  # the program that is there
+    assert capsys.readouterr().out == 3 * said
+    assert "onnx q4 is not (completely) in the cache, and offline" in refusal("org/model", scheme="q4")
+
+
+def test_the_verbs_take_a_repository(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    size = ["--prompt-tokens", "8", "--new-tokens", "2", "--rounds", "1", "--json"]
+    assert main(["bench", "org/model", *size]) == 0
+    assert json.loads(capsys.readouterr().out)["program"] == "onnx q4"
+    folder = open_artifact("org/model").path
+    assert folder.name == COMMIT
+    assert name_of("org/model@main", folder) == "model"  # what `serve` calls it
+
+
+REFUSED = {
+    "org/nothing": "org/nothing: no such directory or Hub id; check the spelling",
+    "org/gated": "org/gated: is gated; accept its terms on https://huggingface.co/org/gated",
+    "org/model@v9": "org/model@v9: the Hub has no revision v9",
+}
+
+
+@pytest.mark.parametrize(("name", "text"), REFUSED.items(), ids=REFUSED)
+def test_what_cannot_be_had_is_one_line(hub: Hub, name: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", name, "--prompt", "a"]) == 2
+    error = capsys.readouterr().err
+    assert text in error
+    assert error.count("\n") == 1
+
+
+def test_a_repository_without_an_artifact_is_told_what_to_do(hub: Hub) -> None:
+    del hub.files["lfm2_export.json"]
+    expected = (
+        "org/model: has no lfm2_export.json; if it is a checkpoint, export it first (`lfm2-export export org/model"
+    )
+    assert expected in refusal("org/model")
+
+
+def test_sizes_are_checked_before_anything_large_is_fetched(hub: Hub) -> None:
+    hub.files["onnx/model_q4.onnx_data"] += b"x"
+    assert "onnx/model_q4.onnx_data has " in refusal("org/model", scheme="q4")
+    assert "onnx/model_q4.onnx_data" not in hub.asked
+    hub.files["lfm2_export.json"] += b" " * (32 << 20)
+    hub.asked.clear()
+    assert f"more than the {32 << 20} that such a file may have" in refusal(f"org/model@{COMMIT}")
+    assert hub.asked == []
+
+
+def test_other_bytes_of_the_same_size_are_refused_when_the_program_is_opened(hub: Hub) -> None:
+    whole = hub.files["onnx/model_q4.onnx_data"]
+    hub.files["onnx/model_q4.onnx_data"] = whole[:-1] + bytes([whole[-1] ^ 1])
+    with pytest.raises(ArtifactError, match=r"model_q4\.onnx_data: was changed since the export"):
+        lfm2_export.load_runner("org/model", scheme="q4")
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a\\..\\b"])
+def test_a_manifest_that_names_what_lies_elsewhere_is_refused(hub: Hub, name: str) -> None:
+    manifest = json.loads(hub.files["lfm2_export.json"])
+    manifest["files"][name] = manifest["files"]["config.json"]
+    hub.files["lfm2_export.json"] = json.dumps(manifest).encode()
+    assert "leaves the artifact's folder" in refusal("org/model")
+    assert hub.asked == ["lfm2_export.json"]
+
+
+def test_of_two_files_with_all_weights_the_one_that_any_runtime_opens_is_needed() -> None:
+    def entry(size: int) -> FileEntry:
+        return FileEntry(bytes=size, sha256="0" * 64)
+
+    made = program("executorch", "8da4w")
+    own = "executorch/model_8da4w_lfm2.pte"
+    large = {made.graphs["model"]: entry(1 << 30), own: entry(1 << 30)}
+    fields = {**vars(made), "graphs": {**made.graphs, "lfm2": own}}
+    assert needed_files(type(made)(**{**fields, "files": large})) == [made.graphs["model"]]
+    assert needed_files(type(made)(**{**fields, "files": {**large, own: entry(1 << 20)}})) == [
+        made.graphs["model"],
+        own,
+    ]
+
+
+def test_a_folder_of_that_name_is_taken(hub: Hub, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "org").mkdir()
+    (tmp_path / "org" / "model").symlink_to(made)
+    monkeypatch.chdir(tmp_path)
+    assert open_artifact("org/model").path == Path("org/model")
+    assert hub.asked == []
