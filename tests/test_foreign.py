@@ -154,13 +154,16 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "a larger vocabulary": (
         lambda folder: edit_config(folder, vocab_size=99),
-        "other shapes than it should for logits",
+        "where its config.json means [batch, tokens, 99]",
     ),
     "more layers": (
         lambda folder: edit_config(folder, num_hidden_layers=20, layer_types=[CONV] * 20),
         "the graph's inputs are not those of a text decoder of its config.json (missing: ",
     ),
-    "a vision model": (lambda folder: edit_config(folder, model_type="lfm2_vl", architectures=["X"]), "lfm2_vl"),
+    "a vision model": (
+        lambda folder: edit_config(folder, model_type="lfm2_vl", architectures=["X"]),
+        "is a model of images and text",
+    ),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json: cannot be read"),
     "data elsewhere by its graph": (lead_data_elsewhere, "cannot load it"),
     "data elsewhere by a link": (link_data_elsewhere, "is a link that leaves its folder"),

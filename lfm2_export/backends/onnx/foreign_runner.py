@@ -221,6 +221,7 @@ class _Layout:
         self._check_names("inputs", self.inputs, {"input_ids", "attention_mask", *(past for past, _ in names)})
         self._check_names("outputs", {o.name for o in self.outputs}, {"logits", *(present for _, present in names)})
         self._check_integers()
+        self._check_logits()
         return CacheSpec(tensors=tuple(self._tensor(layer, kind) for layer, kind in wanted))
 
     def _check_names(self, kind: str, found: Mapping[str, Any] | set[str], expected: set[str]) -> None:
@@ -239,6 +240,12 @@ class _Layout:
             most = 1 if name in _KEEP else 2
             if one is not None and (one.type != "tensor(int64)" or len(one.shape) > most):
                 raise self._other(one, f"int64 of {most} axes at most")
+
+    def _check_logits(self) -> None:
+        (one,) = (one for one in self.outputs if one.name == "logits")
+        size = one.shape[-1] if len(one.shape) == 3 else 0
+        if one.type not in _DTYPES or (isinstance(size, int) and size != self.config.vocab_size):
+            raise self._other(one, f"[batch, tokens, {self.config.vocab_size}]")
 
     def _tensor(self, layer: int, kind: str) -> StateTensor:
         past, present = StateTensor.names(layer, kind)
