@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lfm2_export import mixups
 from lfm2_export.artifact import Artifact
 from lfm2_export.cache import CacheSpec
+from lfm2_export.errors import Lfm2ExportError
 from lfm2_export.manifest import Program
-from lfm2_export.messages import as_unicode
+from lfm2_export.messages import as_unicode, shown
 from lfm2_export.packages import explained
 
 if TYPE_CHECKING:
@@ -36,15 +38,25 @@ def inspect(
     """Describes an artifact (a folder with a manifest) or else a checkpoint; arguments as ``open_checkpoint``'s.
 
     Raises:
-        Lfm2ExportError: it is neither, or damaged.
+        Lfm2ExportError: it is neither, or damaged, or an artifact with what only a checkpoint has.
     """
     if mixups.is_artifact(name):
+        _refuse(name, {"--revision": revision, "--config-from": config_from, "--lora": lora})
         return _artifact(Artifact.open(name))
     from lfm2_export.checkpoint import CheckpointRequest
 
     return _checkpoint(
         CheckpointRequest(name=name, revision=revision, offline=offline, config_from=config_from, lora=lora)
     )
+
+
+def _refuse(artifact: str | Path, given: Mapping[str, object]) -> None:
+    """Of an artifact nothing is read anew: what would change a checkpoint would go unheard."""
+    for option, value in given.items():
+        if value is not None:
+            raise Lfm2ExportError(
+                f"{option}: is for checkpoints, and {shown(str(artifact))} is an artifact; leave it out"
+            )
 
 
 def _checkpoint(request: CheckpointRequest) -> dict[str, Any]:

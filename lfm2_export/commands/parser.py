@@ -84,9 +84,12 @@ class CommandLine:
 
 def _took_words(parser: argparse.ArgumentParser, options: argparse.Namespace, words: Sequence[str]) -> bool:
     """Whether words that argparse left over are an optional last argument that has none yet: it takes those before the
-    first option only, so that the prompt of ``run DIR -n 8 PROMPT`` would be lost."""
-    if any(word.startswith("-") for word in words):
+    first option only, so that the prompt of ``run DIR -n 8 PROMPT`` would be lost. After ``--`` they may begin with a
+    dash."""
+    end = words.index("--") if "--" in words else len(words)
+    if any(word.startswith("-") for word in words[:end]):
         return False
+    words = [*words[:end], *words[end + 1 :]]
     for action in parser._actions:
         if action.nargs == "*" and not action.option_strings and not getattr(options, action.dest):
             setattr(options, action.dest, list(words))

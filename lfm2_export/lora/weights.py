@@ -94,9 +94,8 @@ def open_adapter(folder: Path) -> Adapter:
         CheckpointError: the folder holds no LoRA adapter, or one that asks for what is not followed here.
     """
     if not paths.is_folder(folder, CheckpointError):
-        raise CheckpointError(
-            f"{paths.shown(folder)}: no such directory; give the folder that peft saved an adapter in"
-        )
+        what = "is a file" if paths.exists(folder, CheckpointError) else "no such directory"
+        raise CheckpointError(f"{paths.shown(folder)}: {what}; give the folder that peft saved an adapter in")
     settings = read_settings(folder)
     path = folder / WEIGHTS
     if not paths.is_file(path, CheckpointError):

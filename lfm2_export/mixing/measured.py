@@ -154,6 +154,6 @@ def measure(checkpoint: Checkpoint, space: Space, algorithm: Algorithm, text: st
     checkpoint.check_decoder("--measure")
     check_memory(4 * checkpoint.parameter_count, purpose="the model in float32 (--measure)", remedy="leave it out")
     context = checkpoint.config.max_position_embeddings
-    sample = read_sample(checkpoint, text, max_tokens=TOKENS, context_length=context)
+    sample = read_sample(checkpoint, text, max_tokens=TOKENS, context_length=context, option="--measure")
     meter = Meter(checkpoint, [window.inputs for window in sample.windows])
     return measured_damages(meter, space, algorithm)

@@ -53,8 +53,11 @@ class Sample:
         return inputs[start : start + length]
 
 
-def read_sample(checkpoint: Checkpoint, text: str | Path | None, *, max_tokens: int, context_length: int) -> Sample:
-    """Up to ``max_tokens`` tokens of ``text``, by default of the bundled text, in windows that fit the context.
+def read_sample(
+    checkpoint: Checkpoint, text: str | Path | None, *, max_tokens: int, context_length: int, option: str = "--text"
+) -> Sample:
+    """Up to ``max_tokens`` tokens of ``text``, which ``option`` named, by default of the bundled text, in windows that
+    fit the context.
 
     Raises:
         Lfm2ExportError: the text cannot be read or is too short, or ``max_tokens`` is.
@@ -67,7 +70,7 @@ def read_sample(checkpoint: Checkpoint, text: str | Path | None, *, max_tokens: 
     if (checkpoint.path / "tokenizer.json").is_file():
         path = HELD_OUT if text is None else Path(text)
         tokenizer = Tokenizer.from_dir(checkpoint.path)
-        content = files.read_own_text(path, Lfm2ExportError, limit=TEXT_LIMIT, option="--text")
+        content = files.read_own_text(path, Lfm2ExportError, limit=TEXT_LIMIT, option=option)
         tokens = np.array(tokenizer.encode(content, add_special_tokens=False), dtype=np.int64)
         prefix = np.array(tokenizer.encode(""), dtype=np.int64)
         description = _describe(checkpoint, text, content)
@@ -76,7 +79,7 @@ def read_sample(checkpoint: Checkpoint, text: str | Path | None, *, max_tokens: 
         prefix = tokens[:0]
         description = "pseudo-random tokens, since the checkpoint has no tokenizer: only differences mean something"
     else:
-        raise Lfm2ExportError(f"{checkpoint.path}: has no tokenizer.json to read {text} with; leave --text out")
+        raise Lfm2ExportError(f"{checkpoint.path}: has no tokenizer.json to read {text} with; leave {option} out")
     if len(tokens) < LEAST_TOKENS:
         raise Lfm2ExportError(f"{text}: has {len(tokens)} tokens; parity needs at least {LEAST_TOKENS}")
     return Sample(description=description, windows=_windows(tokens, prefix, length, max_tokens))

@@ -133,6 +133,23 @@ def test_a_prompt_may_stand_anywhere(said: Run, arguments: tuple[str, ...]) -> N
     assert said("run", "dir", "What is it!")[1] != expected[1]
 
 
+@pytest.mark.parametrize("arguments", [("--", "-v?"), ("-n", "6", "--", "-v?"), ("-p=-v?",)], ids=" ".join)
+def test_a_prompt_may_begin_with_a_dash(said: Run, arguments: tuple[str, ...]) -> None:
+    expected = said("run", "dir", typed=b"-v?")
+    assert expected[0] == 0
+    assert said("run", "dir", *arguments)[:2] == expected[:2]
+    assert said("run", "dir", "-n", "6", "-v?")[0] == 2
+    assert said("run", "dir", "-n", "6", "--wrong", "--", "-v?")[0] == 2
+
+
+def test_an_artifact_is_not_inspected_with_what_only_a_checkpoint_has(run: Run, folder: Path) -> None:
+    assert run("inspect", folder)[0] == 0
+    for option in ("--lora", "--config-from", "--revision"):
+        code, out, err = run("inspect", folder, option, "other")
+        assert (code, out) == (2, "")
+        assert f"{option}: is for checkpoints" in err
+
+
 def test_a_prompt_is_read_from_a_pipe(said: Run) -> None:
     expected = said("run", "dir", "typed")[1]
     assert said("run", "dir")[:2] == (0, expected)

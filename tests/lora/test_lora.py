@@ -214,6 +214,7 @@ def test_folders_that_are_no_adapter(bases: dict[str, Path], tmp_path: Path) -> 
 
     base = bases["lfm2"]
     assert "no such directory" in said(name=base, lora=tmp_path / "nothing")
+    assert "is a file; give the folder" in said(name=base, lora=base / "config.json")
     assert "is no LoRA adapter (it has no adapter_config.json)" in said(name=base, lora=base)
     write_adapter(tmp_path / "adapter", base, MODULES)
     assert "give that as the checkpoint and this by --lora" in said(name=tmp_path / "adapter")
