@@ -92,6 +92,8 @@ class Chat:
         logprobs: int | None = None,
         skip_special_tokens: bool = False,
     ):
+        if not isinstance(config, GenerationConfig):
+            raise GenerationError(f"config is {shown(config, 40)}; give a GenerationConfig")
         self.config = config
         self._runner = runner
         self._tokenizer = tokenizer
@@ -100,7 +102,7 @@ class Chat:
         self._variables = variables
         self._template = chat_template
         self._skip = skip_special_tokens
-        self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        self._stop = check_stops((stop,) if isinstance(stop, str) else tuple(stop))
         self._top = check_top(logprobs)
         self._logprobs: list[Choice] = []
         self._messages: list[Message] = started_with(messages, self._system)
@@ -445,6 +447,14 @@ class Chat:
         content = self._tokenizer.decode(said)
         self._messages.append({"role": "assistant", "content": content})
         self._remember(prompt.tokens + said, text + content)
+
+
+def check_stops(stops: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuses what ends no text, or every text."""
+    for one in stops:
+        if not isinstance(one, str) or not one:
+            raise GenerationError(f"stop holds {shown(one, 40)}; give strings of at least one character")
+    return stops
 
 
 def check_top(logprobs: int | None) -> int | None:

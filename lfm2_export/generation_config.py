@@ -171,11 +171,15 @@ class GenerationConfig:
         ``generation_config.json``, or where that names none those of its ``config.json``.
 
         Raises:
-            GenerationError: a file is damaged, or a value is out of range.
+            GenerationError: it is no folder with such files, a file is damaged, or a value is out of range.
         """
         folder = Path(path)
-        config = cls.from_file(folder / "generation_config.json")
-        model = folder / "config.json"
+        own, model = folder / "generation_config.json", folder / "config.json"
+        if not any(paths.exists(file, GenerationError) for file in (own, model)):
+            raise GenerationError(
+                f"{paths.shown(folder)}: has neither generation_config.json nor config.json; give an artifact's folder"
+            )
+        config = cls.from_file(own)
         if config.stop_token_ids or not paths.exists(model, GenerationError):
             return config
         stated = read_json_object(model, folder, GenerationError, limit=TEXT_LIMIT).get("eos_token_id")

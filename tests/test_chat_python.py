@@ -161,6 +161,25 @@ def test_settings_and_stop_tokens_are_the_artifacts(tmp_path: Path) -> None:
     assert (found.stop_token_ids, found.temperature, found.do_sample) == ((3,), 0.3, True)
 
 
+def test_settings_of_what_is_no_artifact_are_refused(tmp_path: Path) -> None:
+    for place in (tmp_path / "none", tmp_path):
+        with pytest.raises(GenerationError, match=r"has neither generation_config\.json nor config\.json"):
+            GenerationConfig.from_artifact(place)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"config": {"temperature": 1}}, "config is .*; give a GenerationConfig"),
+        ({"stop": [3]}, "stop holds 3; give strings"),
+        ({"stop": ""}, "stop holds ''; give strings"),
+    ],
+)
+def test_what_no_conversation_can_be_held_with_is_refused_by_name(given: dict, words: str) -> None:
+    with pytest.raises(GenerationError, match=words):
+        chat(**given)
+
+
 def test_a_conversation_on_an_artifact_stops_where_its_model_does(tmp_path: Path) -> None:
     folder = lfm2_export.export("tiny-dense", scheme="fp32", output=tmp_path / "made").path
     one = Chat.from_artifact(folder, scheme="fp32", system="Answer in one sentence.", threads=1)

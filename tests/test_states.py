@@ -166,6 +166,7 @@ def told(**values: object) -> Callable[[dict], None]:
         (told(messages=[]), 0, "its messages are none"),
         (told(messages=[{"role": "user"}]), 0, "its messages are none"),
         (told(text=None), 0, "text is None, no text"),
+        (told(content="0"), 0, "its values are not those that were saved"),
         (lambda header: header.pop("__metadata__"), 0, "is no saved state"),
         (lambda header: header["tokens"].update(dtype="F32"), 0, "it has no list of tokens"),
         (lambda header: header.update(odd=header.pop("past_conv.0")), 0, "odd is unknown"),
@@ -195,6 +196,14 @@ def test_tokens_outside_of_the_vocabulary_and_too_many_of_them_are_refused(
     monkeypatch.setattr(runner, "_context_length", 8)
     with pytest.raises(ContextLimitError):
         read_state(saved, runner, TOKENIZER)
+
+
+def test_one_changed_bit_is_noticed(runner: Runner, saved: Path) -> None:
+    data = bytearray(saved.read_bytes())
+    data[-1000] ^= 1  # in a tensor of floats: another number, and a good one
+    (odd := saved.with_name("flipped")).write_bytes(data)
+    with pytest.raises(GenerationError, match="its values are not those that were saved"):
+        read_state(odd, runner, TOKENIZER)
 
 
 def test_a_missing_file_is_named(runner: Runner, tmp_path: Path) -> None:

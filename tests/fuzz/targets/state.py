@@ -16,7 +16,9 @@ from tests.fuzz.targets import FOLDER
 from tests.fuzz.workspace import workspace
 
 _WORDS = ("dtype", "shape", "data_offsets", "F32", "U8", "I32", "__metadata__", METADATA, "tokens", "past_conv.0")
-_mutate_json = json_mutator(*_WORDS, "version", "program", "vocabulary", "messages", "text", "role", "content")
+_mutate_json = json_mutator(
+    *_WORDS, "version", "program", "vocabulary", "content", "messages", "text", "role", "content"
+)
 TOKENIZER: Any = SimpleNamespace(decode=str)
 
 
