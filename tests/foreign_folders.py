@@ -28,6 +28,8 @@ def write_foreign(made: Path, folder: Path, *, positions: bool = True, keep: str
         if (made / name).is_file():
             shutil.copy(made / name, folder / name)
     model = onnx.load(made / program.graphs["scoring"], load_external_data=False)
+    for value in [value for value in model.graph.output if value.name.startswith("residual.")]:
+        model.graph.output.remove(value)  # nobody else's have those that a drafter reads
     _rename_data(model, "model_q4.onnx_data")
     for name in program.files:
         if "_data" in name:

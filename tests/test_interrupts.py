@@ -253,7 +253,8 @@ def test_an_interrupt_that_is_lost_in_torch_ends_a_pte_export(checkpoint: Path, 
     command = ["export", checkpoint, "--backend", "executorch", "--scheme", "fp32", "-o", output]
     done = subprocess.run([sys.executable, "-c", _SWALLOWED, *command], capture_output=True, text=True)
     assert done.stdout == "sent 1\n"
-    assert (done.returncode, done.stderr) == (130, "lfm2-export: stopped by SIGINT\n")
+    # What took seconds until then has said how far it was.
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (130, "lfm2-export: stopped by SIGINT")
     assert list(tmp_path.iterdir()) == []
 
 

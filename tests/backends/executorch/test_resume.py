@@ -92,7 +92,11 @@ def test_a_killed_export_goes_on_with_either_way_to_run_experts(
     written.clear()
     seen: list[tuple[int, int]] = []
     advanced: list[int] = []
-    progress = Progress(continued=lambda done, total: seen.append((done, total)), advance=advanced.append)
+    progress = Progress(
+        continued=lambda done, total: seen.append((done, total)),
+        start=lambda label, total: advanced.clear(),  # the second program's weights begin where the first's ended
+        advance=advanced.append,
+    )
     lfm2_export.export(checkpoint, output=out, progress=progress, **OPTIONS)
     ((done, total),) = seen
     print(f"{in_all} pieces, {len(written)} in the last attempt, {done} of {total} bytes done before")
