@@ -601,7 +601,7 @@ def test_proposals_change_no_token(exact, artifact, tokenizer, caplog, sampled):
     want = assistant(torch.tensor([[4]]), past_key_values=copy.deepcopy(kept)).logits
     assert tokens(assistant_model=assistant) == plain
     assert torch.equal(assistant(torch.tensor([[4]]), past_key_values=kept).logits, want)  # its own state came back
-    stop = exact.config.eos_token_id
+    stop = exact.generation_config.eos_token_id
     config = transformers.GenerationConfig(prompt_lookup_num_tokens=4, max_new_tokens=60, eos_token_id=stop)
     assert tokens(generation_config=config) == plain
     assert config.prompt_lookup_num_tokens == 4

@@ -40,7 +40,7 @@ def records() -> list[dict[str, object]]:
 
 
 def test_the_prior_is_the_factor_of_the_class_alone() -> None:
-    found = prior(records())
+    found = prior(records(), "kl", "known")
     print(found)
     assert found == pytest.approx(CLASSES, rel=0.01)
 
