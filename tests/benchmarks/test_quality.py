@@ -27,8 +27,7 @@ def records() -> list[dict[str, object]]:
             "checkpoint": name,
             "bits": bits,
             "group_size": 32,
-            "error": 0.006 * share,
-            "share": share,
+            "known": (1 if bits == 4 else 7) * 0.006 * share * share,
             "kl": (1 if bits == 4 else 7) * factor * scale * 0.006 * share * share,
         }
         for kind, factor in CLASSES.items()

@@ -109,6 +109,7 @@ def check_against_theirs(raw: dict[str, Any]) -> None:
     derived = {
         **_ropes(theirs),
         "encoder": None,
+        "drafter": None,
         "head_dim": getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads),
         "layer_types": tuple(theirs.layer_types),
         "eos_token_id": () if theirs.eos_token_id is None else _as_tuple(theirs.eos_token_id),
