@@ -155,7 +155,8 @@ def test_values_of_the_config_that_change_nothing_are_taken(tmp_path: Path, chan
 def test_an_adapter_is_called_one(tmp_path: Path) -> None:
     settings = {"peft_type": "LORA", "base_model_name_or_path": "org/base"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(CheckpointError, match=r"is an adapter \('LORA'\) for 'org/base', not a model; give that as the checkpoint and this by --lora"):
+    words = r"is an adapter \('LORA'\) for 'org/base', not a model; give that as the checkpoint and this by --lora"
+    with pytest.raises(CheckpointError, match=words):
         open_checkpoint(tmp_path)
 
 
