@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from lfm2_export.kernels import build
+from lfm2_export.kernels import build, sources
 
 ROOT = Path(__file__).parents[2]
 HEADERS = ROOT / "build" / "onnxruntime_headers"
-OURS = build.SOURCES / "src" / "onnxruntime_abi.h"
+OURS = sources.SOURCES / "src" / "onnxruntime_abi.h"
 CONSTANTS = {
     "kFloat": "ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT",
     "kUint8": "ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8",

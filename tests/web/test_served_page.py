@@ -48,7 +48,7 @@ def test_it_asks_for_the_key_and_shows_pythons_answer(locked: Running, folder: P
     assert texts == [QUESTION, python_answer(folder, QUESTION).text]
     assert texts[1] != python_answer(folder, "What is a string?").text
     assert re.fullmatch(r"\d+ prompt tokens · 10 new · [\d.]+ tokens/s", figures)
-    assert re.fullmatch(r"\d+ MB on the server", memory)
+    assert re.fullmatch(r"[\d,]+ MB on the server", memory)
     assert all(request.startswith(locked.url) for request in visit.requests)
 
 
