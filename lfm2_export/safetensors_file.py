@@ -96,6 +96,22 @@ class TensorInfo:
         return replace(self, name=name, shape=shape, offset=offset, nbytes=math.prod(shape) * bits // 8)
 
 
+class ComputedTensor(TensorInfo):
+    """One whose values are computed, as float32, while they are read."""
+
+    @property
+    def is_readable(self) -> bool:
+        return True
+
+    @property
+    def stored_dtype(self) -> np.dtype[Any]:
+        return np.dtype("<f4")
+
+    @property
+    def raw_dtype(self) -> np.dtype[Any]:
+        return self.stored_dtype
+
+
 class WeightFile(Protocol):
     """A file that tensors are read from. ``real`` is its path without links, ``identity`` what tells a later change."""
 

@@ -9,18 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lfm2_export.quant.formats import FloatArray
-from lfm2_export.safetensors_file import Shard, TensorInfo
+from lfm2_export.safetensors_file import ComputedTensor, Shard, TensorInfo
 
 _BLOCK_VALUES = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergedTensor(TensorInfo):
+class MergedTensor(ComputedTensor):
     """Some whole rows of a merged matrix: those of ``base``, from row ``first_row`` of ``b`` on. ``a`` is [r, columns],
     ``b`` [all rows, r]. ``file``, ``offset`` and ``nbytes`` are the base's."""
 
@@ -29,18 +28,6 @@ class MergedTensor(TensorInfo):
     b: TensorInfo
     scale: float
     first_row: int = 0
-
-    @property
-    def is_readable(self) -> bool:
-        return True
-
-    @property
-    def stored_dtype(self) -> np.dtype[Any]:
-        return np.dtype("<f4")
-
-    @property
-    def raw_dtype(self) -> np.dtype[Any]:
-        return self.stored_dtype
 
     def part(self, name: str, shape: tuple[int, ...], first_element: int) -> MergedTensor:
         """Whole rows only."""

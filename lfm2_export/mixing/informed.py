@@ -5,7 +5,7 @@ In: a checkpoint and its ``Statistics``. Out: ``Evidence`` for ``estimate``, whe
 By itself that trace says little (Spearman's rank correlation with the measured KL of quantizing one unit alone: -0.1,
 0.7, 0.8 and 0.6 on four trained models), since outputs of a size do more where the stream is small. Over the outputs'
 energy, times the block's share of the stream and a factor for the class of matrix that was fitted to the other three
-models, it ranks as a measurement does (see ``python -m benchmarks.sensitivity``).
+models, it ranks as a measurement does (``benchmarks/sensitivity.py``, figures in ``prior.py``).
 """
 
 from __future__ import annotations

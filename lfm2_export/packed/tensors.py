@@ -19,7 +19,7 @@ from lfm2_export import paths
 from lfm2_export.errors import CheckpointError
 from lfm2_export.messages import named, shown
 from lfm2_export.quant.formats import ByteArray, Codes, FloatArray
-from lfm2_export.safetensors_file import Shard, TensorInfo, read_stored
+from lfm2_export.safetensors_file import ComputedTensor, Shard, TensorInfo, read_stored
 
 _BLOCK_VALUES = 1 << 18
 _INTEGERS: dict[str, np.dtype[Any]] = {"I32": np.dtype("<u4"), "I64": np.dtype("<i8")}
@@ -56,7 +56,7 @@ class Layout(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedTensor(TensorInfo):
+class PackedTensor(ComputedTensor):
     """Some rows of a packed weight: ``first_row`` and the ``shape[0] - 1`` after it.
 
     ``parts``: the whole tensors that it lies in, by what they are to the layout. ``step``: how many neighbours in a row
@@ -70,18 +70,6 @@ class PackedTensor(TensorInfo):
     layout: Layout
     parts: Mapping[str, TensorInfo]
     first_row: int = 0
-
-    @property
-    def is_readable(self) -> bool:
-        return True
-
-    @property
-    def stored_dtype(self) -> np.dtype[Any]:
-        return np.dtype("<f4")
-
-    @property
-    def raw_dtype(self) -> np.dtype[Any]:
-        return self.stored_dtype
 
     @property
     def row_range(self) -> slice:

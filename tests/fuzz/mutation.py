@@ -6,6 +6,7 @@ words of a binary file) it changes as such; what it does not, as bytes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from random import Random
@@ -61,6 +62,27 @@ def json_mutator(*words: str) -> Mutator:
         return mutate_bytes(data, rng) if mutated is None else mutated
 
     return mutate
+
+
+def mutate_described(data: bytes, rng: Random, key: str, mutate_json: Mutator) -> bytes:
+    """A safetensors file whose metadata hold a JSON text under ``key``: the header as JSON, or that text, with the
+    header's length put right."""
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > len(data) or rng.random() < 0.15:
+        return mutate_bytes(data, rng)
+    header = data[8 : 8 + length]
+    changed = _mutate_description(header, rng, key, mutate_json) if rng.random() < 0.5 else mutate_json(header, rng)
+    return len(changed).to_bytes(8, "little") + changed + data[8 + length :]
+
+
+def _mutate_description(header: bytes, rng: Random, key: str, mutate_json: Mutator) -> bytes:
+    try:
+        entries = json.loads(header)
+        told = mutate_json(entries["__metadata__"][key].encode(), rng)
+        entries["__metadata__"][key] = told.decode("utf-8", "replace")
+        return json.dumps(entries).encode()
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return mutate_json(header, rng)
 
 
 def bundle_mutator(by_name: Mapping[str, Mutator], titles: Sequence[str] = ()) -> Mutator:

@@ -173,17 +173,7 @@ class AttentionCase:
         given = inputs or self.inputs
         if self.capacity is None:
             return run_operator(self.op, given, self.outputs, self.attributes, threads=self.threads)
-        session = open_operator(self.op, given, self.outputs, self.attributes, threads=self.threads)
-        binding = session.io_binding()
-        values = {n: ort.OrtValue.ortvalue_from_numpy(a.copy()) for n, a in given.items() if a is not None}
-        for name, value in values.items():
-            binding.bind_ortvalue_input(name, value)
-        binding.bind_output("out", "cpu")
-        for part in ("key", "value"):
-            binding.bind_ortvalue_output(f"present_{part}", values[f"past_{part}"])
-        session.run_with_iobinding(binding)
-        found = (binding.get_outputs()[0], values["past_key"], values["past_value"])
-        return [value.numpy().copy() for value in found]
+        return in_one_buffer(self, given, self.attributes)
 
     def slots(self) -> npt.NDArray[np.int64]:
         """[B, T]: where each token's key and value go."""
@@ -234,6 +224,20 @@ class AttentionCase:
                     weights = np.exp(scores - scores.max())
                     out[row, token, head] = weights @ value[row, head // group, seen] / weights.sum()
         return out.reshape(self.batch, self.tokens, -1)
+
+
+def in_one_buffer(case: AttentionCase, inputs: Arrays, attributes: Mapping[str, Any]) -> list[npt.NDArray[Any]]:
+    """A call whose past and present share their memory."""
+    session = open_operator(case.op, inputs, case.outputs, attributes, threads=case.threads)
+    binding = session.io_binding()
+    values = {n: ort.OrtValue.ortvalue_from_numpy(a.copy()) for n, a in inputs.items() if a is not None}
+    for name, value in values.items():
+        binding.bind_ortvalue_input(name, value)
+    binding.bind_output("out", "cpu")
+    for part in ("key", "value"):
+        binding.bind_ortvalue_output(f"present_{part}", values[f"past_{part}"])
+    session.run_with_iobinding(binding)
+    return [v.numpy().copy() for v in (binding.get_outputs()[0], values["past_key"], values["past_value"])]
 
 
 def quantize_rows(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:

@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 import pytest
 
 from lfm2_export.cache import RING_ROOM, ring_positions
 from tests.kernels.onnx_operators import (
     Arrays,
     AttentionCase,
-    open_operator,
+    in_one_buffer,
     operator_library,
     quantize_rows,
     run_operator,
@@ -63,16 +62,7 @@ def run_on_ring(case: AttentionCase, inputs: Arrays, *, in_place: bool) -> list[
     attributes = case.attributes | {"ring": 1}
     if not in_place:
         return run_operator(case.op, inputs, case.outputs, attributes, threads=case.threads)
-    session = open_operator(case.op, inputs, case.outputs, attributes, threads=case.threads)
-    binding = session.io_binding()
-    values = {n: ort.OrtValue.ortvalue_from_numpy(a.copy()) for n, a in inputs.items() if a is not None}
-    for name, value in values.items():
-        binding.bind_ortvalue_input(name, value)
-    binding.bind_output("out", "cpu")
-    for part in ("key", "value"):
-        binding.bind_ortvalue_output(f"present_{part}", values[f"past_{part}"])
-    session.run_with_iobinding(binding)
-    return [v.numpy().copy() for v in (binding.get_outputs()[0], values["past_key"], values["past_value"])]
+    return in_one_buffer(case, inputs, attributes)
 
 
 def differing(case: AttentionCase, size: int, *, in_place: bool) -> int:

@@ -11,7 +11,7 @@ from lfm2_export.cache import CacheSpec
 from lfm2_export.families import get_family
 from lfm2_export.states import METADATA, check_target, read_state
 from tests.fuzz.findings import attempt
-from tests.fuzz.mutation import json_mutator, mutate_bytes
+from tests.fuzz.mutation import json_mutator, mutate_described
 from tests.fuzz.targets import FOLDER
 from tests.fuzz.workspace import workspace
 
@@ -42,20 +42,4 @@ def fuzz_one(data: bytes) -> None:
 
 
 def mutate(data: bytes, rng: Random) -> bytes:
-    """The header as JSON, or the JSON that it holds of itself, with its length put right."""
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > len(data) or rng.random() < 0.15:
-        return mutate_bytes(data, rng)
-    header = data[8 : 8 + length]
-    changed = _mutate_description(header, rng) if rng.random() < 0.5 else _mutate_json(header, rng)
-    return len(changed).to_bytes(8, "little") + changed + data[8 + length :]
-
-
-def _mutate_description(header: bytes, rng: Random) -> bytes:
-    try:
-        entries = json.loads(header)
-        told = _mutate_json(entries["__metadata__"][METADATA].encode(), rng)
-        entries["__metadata__"][METADATA] = told.decode("utf-8", "replace")
-        return json.dumps(entries).encode()
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return _mutate_json(header, rng)
+    return mutate_described(data, rng, METADATA, _mutate_json)
