@@ -8,10 +8,11 @@ and hashes when the program is opened.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,7 +192,8 @@ class _Repository:
         from huggingface_hub import errors
 
         try:
-            return ask()
+            with _told_once():
+                return ask()
         except Lfm2ExportError:
             raise
         except errors.RemoteEntryNotFoundError as error:
@@ -201,6 +203,18 @@ class _Repository:
 
     def __str__(self) -> str:
         return f"{self.id}@{self.revision}" if self.revision else self.id
+
+
+@contextlib.contextmanager
+def _told_once() -> Iterator[None]:
+    """Without the Hub's library's two lines for each of its attempts: what comes of them is one line of ours."""
+    attempts = logging.getLogger("huggingface_hub.utils._http")
+    before = attempts.level
+    attempts.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        attempts.setLevel(before)
 
 
 def needed_files(program: Program) -> list[str]:

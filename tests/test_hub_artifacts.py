@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -79,6 +80,22 @@ def test_what_was_fetched_opens_offline(hub: Hub, monkeypatch: pytest.MonkeyPatc
     assert main(RUN) == 0  # the program that is there
     assert capsys.readouterr().out == 3 * said
     assert "onnx q4 is not (completely) in the cache, and offline" in refusal("org/model", scheme="q4")
+
+
+def test_attempts_of_the_hubs_library_are_not_told_one_by_one(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    attempts, made = logging.getLogger("huggingface_hub.utils._http"), []
+
+    def attempt(*_: object, **__: object) -> None:
+        made.append(attempts.warning("Retrying in 1s"))
+        raise OSError("no network")
+
+    monkeypatch.setattr(attempts, "handlers", [caplog.handler])
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", attempt)
+    assert refusal("org/model").startswith("org/model: ")
+    assert made
+    assert "Retrying in 1s" not in caplog.messages
 
 
 def test_the_verbs_take_a_repository(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
