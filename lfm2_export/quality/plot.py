@@ -12,7 +12,7 @@ from typing import Any
 
 LEFT = 64
 _WIDTH, _HEIGHT, _RIGHT, _BOTTOM, _TOP = 720, 380, 150, 40, 12
-_MOST_TICKS = 10
+_MOST_TICKS = 8
 _LEAST_KL = 1e-12  # of a model that is the checkpoint itself
 
 

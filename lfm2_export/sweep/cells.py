@@ -119,7 +119,8 @@ def _made(
         skipped=skipped,
     )
     if not skipped:
-        used.update((key, one.line) for key, one in fitting.items())
+        said = [*variant.settings.items(), *(item for rule in rules for item in rule.settings.items())]
+        used.update((key, one.line) for key, one in said if key in fitting)
         _check(plan, cell, fitting)
     return cell
 

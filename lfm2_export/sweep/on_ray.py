@@ -24,8 +24,8 @@ from lfm2_export.resources import human_bytes
 from lfm2_export.sweep import work
 from lfm2_export.sweep.schedule import Ended, Step, Task
 
-# Both are read when ray is imported. The second: on Linux as elsewhere the node's address is then 127.0.0.1, which is all
-# that its servers listen on.
+# Both are read when ray is imported. The second: on Linux as elsewhere the node's address is then 127.0.0.1, which is
+# all that its servers listen on.
 _TELEMETRY = {"RAY_usage_stats_enabled": "0"}
 _LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 os.environ.update({**_TELEMETRY, **_LOOPBACK})
@@ -38,6 +38,7 @@ _OBJECT_STORE = 80 << 20
 # After so many tasks a worker's process ends: what libraries keep is given back.
 _MOST_CALLS = 8
 _POLL_S = 1.0
+_STARTS = 3
 # Of every Ray that this process starts, which asks for one where the mode is not set: without ours it would keep one in
 # the home folder. It is read once.
 _TOKEN = secrets.token_hex(32)
@@ -140,16 +141,7 @@ def cluster(address: str) -> Iterator[RayWorkers]:
 @contextlib.contextmanager
 def _connected(address: str, settings: Mapping[str, Any]) -> Iterator[RayWorkers]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL, **settings)
-    except Exception as error:  # whatever Ray, its processes and its network raise
-        ray.shutdown()
-        interrupts.check()
-        where = "on this machine" if address == "local" else f"at --address {address}"
-        raise Lfm2ExportError(
-            f"Ray: cannot be used {where} ({shown_reason(error)}); "
-            + ("is there room in /tmp?" if address == "local" else "check the address, and Ray's version and token")
-        ) from error
+    _start(address, settings)
     # It says on stderr, in colour, of each worker that dies what Ended says.
     ray._private.worker._worker_logs_enabled = False
     for number, handler in handlers.items():
@@ -160,6 +152,25 @@ def _connected(address: str, settings: Mapping[str, Any]) -> Iterator[RayWorkers
     finally:
         found.cancel()
         ray.shutdown()
+
+
+def _start(address: str, settings: Mapping[str, Any]) -> None:
+    """Connects; a Ray of our own is tried again, since its processes get half a minute of a machine that may be busy."""
+    local = address == "local"
+    for left in reversed(range(_STARTS if local else 1)):
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL, **settings)
+            return
+        except Exception as error:  # whatever Ray, its processes and its network raise
+            ray.shutdown()
+            interrupts.check()
+            if left:
+                continue
+            where = "on this machine" if local else f"at --address {address}"
+            remedy = (
+                "free memory, cores and room in /tmp" if local else "check the address, and Ray's version and token"
+            )
+            raise Lfm2ExportError(f"Ray: cannot be used {where} ({shown_reason(error)}); {remedy}") from error
 
 
 def _short_folder() -> Path:

@@ -109,24 +109,33 @@ class Sweep:
     def run(self, *, address: str | None = None, progress: Progress | None = None) -> SweepReport:
         """Does what is missing and writes the report, also where it is ended by a signal; raises as ``sweep``."""
         told = progress or Progress()
-        with interrupts.lasting(), self._alone():
+        with self._alone():
             told.phase("looking for what is done")
-            tasks = self.pending()
-            try:
-                if tasks:
-                    told.phase("starting Ray" if address is None else f"connecting to Ray at {address}")
-                    with self._workers(address) as workers:
-                        told.start_steps("cells", len(tasks))
-                        schedule.run(
-                            tasks,
-                            workers,
-                            retries=self.plan.retries,
-                            told=told.told,
-                            ended=lambda: told.advance(1),
-                        )
-            finally:
-                found = self._written()
-            return found
+            if not self.pending():
+                return self._written()
+            told.phase("starting Ray" if address is None else f"connecting to Ray at {address}")
+            with interrupts.lasting(), self._workers(address) as workers:
+                return self._done_by(workers, told)
+
+    def run_on(self, workers: Workers, *, progress: Progress | None = None) -> SweepReport:
+        """``run`` on workers that are there already."""
+        with interrupts.lasting(), self._alone():
+            return self._done_by(workers, progress or Progress())
+
+    def _done_by(self, workers: Workers, progress: Progress) -> SweepReport:
+        tasks = self.pending()
+        progress.start_steps("cells", len(tasks))
+        try:
+            schedule.run(
+                tasks,
+                workers,
+                retries=self.plan.retries,
+                told=progress.told,
+                ended=lambda: progress.advance(1),
+            )
+        finally:
+            found = self._written()
+        return found
 
     def _workers(self, address: str | None) -> contextlib.AbstractContextManager[Workers]:
         from lfm2_export.sweep import on_ray
