@@ -13,25 +13,25 @@ import secrets
 import shutil
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lfm2_export import interrupts
-from lfm2_export.errors import ConfigError, Lfm2ExportError
+from lfm2_export.errors import ConfigError, Lfm2ExportError, ResourceError
 from lfm2_export.messages import shown_reason
 from lfm2_export.resources import human_bytes
 from lfm2_export.sweep import work
 from lfm2_export.sweep.schedule import Ended, Step, Task
 
-# Both are read when ray is imported. The second: on Linux as elsewhere the node's address is then 127.0.0.1, which is
-# all that its servers listen on.
+# Read when ray is imported, and by its processes.
 _TELEMETRY = {"RAY_usage_stats_enabled": "0"}
-_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-os.environ.update({**_TELEMETRY, **_LOOPBACK})
+os.environ.update(_TELEMETRY)
 
 import ray  # noqa: E402
 import ray.exceptions  # noqa: E402
+from ray._private import ray_constants  # noqa: E402
 
 # Little is sent: plans out, records back. Ray takes no less; where /dev/shm is smaller, as in containers, it uses /tmp.
 _OBJECT_STORE = 80 << 20
@@ -105,11 +105,16 @@ def _fits(task: Task, node: Mapping[str, float]) -> bool:
 
 @contextlib.contextmanager
 def local(*, workers: int, threads: int) -> Iterator[RayWorkers]:
-    """A Ray of this process's own, for ``workers`` tasks of ``threads`` at a time."""
+    """A Ray of this process's own, for ``workers`` tasks of ``threads`` at a time; or the one that it is connected to
+    already, as in a program of Ray's.
+
+    Raises:
+        ResourceError: it cannot be started here.
+    """
     folder = _short_folder()
-    own = {"RAY_AUTH_MODE": None, "RAY_AUTH_TOKEN": _TOKEN, **_LOOPBACK, **_TELEMETRY}
+    own = {"RAY_AUTH_MODE": None, "RAY_AUTH_TOKEN": _TOKEN, **_TELEMETRY}
     try:
-        with _environment(own):
+        with _environment(own), _on_loopback():
             settings = {
                 "num_cpus": workers * threads,
                 "include_dashboard": False,
@@ -140,42 +145,61 @@ def cluster(address: str) -> Iterator[RayWorkers]:
 
 @contextlib.contextmanager
 def _connected(address: str, settings: Mapping[str, Any]) -> Iterator[RayWorkers]:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    _start(address, settings)
-    # It says on stderr, in colour, of each worker that dies what Ended says.
-    ray._private.worker._worker_logs_enabled = False
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     found = RayWorkers()
+    if is_ours := not ray.is_initialized():
+        _start(address, settings)
     try:
         yield found
     finally:
         found.cancel()
-        ray.shutdown()
+        if is_ours:
+            ray.shutdown()
 
 
 def _start(address: str, settings: Mapping[str, Any]) -> None:
-    """Connects; a Ray of our own is tried again, since its processes get half a minute of a machine that may be busy."""
-    local = address == "local"
-    for left in reversed(range(_STARTS if local else 1)):
+    """Connects. A Ray of our own is tried again: its processes get half a minute of a machine that may be busy."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for left in reversed(range(_STARTS if address == "local" else 1)):
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL, **settings)
-            return
+            break
         except Exception as error:  # whatever Ray, its processes and its network raise
             ray.shutdown()
             interrupts.check()
-            if left:
-                continue
-            where = "on this machine" if local else f"at --address {address}"
-            remedy = (
-                "free memory, cores and room in /tmp" if local else "check the address, and Ray's version and token"
-            )
-            raise Lfm2ExportError(f"Ray: cannot be used {where} ({shown_reason(error)}); {remedy}") from error
+            if not left:
+                raise _unusable(address, error) from error
+    # It says on stderr, in colour, of each worker that dies what Ended says.
+    ray._private.worker._worker_logs_enabled = False
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _unusable(address: str, error: Exception) -> Lfm2ExportError:
+    if address == "local":
+        return ResourceError(
+            f"Ray: cannot be started on this machine ({shown_reason(error)}); free cores, memory and room in /tmp"
+        )
+    return Lfm2ExportError(
+        f"Ray: nothing can be used at --address {address} ({shown_reason(error)}); check the address, and Ray's "
+        "version and token"
+    )
 
 
 def _short_folder() -> Path:
     base = tempfile.gettempdir()
     return Path(tempfile.mkdtemp(prefix="lfm2-", dir=base if len(base) <= _LONGEST_FOLDER - 14 else "/tmp"))
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Within it a Ray that is started has the address 127.0.0.1, as on systems where Ray knows no clusters; its servers
+    listen there alone. On Linux it would take the network's."""
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextlib.contextmanager

@@ -46,7 +46,7 @@ def sweep(
     Args:
         plan: the YAML file.
         address: of a Ray cluster ("auto": the one of this machine), whose machines see the same folders; None: this
-            machine alone.
+            machine alone, or the Ray that this process is connected to already.
         workers: how many cells at a time, of this machine; default: as its cores allow.
         progress: told what is done.
 
@@ -116,11 +116,6 @@ class Sweep:
             told.phase("starting Ray" if address is None else f"connecting to Ray at {address}")
             with interrupts.lasting(), self._workers(address) as workers:
                 return self._done_by(workers, told)
-
-    def run_on(self, workers: Workers, *, progress: Progress | None = None) -> SweepReport:
-        """``run`` on workers that are there already."""
-        with interrupts.lasting(), self._alone():
-            return self._done_by(workers, progress or Progress())
 
     def _done_by(self, workers: Workers, progress: Progress) -> SweepReport:
         tasks = self.pending()

@@ -88,7 +88,7 @@ def swept(workers: on_ray.RayWorkers, tmp_path_factory: pytest.TempPathFactory) 
     spoil(folder / "broken")
     (folder / "plan.yaml").write_text(PLAN)
     told: list[str] = []
-    report = Sweep.open(folder / "plan.yaml").run_on(workers, progress=Progress(told=told.append))
+    report = Sweep.open(folder / "plan.yaml").run(progress=Progress(told=told.append))
     return Swept(plan=folder / "plan.yaml", report=report, told=tuple(told))
 
 
@@ -170,7 +170,7 @@ def test_what_changed_is_done_again_and_nothing_else(swept: Swept, workers: on_r
     opened = changed(swept, tmp_path, rule, rule + setting)
     assert [str(task) for task in opened.pending()] == ["export tiny-moe-onnx-q4", "export broken-onnx-q4"]
     before = swept.report.to_json()["cells"]
-    report = opened.run_on(workers)
+    report = opened.run()
     for old, new in zip(before, report.to_json()["cells"], strict=True):
         assert (old["quality"] == new["quality"]) == (new["cell"] != "tiny-moe-onnx-q4" or not old["quality"])
     program = Artifact.open(tmp_path / "out" / "cells" / "tiny-moe-onnx-q4").program()
@@ -220,7 +220,7 @@ def test_a_killed_worker_changes_nothing_of_the_result(
     opened = Sweep.open(tmp_path / "plan.yaml")
     unfinished = tmp_path / "out" / "cells" / ".tiny-dense-onnx-q4.lfm2-export.partial"
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(opened.run_on, workers, progress=Progress(told=told.append))
+        running = pool.submit(opened.run, progress=Progress(told=told.append))
         until(lambda: unfinished if unfinished.exists() else None)
         until(lambda: exporting("tiny-dense-onnx-q4")).send_signal(signal.SIGKILL)
         report = running.result(timeout=600)
