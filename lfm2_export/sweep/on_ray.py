@@ -14,6 +14,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,19 @@ os.environ.update(_TELEMETRY)
 
 import ray  # noqa: E402
 import ray.exceptions  # noqa: E402
-from ray._private import ray_constants  # noqa: E402
+from ray._private import ray_constants, services  # noqa: E402
 
 # Little is sent: plans out, records back. Ray takes no less; where /dev/shm is smaller, as in containers, it uses /tmp.
 _OBJECT_STORE = 80 << 20
 # After so many tasks a worker's process ends: what libraries keep is given back.
 _MOST_CALLS = 8
 _POLL_S = 1.0
-_STARTS = 3
+# For Ray's seven processes to come up on a machine that has other work as well; its own limits are 30, 60 and 100 s.
+_START_S = 300
+_PATIENCE = {
+    "RAY_worker_register_timeout_seconds": str(_START_S),
+    "RAY_agent_register_timeout_ms": str(1000 * _START_S),
+}
 # Of every Ray that this process starts, which asks for one where the mode is not set: without ours it would keep one in
 # the home folder. It is read once.
 _TOKEN = secrets.token_hex(32)
@@ -112,9 +118,9 @@ def local(*, workers: int, threads: int) -> Iterator[RayWorkers]:
         ResourceError: it cannot be started here.
     """
     folder = _short_folder()
-    own = {"RAY_AUTH_MODE": None, "RAY_AUTH_TOKEN": _TOKEN, **_TELEMETRY}
+    own = {"RAY_AUTH_MODE": None, "RAY_AUTH_TOKEN": _TOKEN, **_TELEMETRY, **_PATIENCE}
     try:
-        with _environment(own), _on_loopback():
+        with _environment(own), _on_loopback(), _patiently():
             settings = {
                 "num_cpus": workers * threads,
                 "include_dashboard": False,
@@ -157,17 +163,13 @@ def _connected(address: str, settings: Mapping[str, Any]) -> Iterator[RayWorkers
 
 
 def _start(address: str, settings: Mapping[str, Any]) -> None:
-    """Connects. A Ray of our own is tried again: its processes get half a minute of a machine that may be busy."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for left in reversed(range(_STARTS if address == "local" else 1)):
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL, **settings)
-            break
-        except Exception as error:  # whatever Ray, its processes and its network raise
-            ray.shutdown()
-            interrupts.check()
-            if not left:
-                raise _unusable(address, error) from error
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL, **settings)
+    except Exception as error:  # whatever Ray, its processes and its network raise
+        ray.shutdown()
+        interrupts.check()
+        raise _unusable(address, error) from error
     # It says on stderr, in colour, of each worker that dies what Ended says.
     ray._private.worker._worker_logs_enabled = False
     if threading.current_thread() is threading.main_thread():
@@ -200,6 +202,29 @@ def _on_loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextlib.contextmanager
+def _patiently() -> Iterator[None]:
+    """Within it a node that is started may take its time until it is known."""
+    look = services.get_node
+
+    def get_node(*args: Any) -> Any:
+        ends = time.monotonic() + _START_S
+        while True:
+            try:
+                return look(*args)
+            except RuntimeError:
+                interrupts.check()
+                if time.monotonic() > ends:
+                    raise
+                time.sleep(_POLL_S / 4)
+
+    services.get_node = get_node
+    try:
+        yield
+    finally:
+        services.get_node = look
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -159,3 +160,42 @@ def test_an_output_in_a_checkpoint_is_refused_and_paths_count_from_the_plan(tmp_
         read_plan(planned(tmp_path, "output: link/out\ncheckpoints: [model]\n"))
     plan = read_plan(planned(tmp_path, "output: out\ncheckpoints: [./model]\n"))
     assert plan.checkpoints[0].request.name == str(tmp_path / "model")
+
+
+def test_a_plan_that_was_changed_at_random_is_read_or_refused_in_a_line(tmp_path: Path) -> None:
+    """Pieces are cut out, doubled, and replaced by what YAML means something by."""
+    rng = random.Random(0)
+    pieces = [
+        "[",
+        "]",
+        "{",
+        "}",
+        ":",
+        "\n",
+        "  ",
+        "- ",
+        "'",
+        "null",
+        "-1",
+        "1e400",
+        "&a",
+        "*a",
+        "!!x",
+        "? ",
+        "|\n",
+        "\t",
+    ]
+    refused = []
+    for _ in range(300):
+        text = GOOD + "# a comment, in which nothing matters\n" * 12
+        for _ in range(rng.randint(1, 3)):
+            start = rng.randrange(len(text))
+            end = start + rng.randint(0, 12)
+            text = text[:start] + rng.choice([*pieces, text[start:end] * 2, ""]) + text[end:]
+        try:
+            make_cells(read_plan(planned(tmp_path, text)))
+        except ConfigError as error:
+            refused.append(str(error))
+    print(f"{len(refused)} of 300 refused")
+    assert 100 < len(refused) < 300
+    assert all(line.startswith(str(tmp_path / "plan.yaml")) and "\n" not in line for line in refused)

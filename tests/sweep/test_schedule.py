@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from lfm2_export.errors import CheckpointError, QuantizationError
 from lfm2_export.sweep import records, schedule
 from lfm2_export.sweep.jobs import Job
 from lfm2_export.sweep.records import ExportRecord, Figures, QualityRecord
 from lfm2_export.sweep.report import FAILED, FELL_SHORT, MISSING, OK, Outcome, SweepReport
 from lfm2_export.sweep.run import Sweep
 from lfm2_export.sweep.schedule import Ended, Step, Task
+from tests.checkpoints import tiny_config, write_random_checkpoint
+from tests.encoder_checkpoints import write_encoder
 
 PLAN = """\
 output: out
@@ -166,3 +169,24 @@ def test_a_damaged_record_counts_for_none(jobs: list[Job]) -> None:
     jobs[0].export_record.write_text(jobs[0].export_record.read_text().replace('"nbytes"', '"bytes"'))
     assert jobs[0].exported() is None
     assert str(schedule.pending(jobs[0])) == "export tiny-dense-onnx-q4"
+
+
+def test_an_encoder_is_exported_and_not_measured_and_gates_on_figures_refuse_it(tmp_path: Path) -> None:
+    write_encoder(tmp_path / "encoder", "embedding")
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("output: out\ncheckpoints: [encoder]\nschemes: [fp32]\n")
+    (job,) = Sweep.open(plan, workers=1).jobs
+    assert not job.measured
+    assert job.is_measured()
+    plan.write_text(plan.read_text() + "gates: {max_kl: 1}\n")
+    with pytest.raises(CheckpointError, match=r"plan\.yaml:2: encoder-onnx-fp32: gates on max_kl .* is an encoder"):
+        Sweep.open(plan, workers=1)
+
+
+def test_what_only_an_open_checkpoint_shows_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    write_random_checkpoint(tmp_path / "odd", tiny_config("lfm2", hidden_size=96, head_dim=24), seed=0, dtype="F32")
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("output: out\ncheckpoints: [odd]\nschemes: [q8]\nsettings: {group_size: 128}\n")
+    with pytest.raises(QuantizationError, match=r"plan\.yaml:2: odd-onnx-q8: .*group_size"):
+        Sweep.open(plan)
+    assert not (tmp_path / "out").exists()
