@@ -171,7 +171,7 @@ def test_what_changed_is_done_again_and_nothing_else(swept: Swept, workers: on_r
     for old, new in zip(swept.report.outcomes, report.outcomes, strict=True):
         assert (old.figures == new.figures) == (new.cell.name != "tiny-dense-onnx-q8")
     program = Artifact.open(tmp_path / "out" / "cells" / "tiny-dense-onnx-q8").program()
-    assert program.options["group_size"] == 64
+    assert program.options["formats"]["linear"]["group_size"] == 64
 
     # Other tokens: measured anew, not exported; another gate: nothing to do at all.
     words = {"export broken-onnx-q4", *(f"measure {name}" for name in MADE)}
