@@ -193,7 +193,7 @@ def test_what_changed_is_done_again_and_nothing_else(swept: Swept, workers: on_r
     ]
 
 
-def until(found: Callable[[], Any], seconds: float = 240) -> Any:
+def until(found: Callable[[], Any], seconds: float = 600) -> Any:
     ends = time.monotonic() + seconds
     while time.monotonic() < ends:
         if (value := found()) is not None:
@@ -237,7 +237,8 @@ def test_a_killed_worker_changes_nothing_of_the_result(
     assert sorted(left) == ["tiny-dense-onnx-fp32", "tiny-dense-onnx-q8"]
 
 
-def command(*arguments: str | Path) -> subprocess.Popen[str]:
+@contextlib.contextmanager
+def command(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
     """The command line with the Ray of this process as a cluster."""
     environment = {
         **os.environ,
@@ -245,24 +246,28 @@ def command(*arguments: str | Path) -> subprocess.Popen[str]:
         "RAY_AUTH_TOKEN": on_ray._TOKEN,
         "PYTHONPATH": str(ROOT),
     }
-    return subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "lfm2_export", "sweep", *map(str, arguments)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         encoding="utf-8",
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def test_a_sweep_on_a_cluster_that_is_interrupted_goes_on(workers: on_ray.RayWorkers, tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text(SMALL)
     address = ray.get_runtime_context().gcs_address
-    first = command(tmp_path / "plan.yaml", "--address", address)
     records = tmp_path / "out" / "records"
-    until(lambda: next(records.glob("*.export.json"), None) if records.exists() else None)
-    first.send_signal(signal.SIGINT)
-    out, err = first.communicate(timeout=300)
+    with command(tmp_path / "plan.yaml", "--address", address) as first:
+        until(lambda: next(records.glob("*.export.json"), None) if records.exists() else None)
+        first.send_signal(signal.SIGINT)
+        out, err = first.communicate(timeout=600)
     print(err)
     assert first.returncode == 130
     assert (out, err.splitlines()[-1]) == ("", "lfm2-export: stopped by SIGINT")
@@ -270,8 +275,8 @@ def test_a_sweep_on_a_cluster_that_is_interrupted_goes_on(workers: on_ray.RayWor
     report = json.loads((tmp_path / "out" / "sweep.json").read_text())
     assert (report["ok"], report["missing"]) == (1, 1)
 
-    second = command(tmp_path / "plan.yaml", "--address", address)
-    out, err = second.communicate(timeout=300)
+    with command(tmp_path / "plan.yaml", "--address", address) as second:
+        out, err = second.communicate(timeout=600)
     print(err)
     assert second.returncode == 0
     title, head, *rows = out.splitlines()
