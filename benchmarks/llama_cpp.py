@@ -202,7 +202,10 @@ def _build(
         languages = {"C": compiler.c, "CXX": compiler.cxx}
         chosen = [f"-DCMAKE_{language}_COMPILER={one}" for language, one in languages.items()]
         chosen += [f"-DCMAKE_{language}_FLAGS={flags}" for language in languages]
-        _run([cmake, "-S", str(source), "-B", str(scratch / "build"), *_OPTIONS, *options, *chosen], "configuring llama.cpp")
+        _run(
+            [cmake, "-S", str(source), "-B", str(scratch / "build"), *_OPTIONS, *options, *chosen],
+            "configuring llama.cpp",
+        )
         jobs = str(os.cpu_count() or 1)
         _run(
             [cmake, "--build", str(scratch / "build"), "--target", *programs, "--config", "Release", "-j", jobs],

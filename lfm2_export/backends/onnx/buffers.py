@@ -209,9 +209,7 @@ class _Room:
     def nbytes(self) -> int:
         return sum(array.nbytes for part in (self.kv, self.rings, *self.conv) for array in part.values())
 
-    def take(
-        self, to: int, tensors: Mapping[str, np.ndarray], row: int, length: int, *, swapped: bool = False
-    ) -> None:
+    def take(self, to: int, tensors: Mapping[str, np.ndarray], row: int, length: int, *, swapped: bool = False) -> None:
         """Row ``to`` becomes a copy of a row of ``tensors`` that holds ``length`` tokens."""
         for name, array in self.kv.items():
             array[to, :, :length] = tensors[name][row, :, :length]
