@@ -161,9 +161,9 @@ class LlamaServer:
     path: Path
     package: str
 
-    def command(self, model: Path, *, name: str, port: int, threads: int, parallel: int, context: int) -> list[str]:
-        """What starts it: a model served as ``name``, ``parallel`` requests at once, each of ``context`` tokens."""
-        command = [str(self.path), "-m", str(model), "--alias", name, "--host", "127.0.0.1", "--port", str(port)]
+    def command(self, model: Path, *, port: int, threads: int, parallel: int, context: int) -> list[str]:
+        """What starts it: ``parallel`` requests at once, each of ``context`` tokens."""
+        command = [str(self.path), "-m", str(model), "--host", "127.0.0.1", "--port", str(port)]
         command += ["-t", str(threads), "-tb", str(threads), "-np", str(parallel), "-c", str(parallel * context)]
         return [*command, "--offline", "--no-ui"]
 

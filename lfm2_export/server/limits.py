@@ -15,7 +15,7 @@ class Limits:
 
     body: int = 8 << 20
     tokens: int = 8192
-    parallel: int = 8
+    parallel: int = 16
     queue: int = 64
     cache_bytes: int = 512 << 20
 

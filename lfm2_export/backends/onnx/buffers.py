@@ -100,8 +100,8 @@ class StateBuffers:
         self._show()
 
     def join(self, tensors: Mapping[str, np.ndarray], lengths: np.ndarray, limit: int) -> None:
-        """Copies of the rows of ``tensors``, which hold ``lengths`` tokens, come behind the present ones. Where there is
-        no room for them, there is for at least twice as many rows from then on."""
+        """Copies of the rows of ``tensors``, which hold ``lengths`` tokens, come behind the present ones. Where there
+        is no room for them, there is for at least twice as many rows from then on."""
         before, rows = self.batch_size, self.batch_size + len(lengths)
         self.ensure(int(lengths.max()), limit)
         if rows > self._room.rows:
