@@ -28,8 +28,9 @@ from lfm2_export.text import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-# Tokens of a prompt between two steps of those that are decoded.
-_PART = 128
+# Tokens of a prompt between two steps of those that are decoded. 512 of the 350M's shape took 3.32, 2.89, 2.82 and 2.70
+# s of one AVX2 thread in parts of 32, 64, 128 and 256, and a step of 16 rows 0.14 s.
+_PART = 64
 
 
 @dataclass(eq=False, kw_only=True)
