@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lfm2_export import load_runner
+from lfm2_export import complete, load_runner
 from lfm2_export.backends.base import JoinsRows
 from lfm2_export.backends.onnx import buffers, variants
 from lfm2_export.backends.onnx.buffers import StateBuffers
@@ -221,16 +221,22 @@ def test_a_long_prompt_does_not_stop_those_that_are_answered(model: Model, monke
     assert steps == parts > 10
 
 
-def test_a_turns_state_is_kept_from_a_row(model: Model) -> None:
-    prefixes = PrefixCache(64 << 20)
+def test_the_state_after_an_answer_is_kept_and_is_that_of_its_tokens(model: Model, folder: Path) -> None:
+    prefixes, lone = PrefixCache(64 << 20), load_runner(folder, scheme="q4", threads=1)
     batch = Batch(model.name, rows_of(model.runner, 3), model.tokenizer, prefixes, Metrics([model.name]))
     asked = [plain(model, text, 12) for text in ("what is a list?", "import", "def f(x):")]
     play(batch, model, asked, 1)
     for request in asked:
-        held = [*request.prompt, *model.tokenizer.encode("".join(p.text for p in request.pieces))]
-        kept = prefixes.longest([*held, 5, 5, 5])
+        config = request.asked(model).config
+        (answer,) = complete(lone, [request.prompt], config)
+        held = [*request.prompt, *answer.tokens[:-1]]
+        kept = prefixes.longest([*held, 5])
         assert kept is not None
-        assert kept.length > len(request.prompt)
+        assert kept.length == len(held) > len(request.prompt)
+        lone.reset()
+        lone.prefill([held])
+        for name, tensor in lone.snapshot().tensors.items():
+            np.testing.assert_array_equal(kept.snapshot.tensors[name], tensor, err_msg=name)
 
 
 def short_of_memory(monkeypatch: pytest.MonkeyPatch, is_short: Callable[[int, int], bool]) -> None:
