@@ -224,7 +224,11 @@ def test_a_long_prompt_does_not_stop_those_that_are_answered(model: Model, monke
 def test_the_state_after_an_answer_is_kept_and_is_that_of_its_tokens(model: Model, folder: Path) -> None:
     prefixes, lone = PrefixCache(64 << 20), load_runner(folder, scheme="q4", threads=1)
     batch = Batch(model.name, rows_of(model.runner, 3), model.tokenizer, prefixes, Metrics([model.name]))
-    asked = [plain(model, text, 12) for text in ("what is a list?", "import", "def f(x):")]
+    prompts = [
+        model.tokenizer.encode_chat([{"role": "user", "content": f"What is a {what}?"}])
+        for what in ("list", "dictionary", "file")
+    ]
+    asked = [Request(kind={}, prompt=tuple(prompt), new=12) for prompt in prompts]
     play(batch, model, asked, 1)
     for request in asked:
         config = request.asked(model).config
@@ -232,7 +236,7 @@ def test_the_state_after_an_answer_is_kept_and_is_that_of_its_tokens(model: Mode
         held = [*request.prompt, *answer.tokens[:-1]]
         kept = prefixes.longest([*held, 5])
         assert kept is not None
-        assert kept.length == len(held) > len(request.prompt)
+        assert kept.length == len(held) > len(request.prompt) + 5
         lone.reset()
         lone.prefill([held])
         for name, tensor in lone.snapshot().tensors.items():
