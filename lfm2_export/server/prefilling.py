@@ -62,5 +62,7 @@ class Prefill:
         return self._prefixes.keep(self._prompt[: self._at], runner.cache, runner.snapshot, logits)
 
     def state(self) -> Snapshot:
-        """A copy of the runner's state after the prompt; the one that is kept, where one is."""
-        return self._snapshot or self._runner.snapshot()
+        """A copy of the runner's state after the prompt, made once; the one that is kept, where one is."""
+        if self._snapshot is None:
+            self._snapshot = self._runner.snapshot()
+        return self._snapshot
