@@ -140,15 +140,23 @@ class SupportCommand:
         add_json(parser)
 
     def run(self, options: argparse.Namespace) -> int:
-        from lfm2_export.support import DELEGATES, supported
+        from lfm2_export.families import DRAFTERS, FAMILIES
+        from lfm2_export.support import DELEGATES, schemes_by_runtime, supported
+        from lfm2_export.tested import tested
 
         rows = [asdict(row) for row in supported()]
         delegates = [asdict(row) for row in DELEGATES]
         if options.json:
-            console.print_json({"supported": rows, "delegates": delegates})
+            console.print_json({"supported": rows, "delegates": delegates, "tested": tested().to_json()})
         else:
             columns = ("family", "backend", "scheme", "file", "opened in tests by")
             console.print_table("support", columns, [tuple(row.values()) for row in rows])
+            ran = tested().ran
+            console.print_table(
+                f"opened in the tests of {ran['date']}, {ran['system']}",
+                ("runtime", *FAMILIES, *DRAFTERS),
+                list(schemes_by_runtime()),
+            )
             console.print_table(
                 "ExecuTorch's delegates beside XNNPACK",
                 ("delegate", "dense", "mixture of experts", "because"),
