@@ -71,7 +71,7 @@ def whole(found: Results) -> str:
                 parts += [f"### {family}: {backend}", _table(("Runtime", "Feature", *schemes), rows)]
     parts += ["## The tests behind them", _table(("Runtime", "Feature", "Tests"), _tests(found))]
     if skipped := [(f"`{name}`", test.reason or "") for name, test in found.tests.items() if test.outcome == SKIPPED]:
-        parts += ["## Skipped in that run", _table(("Result", "Because"), skipped)]
+        parts += ["## Skipped in that run", _table(("Test", "Because"), skipped)]
     return "\n\n".join(parts)
 
 

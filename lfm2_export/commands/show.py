@@ -17,7 +17,8 @@ class InspectCommand:
     help = "show parameters, layers, bytes per part and state size of an artifact or a checkpoint"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("what", metavar="DIR|CHECKPOINT", type=given, help="an artifact's folder, or a checkpoint")
+        what = "an artifact, or a checkpoint; also on the Hub"
+        parser.add_argument("what", metavar="DIR|CHECKPOINT", type=given, help=what)
         add_source(parser)
         add_json(parser)
 
