@@ -10,8 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lfm2_export import tested
-from lfm2_export.backends import BACKENDS
+from lfm2_export.backends import BACKENDS, tested_with
 from lfm2_export.checkpoint import Checkpoint
 from lfm2_export.manifest import ENCODER, CheckpointRecord, Program
 from lfm2_export.messages import one_line
@@ -95,9 +94,10 @@ def _base_model(record: CheckpointRecord) -> str | None:
 def _library(record: CheckpointRecord, programs: Sequence[Program]) -> str:
     """What the Hub shows how to open it with: Transformers.js where it does, else what its first program is for."""
     for program in programs:
-        opened_by = tested.opened_by(program.backend, record.model_type, program.scheme)
-        if any(name.lower().startswith(_JS_LIBRARY) for name in opened_by):
-            return _JS_LIBRARY
+        if program.backend in BACKENDS:
+            opened_by = tested_with(BACKENDS[program.backend].TESTED_WITH, record.model_type, program.scheme)
+            if _JS_LIBRARY in opened_by.lower():
+                return _JS_LIBRARY
     return programs[0].backend
 
 

@@ -102,6 +102,7 @@ class Copying:
     DEFAULT_SCHEME = "fp32"
     OPTIONS = {"flavour": ExportOption(kind=str, metavar="NAME", help="recorded and nothing else")}  # noqa: RUF012
     DRAFTER_SCHEMES: tuple[str, ...] = ()
+    TESTED_WITH: dict[str, str] = {}  # noqa: RUF012
     KL_TOLERANCE = 0.0
 
     def make_plan(self, config, scheme):

@@ -59,14 +59,17 @@ class Backend(Protocol):
 
     ``SCHEMES``: those that it lowers, with the name of the program's file; ``DEFAULT_SCHEME``: the one that is made
     where none is asked for. ``DRAFTER_SCHEMES``: those of drafters. ``OPTIONS``: settings of its own for ``export``, by
-    their keyword. ``KL_TOLERANCE``: how far (mean KL divergence) int8 activations may take a quantized program from the
-    eager model with the same weights.
+    their keyword. ``TESTED_WITH``: the runtimes that a model card says open a scheme's program; under "family
+    scheme" where a family's are others. A test looks for each in what the tests showed (``lfm2_export.tested``).
+    ``KL_TOLERANCE``: how far (mean KL divergence) int8 activations may take a quantized program from the eager model
+    with the same weights.
     """
 
     SCHEMES: Mapping[str, str]
     DEFAULT_SCHEME: str
     DRAFTER_SCHEMES: tuple[str, ...]
     OPTIONS: Mapping[str, ExportOption]
+    TESTED_WITH: Mapping[str, str]
     KL_TOLERANCE: float
 
     def make_plan(self, config: ModelConfig, scheme: Scheme) -> WeightPlan:
@@ -108,6 +111,11 @@ class Backend(Protocol):
         self, folder: Path, program: Program, rows: Sequence[np.ndarray], *, threads: int | None = None
     ) -> FullPrecision | None:
         """Logits of every position with kernels that leave activations alone; None where there is no such choice."""
+
+
+def tested_with(table: Mapping[str, str], family: str, scheme: str) -> str:
+    """The runtimes that a ``TESTED_WITH`` names for a family's scheme, in words."""
+    return table.get(f"{family} {scheme}") or table.get(scheme, "lfm2-export")
 
 
 def option_flag(name: str) -> str:

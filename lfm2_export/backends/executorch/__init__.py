@@ -48,6 +48,8 @@ OPTIONS = {
         kind=int, metavar="N", choices=(4, 8), help="bits of a .pte's quantized token table: 8 (default) or 4"
     ),
 }
+TESTED_WITH = dict.fromkeys(SCHEMES, "lfm2-export, ExecuTorch's TextLLMRunner")
+TESTED_WITH |= dict.fromkeys((f"lfm2_bidirectional {scheme}" for scheme in SCHEMES), "lfm2-export")
 # Activations are int8, one scale a token, at every linear layer.
 KL_TOLERANCE = 2e-3
 

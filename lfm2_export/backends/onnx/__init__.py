@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lfm2_export import tested
-from lfm2_export.backends import ExportOption
+from lfm2_export.backends import ExportOption, tested_with
 from lfm2_export.heads import SENTENCE, TOKENS
 from lfm2_export.manifest import DECODER, DRAFTER
 from lfm2_export.messages import one_line
@@ -49,6 +48,19 @@ DEFAULT_SCHEME = "q4"
 # Those of the CPU; one of float16 there only converts back and forth.
 DRAFTER_SCHEMES = ("fp32", "q8", "q4")
 OPTIONS: dict[str, ExportOption] = {}
+TESTED_WITH = {
+    "fp32": "lfm2-export, onnxruntime, onnxruntime-genai, Transformers.js (Node)",
+    "fp16": "lfm2-export, onnxruntime, Transformers.js (Node)",
+    "q8": "lfm2-export, onnxruntime, onnxruntime-genai, Transformers.js (Node)",
+    "q4": "lfm2-export, onnxruntime, onnxruntime-genai, Transformers.js (Node)",
+    "q4f16": "lfm2-export, onnxruntime, Transformers.js (Node)",
+    # Transformers.js 4.3 knows no lfm3, and onnxruntime-genai takes it for its lfm2.
+    "lfm3 fp32": "lfm2-export, onnxruntime, onnxruntime-genai",
+    **dict.fromkeys(("lfm3 q8", "lfm3 q4"), "lfm2-export, onnxruntime-genai"),
+    **dict.fromkeys(("lfm3 fp16", "lfm3 q4f16"), "lfm2-export"),
+    **{f"lfm2_bidirectional {scheme}": "lfm2-export, onnxruntime, Transformers.js (Node)" for scheme in SCHEMES},
+    "lfm2_bidirectional fp32": "lfm2-export, onnxruntime, sentence-transformers, Transformers.js (Node)",
+}
 KL_TOLERANCE = 1e-3
 _TELEMETRY = "ORT_DISABLE_TELEMETRY"
 
@@ -179,10 +191,7 @@ def how_to_run(programs: Sequence[Program], family: str) -> str:
 
 
 def _with_other_runtimes(programs: Sequence[Program], family: str) -> str:
-    opened_by = {
-        name: [p for p in programs if any(one.startswith(name) for one in tested.opened_by("onnx", family, p.scheme))]
-        for name in _OTHERS
-    }
+    opened_by = {name: [p for p in programs if name in tested_with(TESTED_WITH, family, p.scheme)] for name in _OTHERS}
     parts = [_HOW_TO_GENAI] if opened_by[_GENAI] else []
     if opened := opened_by[_TRANSFORMERS_JS]:
         parts.append(_HOW_TO_TRANSFORMERS_JS.format(dtype=opened[0].scheme))

@@ -84,7 +84,7 @@ def test_expansion_tokens(exported) -> None:
     assert np.abs(found["token_embeddings"][0] - expected["token_embeddings"]).max() < 1e-5
 
 
-@shows("ours", "embeddings", "padding", family="lfm2_bidirectional", scheme=of("scheme"))
+@shows("onnxruntime", "embeddings", "padding", family="lfm2_bidirectional", scheme=of("scheme"))
 @pytest.mark.parametrize("scheme", SCHEMES[1:])
 @pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
 def test_other_schemes_compute_with_their_weights(exported, scheme: str, left: bool) -> None:
