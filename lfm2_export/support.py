@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from lfm2_export.backends import BACKENDS
 from lfm2_export.families import DRAFTERS, FAMILIES
-from lfm2_export.tested import NOT_TESTED, RUNTIMES, opened_by, tested
+from lfm2_export.tested import NOT_TESTED, RUNTIMES, opened_by, results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ def schemes_by_runtime() -> Iterator[tuple[str, ...]]:
     for name, runtime in RUNTIMES.items():
         schemes = BACKENDS[runtime.backend].SCHEMES
         opened = (
-            ", ".join(scheme for scheme in schemes if name in tested().passed(family, scheme))
+            ", ".join(scheme for scheme in schemes if name in results().passed(family, scheme))
             for family in (*FAMILIES, *DRAFTERS)
         )
         yield (runtime.title, *(found or NOT_TESTED for found in opened))

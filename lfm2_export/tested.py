@@ -175,12 +175,12 @@ def cell_of(words: str) -> Cell:
 
 
 @cache
-def tested() -> Results:
+def results() -> Results:
     """What this release's tests showed."""
     return Results.from_json(json_values.parse(RESULTS.read_bytes()))
 
 
 def opened_by(backend: str, family: str, scheme: str) -> tuple[str, ...]:
     """What opens a backend's program in the tests, by its short name."""
-    found = tested().passed(family, scheme)
+    found = results().passed(family, scheme)
     return tuple(dict.fromkeys(RUNTIMES[name].short for name in found if RUNTIMES[name].backend == backend))

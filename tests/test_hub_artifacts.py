@@ -99,6 +99,10 @@ def test_without_network_it_is_known_at_the_first_attempt(
         print(error)
         assert "no such directory, and the Hub cannot be reached (no network) nor is it in the cache" in error
         assert error.count("\n") == 1
+
+
+def test_a_hub_that_is_out_of_order_is_told_at_once(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"waited {seconds} s"))
     assert "org/broken: the Hub could not give it (Server error '500" in refusal("org/broken")
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from lfm2_export.backends import BACKENDS, tested_with
+from lfm2_export import backends
+from lfm2_export.backends import BACKENDS
 from lfm2_export.families import FAMILIES
 from lfm2_export.tested import (
     FAILED,
@@ -25,7 +26,7 @@ from lfm2_export.tested import (
     Result,
     Results,
     opened_by,
-    tested,
+    results,
 )
 from tests.recording import INTO
 from tests.shows import cells_of
@@ -59,16 +60,16 @@ def test_every_test_of_the_table_is_there_and_shows_it(request: pytest.FixtureRe
     there = {item.nodeid: cells_of(item) for item in request.session.items}
     whole = len(there) > WHOLE
     skipped: set[str] = set()
-    if missing := {name.partition("::")[0] for name in tested().tests if name not in there}:
+    if missing := {name.partition("::")[0] for name in results().tests if name not in there}:
         files = {file for file in missing if (ROOT / file).is_file()}
         if files:
             found = collected(files, tmp_path / "there.json")
             there |= {name: test.cells for name, test in found.tests.items()}
             skipped = {name for name, test in found.tests.items() if test.outcome == SKIPPED}
-    left = {name: test for name, test in tested().tests.items() if name.partition("::")[0] not in skipped}
-    print(f"{len(left)} tests show {len(tested().by_cell)} cells; not installed here: {sorted(skipped)}")
+    left = {name: test for name, test in results().tests.items() if name.partition("::")[0] not in skipped}
+    print(f"{len(left)} tests show {len(results().by_cell)} cells; not installed here: {sorted(skipped)}")
     assert left
-    assert stale(replace(tested(), tests=left), there) == [], "refresh it: python -m tests.support_table"
+    assert stale(replace(results(), tests=left), there) == [], "refresh it: python -m tests.support_table"
     if whole and not skipped:  # a runtime or a feature that no test names would only be a wish
         cells = {cell for cells in there.values() for cell in cells}
         assert set(RUNTIMES) - {cell.runtime for cell in cells} == set()
@@ -85,9 +86,9 @@ def test_a_test_that_is_gone_or_shows_something_else_is_noticed() -> None:
 
 
 def test_the_page_and_the_file_are_current() -> None:
-    assert RESULTS.read_text(encoding="utf-8") == written(tested())
+    assert RESULTS.read_text(encoding="utf-8") == written(results())
     page = PAGE.read_text(encoding="utf-8")
-    assert render(page, tested()) == page, "run `python -m tests.support_table`"
+    assert render(page, results()) == page, "run `python -m tests.support_table`"
     assert render(page, Results(tests={}, ran=RAN)) != page
 
 
@@ -125,10 +126,10 @@ def test_what_cards_say_opens_a_program_was_seen_to() -> None:
     for name, backend in BACKENDS.items():
         for family in FAMILIES:
             for scheme in backend.SCHEMES:
-                said = set(tested_with(backend.TESTED_WITH, family, scheme).split(", ")) - {"lfm2-export"}
+                said = set(backends.tested_with(backend.TESTED_WITH, family, scheme).split(", ")) - {"lfm2-export"}
                 seen = set(opened_by(name, family, scheme))
-                known = {RUNTIMES[cell.runtime].short for cell in tested().by_cell if cell.family == family}
-                unseen = said - seen if len(tested().tests) > MARKED else (said & known) - seen
+                known = {RUNTIMES[cell.runtime].short for cell in results().by_cell if cell.family == family}
+                unseen = said - seen if len(results().tests) > MARKED else (said & known) - seen
                 assert not unseen, f"{name} {family} {scheme}: no test showed {unseen}"
     assert compact().count("\n") == len(RUNTIMES) + 1
 

@@ -143,16 +143,16 @@ class SupportCommand:
     def run(self, options: argparse.Namespace) -> int:
         from lfm2_export.families import DRAFTERS, FAMILIES
         from lfm2_export.support import DELEGATES, schemes_by_runtime, supported
-        from lfm2_export.tested import tested
+        from lfm2_export.tested import results
 
         rows = [asdict(row) for row in supported()]
         delegates = [asdict(row) for row in DELEGATES]
         if options.json:
-            console.print_json({"supported": rows, "delegates": delegates, "tested": tested().to_json()})
+            console.print_json({"supported": rows, "delegates": delegates, "tested": results().to_json()})
         else:
             columns = ("family", "backend", "scheme", "file", "opened in tests by")
             console.print_table("support", columns, [tuple(row.values()) for row in rows])
-            ran = tested().ran
+            ran = results().ran
             console.print_table(
                 f"opened in the tests of {ran['date']}, {ran['system']}",
                 ("runtime", *FAMILIES, *DRAFTERS),
