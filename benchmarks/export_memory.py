@@ -40,8 +40,11 @@ print(json.dumps({"total_s": done - started, "weights_s": marks[-1][0] - marks[0
 """
 
 
-def measure(folder: Path, *, shape: str = "8b-head", scheme: str = "q4", algorithm: str = "round") -> dict[str, Any]:
-    """Writes the checkpoint into ``folder``, exports it, copies it; sizes in bytes, times in seconds.
+def measure(
+    folder: Path, *, shape: str = "8b-head", scheme: str = "q4", algorithm: str = "round", copy: bool = True
+) -> dict[str, Any]:
+    """Writes the checkpoint into ``folder``, exports it, copies it unless told not to; sizes in bytes, times in
+    seconds.
 
     Raises:
         ResourceError: the disk or the memory is short.
@@ -55,6 +58,7 @@ def measure(folder: Path, *, shape: str = "8b-head", scheme: str = "q4", algorit
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     artifact = sum(path.stat().st_size for path in (folder / "artifact").rglob("*") if path.is_file())
+    found |= {"copy_mb_per_s": nbytes / _copy(checkpoint / "model.safetensors", folder / "copy") / 1e6} if copy else {}
     return {
         "shape": shape,
         "scheme": scheme,
@@ -64,7 +68,6 @@ def measure(folder: Path, *, shape: str = "8b-head", scheme: str = "q4", algorit
         **found,
         "mb_per_s": nbytes / found["total_s"] / 1e6,
         "weights_mb_per_s": nbytes / found["weights_s"] / 1e6,
-        "copy_mb_per_s": nbytes / _copy(checkpoint / "model.safetensors", folder / "copy") / 1e6,
     }
 
 

@@ -1,6 +1,6 @@
 """Opens a drafter's artifact in its runner; needs no torch.
 
-In: a folder. Out: a ``DraftRunner``, which ``speculation`` puts before the runner of its target.
+In: a folder, or a repository on the Hub. Out: a ``DraftRunner``, which ``speculation`` puts before its target's runner.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from lfm2_export.backends import get_backend
 from lfm2_export.backends.base import RunnerOptions
 from lfm2_export.backends.drafter import DraftRunner
 from lfm2_export.errors import ArtifactError
+from lfm2_export.hub_artifacts import open_artifact
 from lfm2_export.manifest import DRAFTER, CheckpointRecord, Program
 from lfm2_export.messages import shown
 
@@ -31,7 +32,7 @@ def load_drafter(
     """
     if not isinstance(path, str | os.PathLike | Artifact):
         raise ArtifactError(f"{shown(path)}: is not the name of a folder; give the one that `lfm2-export export` wrote")
-    artifact = path if isinstance(path, Artifact) else Artifact.open(path, verify=False)
+    artifact = path if isinstance(path, Artifact) else open_artifact(path, scheme=scheme)
     return open_drafter(artifact, artifact.program(None, scheme), RunnerOptions.parse(threads=threads, kernels=kernels))
 
 

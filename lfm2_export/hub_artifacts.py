@@ -1,7 +1,7 @@
 """Artifacts on the Hub: of a repository, the files that one program needs, in the Hub's cache.
 
 In: ``organization/name``, or ``organization/name@revision``, and a backend and scheme. Out: the snapshot's folder, with
-the manifest, the files that programs share and those of the program; nothing is fetched twice, and what is there opens
+the manifest, the files that programs share and those of the programs; nothing is fetched twice, and what is there opens
 without network. All of it is a stranger's: the manifest is checked first, sizes before anything large is fetched,
 and hashes when the program is opened.
 """
@@ -12,7 +12,7 @@ import contextlib
 import glob
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from lfm2_export.manifest import MANIFEST, MANIFEST_LIMIT, MODEL, Program
 from lfm2_export.messages import listed, named
 from lfm2_export.quant.schemes import SCHEMES
 from lfm2_export.resources import check_disk
-from lfm2_export.source import HUB_ID, hub_error
+from lfm2_export.source import BUNDLED, HUB_ID, fetch_file, hub_error
 
 logger = logging.getLogger(__name__)
 
@@ -34,24 +34,71 @@ _NAME = re.compile(rf"(?P<repository>{HUB_ID.pattern})(?:@(?P<revision>[\w][\w./
 _SMALL = 64 << 20
 
 
-def open_artifact(path: str | Path, *, backend: str | None = None, scheme: str | None = None) -> Artifact:
+def open_artifact(
+    path: str | Path, *, backend: str | None = None, scheme: str | None = None, offline: bool = False
+) -> Artifact:
     """The artifact in a folder or, where there is none of this name, on the Hub; of the latter, what the program takes
-    is fetched. Its files are not checked yet.
+    is fetched, unless ``offline``. Its files are not checked yet.
 
     Raises:
         ArtifactError: there is neither; or the repository is gated, holds no artifact, no such program, or files of
             other sizes than its manifest says.
         ResourceError: the disk is full.
     """
-    folder = located(path, backend=backend, scheme=scheme)
+    folder = located(path, backend=backend, scheme=scheme, offline=offline)
     return open_foreign(folder) if is_foreign(folder) else Artifact.open(folder, verify=False)
 
 
-def located(path: str | Path, *, backend: str | None = None, scheme: str | None = None) -> Path:
-    """The folder of ``open_artifact``; raises as it, but for what is to be said of a folder."""
+def open_programs(
+    path: str | Path, *, backend: str | None = None, schemes: Iterable[str] | None = None, offline: bool = False
+) -> Artifact:
+    """As ``open_artifact``, but for several programs, None: all of the backend's; and of ours alone, for what others
+    exported does not say what it was made of.
+
+    Raises:
+        ArtifactError, ResourceError: as there.
+    """
+    if (repository := _on_hub(path, offline)) is None:
+        return Artifact.open(path, verify=False)
+    return Artifact.open(repository.programs(backend, None if schemes is None else tuple(schemes)), verify=False)
+
+
+def described(path: str | Path, *, revision: str | None = None, offline: bool = False) -> Artifact | None:
+    """The artifact of a repository with its manifest alone; None where the name is another thing's: a folder's, a
+    bundled checkpoint's, or that of a repository that has no manifest of ours or cannot be had.
+
+    Raises:
+        ArtifactError: the manifest is damaged.
+    """
+    repository = None if path in BUNDLED else _on_hub(path, offline, revision)
+    if repository is None:
+        return None
+    try:
+        return repository.described()
+    except _NoManifestError:
+        return None
+    except ArtifactError as error:
+        if isinstance(error.__cause__, Lfm2ExportError) or error.__cause__ is None:
+            raise
+        return None  # the Hub's own exception, which opening a checkpoint tells as well
+
+
+def is_on_hub(path: str | Path) -> bool:
+    """Whether a name is a repository's: it has the form of one, and there is no such folder."""
+    return _on_hub(path, False) is not None
+
+
+def _on_hub(path: str | Path, offline: bool, revision: str | None = None) -> _Repository | None:
     if not isinstance(path, str) or paths.exists(path, ArtifactError) or (found := _NAME.fullmatch(path)) is None:
+        return None
+    return _Repository(id=found["repository"], revision=found["revision"] or revision, offline=offline)
+
+
+def located(path: str | Path, *, backend: str | None = None, scheme: str | None = None, offline: bool = False) -> Path:
+    """The folder of ``open_artifact``; raises as it, but for what is to be said of a folder."""
+    if (repository := _on_hub(path, offline)) is None:
         return Path(path)
-    return _Repository(id=found["repository"], revision=found["revision"]).program(backend, scheme)
+    return repository.program(backend, scheme)
 
 
 def name_of(path: str | Path, folder: Path) -> str:
@@ -66,51 +113,62 @@ class _NoManifestError(ArtifactError):
 
 @dataclass(frozen=True, kw_only=True)
 class _Repository:
-    """``revision``: a branch, tag or commit; None: the main branch."""
+    """``revision``: a branch, tag or commit; None: the main branch. ``offline``: only what is in the cache."""
 
     id: str
     revision: str | None
+    offline: bool = False
+
+    def described(self) -> Artifact:
+        """With nothing but its manifest."""
+        return Artifact.open(self._manifest().parent, verify=False)
+
+    def programs(self, backend: str | None, schemes: tuple[str, ...] | None) -> Path:
+        """The folder that holds the programs, fetched where they are not there."""
+        artifact = self.described()
+        if schemes is None:
+            programs = artifact.select(backend) or (artifact.program(backend),)
+        else:
+            programs = tuple(_preferred(artifact, backend, scheme) for scheme in schemes)
+        return self._with(artifact, programs)
 
     def program(self, backend: str | None, scheme: str | None) -> Path:
         """The folder that holds the program, fetched where it is not there."""
         try:
-            manifest = self._manifest()
+            artifact = self.described()
         except _NoManifestError:
             return self._foreign(scheme)
         except ArtifactError:
             if (cached := self._cached_foreign()) is None:
                 raise
             return cached
-        artifact = Artifact.open(manifest.parent, verify=False)
-        program = _preferred(artifact, backend, scheme)
-        program_files = {name: program.files[name].bytes for name in needed_files(program)}
+        if self._is_offline():
+            return self._with(artifact, [artifact.program(backend, scheme)])  # of several, one that is here
+        return self._with(artifact, [_preferred(artifact, backend, scheme)])
+
+    def _with(self, artifact: Artifact, programs: Sequence[Program]) -> Path:
+        """The artifact's folder, once it has what its programs take."""
+        program_files = {name: program.files[name].bytes for program in programs for name in needed_files(program)}
         if all(paths.exists(artifact.path / name, ArtifactError) for name in program_files):
             return artifact.path
-        if _offline():
-            self._check_here(artifact, artifact.program(backend, scheme))
+        if self._is_offline():
+            for program in programs:
+                self._check_here(artifact, program)
             return artifact.path
-        commit = manifest.parent.name
+        commit = artifact.path.name
         # The large ones last: where they are, the others are.
         self._fetch(commit, dict.fromkeys(artifact.manifest.files), limit=TEXT_LIMIT)
         self._fetch(commit, program_files)
         return artifact.path
 
     def _manifest(self) -> Path:
-        from huggingface_hub import errors, hf_hub_download
+        def check(size: int | None) -> None:
+            self._check_size(MANIFEST, size, None, MANIFEST_LIMIT)
 
-        def download(**how: Any) -> Any:
-            return hf_hub_download(self.id, MANIFEST, revision=self.revision, **how)
+        def fetch() -> Path:
+            return fetch_file(self.id, MANIFEST, revision=self.revision, offline=self.offline, check=check)
 
-        def reached() -> Any:
-            if _offline():
-                return download(local_files_only=True)
-            try:
-                self._check_sizes([download(dry_run=True)], {MANIFEST: None}, MANIFEST_LIMIT)
-            except errors.LocalEntryNotFoundError:  # no network: what was fetched before
-                return download(local_files_only=True)
-            return download()
-
-        return Path(self._asked(reached))
+        return Path(self._asked(fetch))
 
     def _foreign(self, scheme: str | None) -> Path:
         """The folder of a program of others (``foreign``); raises what ``_manifest`` did where there is none."""
@@ -135,6 +193,11 @@ class _Repository:
         wanted = [one for one in planned if one.filename == graph or one.filename.startswith(data)]
         check_disk(Path(constants.HF_HUB_CACHE), sum(one.file_size or 0 for one in wanted if one.will_download))
         return Path(self._asked(lambda: download([scheme or there[0]], revision=planned[0].commit_hash)))
+
+    def _is_offline(self) -> bool:
+        from huggingface_hub import constants
+
+        return self.offline or bool(constants.HF_HUB_OFFLINE)
 
     def _cached_foreign(self) -> Path | None:
         """The folder of one that was fetched before."""
@@ -170,16 +233,17 @@ class _Repository:
     def _check_sizes(self, planned: Iterable[Any], sizes: Mapping[str, int | None], limit: int | None) -> None:
         """Before anything is fetched."""
         for one in planned:
-            size, expected = one.file_size, sizes.get(one.filename)
-            if expected is not None and size != expected:
-                raise ArtifactError(
-                    f"{self}: {named(one.filename)} has {size} bytes where its manifest says {expected}; it has "
-                    "to be pushed again"
-                )
-            if limit is not None and (size is None or size > limit):
-                raise ArtifactError(
-                    f"{self}: {named(one.filename)} has {size} bytes, more than the {limit} that such a file may have"
-                )
+            self._check_size(one.filename, one.file_size, sizes.get(one.filename), limit)
+
+    def _check_size(self, name: str, size: int | None, expected: int | None, limit: int | None) -> None:
+        if expected is not None and size != expected:
+            raise ArtifactError(
+                f"{self}: {named(name)} has {size} bytes where its manifest says {expected}; it has to be pushed again"
+            )
+        if limit is not None and (size is None or size > limit):
+            raise ArtifactError(
+                f"{self}: {named(name)} has {size} bytes, more than the {limit} that such a file may have"
+            )
 
     def _check_here(self, artifact: Artifact, program: Program) -> None:
         if not artifact.is_here(program):
@@ -199,7 +263,7 @@ class _Repository:
         except errors.RemoteEntryNotFoundError as error:
             raise self._no_manifest() from error
         except Exception as error:  # whatever the Hub's library, its HTTP client or its download engine may raise
-            raise hub_error(self.id, self.revision, False, error, ArtifactError) from error
+            raise hub_error(self.id, self.revision, self.offline, error, ArtifactError) from error
 
     def __str__(self) -> str:
         return f"{self.id}@{self.revision}" if self.revision else self.id
@@ -230,12 +294,6 @@ def _preferred(artifact: Artifact, backend: str | None, scheme: str | None) -> P
         if backend in (None, program.backend) and scheme in (None, program.scheme):
             return program
     return artifact.program(backend, scheme)  # which says what there is
-
-
-def _offline() -> bool:
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)
 
 
 def _planning() -> dict[str, Any]:

@@ -16,6 +16,7 @@ from lfm2_export import mixups
 from lfm2_export.artifact import Artifact
 from lfm2_export.cache import CacheSpec
 from lfm2_export.errors import Lfm2ExportError
+from lfm2_export.hub_artifacts import described
 from lfm2_export.manifest import Program
 from lfm2_export.messages import as_unicode, shown
 from lfm2_export.packages import explained
@@ -35,7 +36,8 @@ def inspect(
     config_from: str | Path | None = None,
     lora: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Describes an artifact (a folder with a manifest) or else a checkpoint; arguments as ``open_checkpoint``'s.
+    """Describes an artifact (a folder with a manifest, or a repository on the Hub that has one) or else a checkpoint;
+    arguments as ``open_checkpoint``'s. Of a repository's artifact the manifest alone is fetched.
 
     Raises:
         Lfm2ExportError: it is neither, or damaged, or an artifact with what only a checkpoint has.
@@ -43,6 +45,9 @@ def inspect(
     if mixups.is_artifact(name):
         _refuse(name, {"--revision": revision, "--config-from": config_from, "--lora": lora})
         return _artifact(Artifact.open(name))
+    if (found := described(name, revision=revision, offline=offline)) is not None:
+        _refuse(name, {"--config-from": config_from, "--lora": lora})
+        return _artifact(found, repository=str(name))
     from lfm2_export.checkpoint import CheckpointRequest
 
     return _checkpoint(
@@ -88,21 +93,24 @@ def _checkpoint(request: CheckpointRequest) -> dict[str, Any]:
     }
 
 
-def _artifact(artifact: Artifact) -> dict[str, Any]:
+def _artifact(artifact: Artifact, repository: str | None = None) -> dict[str, Any]:
+    """``repository``: it is on the Hub, whose files are all there and as they were pushed."""
     record = artifact.manifest.checkpoint
     return {
         "kind": "artifact",
-        "name": as_unicode(str(artifact.path)),
+        "name": as_unicode(str(artifact.path) if repository is None else repository),
         "family": record.model_type,
         "checkpoint": str(record),
-        "programs": [_program(program, artifact) for program in artifact.select()],
-        "edited_files": [as_unicode(name) for name in artifact.edited()],
+        "programs": [
+            _program(program, here=repository is not None or artifact.is_here(program)) for program in artifact.select()
+        ],
+        "edited_files": [] if repository else [as_unicode(name) for name in artifact.edited()],
         "adopted_files": [as_unicode(name) for name in artifact.manifest.adopted_files],
-        "missing_files": [as_unicode(name) for name in artifact.missing()],
+        "missing_files": [] if repository else [as_unicode(name) for name in artifact.missing()],
     }
 
 
-def _program(program: Program, artifact: Artifact) -> dict[str, Any]:
+def _program(program: Program, *, here: bool) -> dict[str, Any]:
     dtypes: Counter[str] = Counter()
     for tensor in program.tensors:
         dtypes[tensor.dtype] += math.prod(tensor.shape)
@@ -112,7 +120,7 @@ def _program(program: Program, artifact: Artifact) -> dict[str, Any]:
         "backend": program.backend,
         "scheme": program.scheme,
         "graphs": dict(program.graphs),
-        "here": artifact.is_here(program),
+        "here": here,
         "kind": program.kind,
         "outputs": [output.name for output in program.outputs],
         "bytes": sum(entry.bytes for entry in program.files.values()),

@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,14 +134,51 @@ def _from_hub(name: str, revision: str | None, offline: bool) -> Source:
 
 def _file_from_hub(name: str, repository: str, file: str, revision: str | None, offline: bool) -> Source:
     """One file of a repository, in the cache."""
-    from huggingface_hub import hf_hub_download
-
     try:
-        path = Path(hf_hub_download(repository, file, revision=revision, local_files_only=offline))
+        path = fetch_file(repository, file, revision=revision, offline=offline)
     except Exception as error:  # as for a snapshot
         raise hub_error(name, revision, offline, error) from error
     commits = [part for part in path.parts if _COMMIT.fullmatch(part)]
     return Source(path=path, revision=commits[-1] if commits else revision)
+
+
+def fetch_file(
+    repository: str,
+    file: str,
+    *,
+    revision: str | None,
+    offline: bool,
+    check: Callable[[int | None], None] | None = None,
+) -> Path:
+    """One file of a repository, in the cache; the one that was fetched before where the Hub cannot be reached.
+
+    Whether it can is known at the first attempt: a download makes six, over half a minute, before it gives up.
+    ``check`` is given the file's bytes before any is fetched. Raises what the Hub's library does.
+    """
+    from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+    def download(local_files_only: bool) -> Path:
+        return Path(hf_hub_download(repository, file, revision=revision, local_files_only=local_files_only))
+
+    if offline or constants.HF_HUB_OFFLINE:
+        return download(True)
+    try:
+        found = get_hf_file_metadata(hf_hub_url(repository, file, revision=revision, endpoint=constants.ENDPOINT))
+    except errors.HFValidationError:
+        raise
+    except Exception as error:  # of the HTTP client, which is the library's choice
+        answered = error if isinstance(error, errors.HfHubHTTPError) else None
+        if answered is not None and answered.response.status_code < 500:
+            raise
+        try:
+            return download(True)
+        except errors.LocalEntryNotFoundError as missing:
+            if answered is not None:
+                raise answered from None
+            raise missing from error
+    if check is not None:
+        check(found.size)
+    return download(False)
 
 
 def _snapshot(name: str, revision: str | None, offline: bool) -> Path:

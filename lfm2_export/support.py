@@ -1,6 +1,7 @@
-"""What can be exported where: families × schemes × backends, as the tests export and run them.
+"""What can be exported where: families × schemes × backends, and what opens it in the tests.
 
-In: the registries. Out: rows for ``lfm2-export support`` and the README's tables, which are checked against this.
+In: the registries, and what the tests showed (``tested``). Out: rows for ``lfm2-export support`` and the tables of the
+documentation, which are checked against this.
 """
 
 from __future__ import annotations
@@ -8,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lfm2_export.backends import BACKENDS, tested_with
+from lfm2_export.backends import BACKENDS
 from lfm2_export.families import DRAFTERS, FAMILIES
+from lfm2_export.tested import NOT_TESTED, RUNTIMES, opened_by, results
 
 
 @dataclass(frozen=True, kw_only=True)
 class Supported:
-    """One line of the table. ``runtimes``: what the tests open this program with."""
+    """One line of the table. ``runtimes``: what opens this program in the tests."""
 
     family: str
     backend: str
@@ -75,16 +77,25 @@ def supported() -> Iterator[Supported]:
     for family in FAMILIES:
         for name, backend in BACKENDS.items():
             for scheme, file in backend.SCHEMES.items():
-                yield Supported(
-                    family=family,
-                    backend=name,
-                    scheme=scheme,
-                    file=file,
-                    runtimes=tested_with(backend.TESTED_WITH, family, scheme),
-                )
-    for family in DRAFTERS:  # which nothing else runs
+                yield _row(family, name, scheme, file)
+    for family in DRAFTERS:
         for name, backend in BACKENDS.items():
             for scheme in backend.DRAFTER_SCHEMES:
-                yield Supported(
-                    family=family, backend=name, scheme=scheme, file=backend.SCHEMES[scheme], runtimes="lfm2-export"
-                )
+                yield _row(family, name, scheme, backend.SCHEMES[scheme])
+
+
+def _row(family: str, backend: str, scheme: str, file: str) -> Supported:
+    runtimes = ", ".join(opened_by(backend, family, scheme)) or NOT_TESTED
+    return Supported(family=family, backend=backend, scheme=scheme, file=file, runtimes=runtimes)
+
+
+def schemes_by_runtime() -> Iterator[tuple[str, ...]]:
+    """A line for each runtime: its title, and for each family the schemes of the programs that it opened in the tests,
+    ``NOT_TESTED`` where there was none."""
+    for name, runtime in RUNTIMES.items():
+        schemes = BACKENDS[runtime.backend].SCHEMES
+        opened = (
+            ", ".join(scheme for scheme in schemes if name in results().passed(family, scheme))
+            for family in (*FAMILIES, *DRAFTERS)
+        )
+        yield (runtime.title, *(found or NOT_TESTED for found in opened))

@@ -14,7 +14,6 @@ import logging
 import os
 from collections.abc import Mapping
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,6 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lfm2_export.artifact import Artifact
 from lfm2_export.backends.base import Runner, RunnerOptions
 from lfm2_export.choices import BackendName, KernelsName, KvCacheName, SchemeName
 from lfm2_export.errors import GenerationError
@@ -44,6 +42,7 @@ from lfm2_export.transformers_options import (
     refuse,
     served_dtype,
 )
+from lfm2_export.transformers_source import opened
 from lfm2_export.transformers_speculation import speculating, take_request
 
 logger = logging.getLogger(__name__)
@@ -103,10 +102,11 @@ class ExportedModelForCausalLM(ProgramModule, GenerationMixin):
         kv_cache: KvCacheName | None = None,
         **options: Any,
     ) -> ExportedModelForCausalLM:
-        """Opens an artifact. Nothing is fetched, unpickled or run from it, whatever is asked for.
+        """Opens an artifact. Nothing is unpickled or run from it, whatever is asked for.
 
         Args:
-            pretrained_model_name_or_path: its folder.
+            pretrained_model_name_or_path: its folder, or ``organization/name[@revision]`` on the Hub, of which the
+                program's files are fetched (``revision`` and ``local_files_only`` are followed).
             config: to use instead of the artifact's, where it describes the same model.
             generation_config: defaults of ``generate`` to use instead of the artifact's.
             device_map: None, "auto", "cpu", or a mapping of parts to the CPU.
@@ -126,8 +126,9 @@ class ExportedModelForCausalLM(ProgramModule, GenerationMixin):
             GenerationError: an option that there is not, or that an exported program cannot follow.
             ArtifactError: the folder is not a whole artifact, or has no such program.
         """
-        artifact = Artifact.open(_folder(pretrained_model_name_or_path, subfolder), verify=False)
-        program = artifact.program(_word("backend", backend), _word("scheme", scheme))
+        asked = {"backend": _word("backend", backend), "scheme": _word("scheme", scheme)}
+        artifact = opened(pretrained_model_name_or_path, subfolder, options, **asked)
+        program = artifact.program(**asked)
         own = own_config(artifact.path)
         changes = {name: options.pop(name) for name in fields_of(own, options)}
         known = load_options([program.scheme for program in artifact.programs])
@@ -323,14 +324,6 @@ class ExportedConfig(PreTrainedConfig):
 
 
 AutoModelForCausalLM.register(ExportedConfig, ExportedModelForCausalLM)
-
-
-def _folder(path: str | os.PathLike[str], subfolder: str | None) -> Path:
-    inner = "" if subfolder is None else subfolder
-    for name, value in {"pretrained_model_name_or_path": path, "subfolder": inner}.items():
-        if not isinstance(value, str | os.PathLike):
-            raise GenerationError(f"from_pretrained: {name}={shown(value)}: give a folder's name")
-    return Path(path, inner)
 
 
 def _nothing_missing() -> dict[str, Any]:

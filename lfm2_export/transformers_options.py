@@ -101,8 +101,8 @@ def _one_of(*values: str | int) -> Callable[[object], bool]:
     return taken
 
 
-# Where files come from and how weights are read: an artifact is a local folder, nothing in it is unpickled or run,
-# and its program is loaded whole.
+# Where files come from (``transformers_source`` has followed what says something) and how weights are read: nothing in
+# an artifact is unpickled or run, and its program is loaded whole.
 _LOADING = (
     *("cache_dir", "code_revision", "force_download", "local_files_only", "mirror", "proxies", "resume_download"),
     *("revision", "token", "use_auth_token", "tqdm_class", "trust_remote_code"),

@@ -19,6 +19,9 @@ import lfm2_export
 from tests.checkpoints import write_random_checkpoint
 from tests.encoder_checkpoints import write_encoder
 from tests.faults.forks import Forks
+from tests.recording import pytest_configure
+
+__all__ = ["pytest_configure"]
 
 # Of tests that open programs with onnxruntime alone; through the package it is off anyway.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

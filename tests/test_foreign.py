@@ -18,6 +18,7 @@ from lfm2_export.errors import Lfm2ExportError
 from lfm2_export.hub_artifacts import open_artifact
 from tests.fake_hub import closed_port, files_of, own_cache, serving, use_endpoint
 from tests.foreign_folders import write_foreign
+from tests.shows import shows
 
 PROMPT = [1, 30, 40, 7, 22, 19]
 # Graphs that differ in layout compute the same in another order; 6.7e-6 measured.
@@ -55,6 +56,7 @@ LAYOUTS: dict[str, dict] = {
 }
 
 
+@shows("ours", "foreign", "logits", family="lfm2", scheme="fp32")
 @pytest.mark.parametrize("options", LAYOUTS.values(), ids=LAYOUTS)
 def test_a_published_layout_computes_what_the_model_does(made: Path, tmp_path: Path, options: dict) -> None:
     expected = logits_of(made, "fp32")
@@ -64,6 +66,7 @@ def test_a_published_layout_computes_what_the_model_does(made: Path, tmp_path: P
     assert np.abs(np.roll(expected, 1, axis=0) - expected).max() > 100 * TOLERANCE
 
 
+@shows("ours", "foreign", "states", family="lfm2", scheme="fp32")
 def test_marks_snapshots_and_scores_are_those_of_the_protocol(made: Path, published: Path) -> None:
     runner = lfm2_export.load_runner(published)
     ours = lfm2_export.load_runner(made, scheme="fp32")

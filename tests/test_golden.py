@@ -19,6 +19,7 @@ from lfm2_export.checkpoint import open_checkpoint
 from lfm2_export.models.loading import load_model
 from lfm2_export.source import BUNDLED
 from lfm2_export.text import Tokenizer
+from tests.shows import of, shows
 
 # Logits are rounded to 5e-5; the rest is what two fp32 implementations, and two machines, differ by.
 TOLERANCE = 2e-4
@@ -80,6 +81,7 @@ def test_the_eager_model_says_what_it_said(name: str, prompt: str) -> None:
     assert error <= TOLERANCE
 
 
+@shows("ours", "greedy", "logits", family=of("name"), scheme="fp32")
 @pytest.mark.parametrize("name", BUNDLED)
 def test_the_exported_fp32_program_says_the_same(name: str, artifact: Callable[[str], Path]) -> None:
     runner = lfm2_export.load_runner(artifact(name), scheme="fp32", threads=1)

@@ -13,9 +13,10 @@ from huggingface_hub import constants
 
 import lfm2_export
 from lfm2_export.cli import main
-from lfm2_export.errors import ArtifactError
+from lfm2_export.errors import ArtifactError, Lfm2ExportError
 from lfm2_export.hub_artifacts import name_of, needed_files, open_artifact
 from lfm2_export.manifest import FileEntry
+from lfm2_export.source import ASSETS
 from tests.artifacts import program
 from tests.fake_hub import COMMIT, Hub, closed_port, files_of, own_cache, serving, use_endpoint
 
@@ -82,6 +83,29 @@ def test_what_was_fetched_opens_offline(hub: Hub, monkeypatch: pytest.MonkeyPatc
     assert "onnx q4 is not (completely) in the cache, and offline" in refusal("org/model", scheme="q4")
 
 
+def test_without_network_it_is_known_at_the_first_attempt(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The Hub's library waits half a minute for it, where nothing of the repository is in the cache."""
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"waited {seconds} s"))
+    for words in (
+        RUN,
+        ["inspect", "org/model"],
+        ["inspect", "org/model/model.gguf"],
+        ["parity", "org/model", "tiny-dense"],
+    ):
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        print(error)
+        assert "no such directory, and the Hub cannot be reached (no network) nor is it in the cache" in error
+        assert error.count("\n") == 1
+
+
+def test_a_hub_that_is_out_of_order_is_told_at_once(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"waited {seconds} s"))
+    assert "org/broken: the Hub could not give it (Server error '500" in refusal("org/broken")
+
+
 def test_attempts_of_the_hubs_library_are_not_told_one_by_one(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, caplog
 ) -> None:
@@ -92,6 +116,7 @@ def test_attempts_of_the_hubs_library_are_not_told_one_by_one(
         raise OSError("no network")
 
     monkeypatch.setattr(attempts, "handlers", [caplog.handler])
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", attempt)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", attempt)
     assert refusal("org/model").startswith("org/model: ")
     assert made
@@ -107,6 +132,89 @@ def test_the_verbs_take_a_repository(hub: Hub, capsys: pytest.CaptureFixture[str
     assert name_of("org/model@main", folder) == "model"  # what `serve` calls it
 
 
+def test_inspect_takes_a_repository_and_fetches_its_manifest_alone(
+    hub: Hub, made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("org/model", f"org/model@{COMMIT}"):
+        assert main(["inspect", name, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert main(["inspect", str(made), "--json"]) == 0
+        assert found == json.loads(capsys.readouterr().out) | {"name": name}
+    assert set(hub.asked) == {"lfm2_export.json"}
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert main(["inspect", "org/model"]) == 0
+    assert "onnx q4" in capsys.readouterr().out
+    assert main(["inspect", "org/model", "--lora", "x"]) == 2
+    assert "--lora: is for checkpoints, and 'org/model' is an artifact" in capsys.readouterr().err
+
+
+def test_inspect_takes_a_checkpoint_for_one(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    hub.files = files_of(ASSETS / "tiny-lfm3")
+    assert main(["inspect", "org/model", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "checkpoint"
+
+
+def test_a_damaged_manifest_is_not_taken_for_a_checkpoints_lack_of_one(
+    hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.files["lfm2_export.json"] = b"{}"
+    assert main(["inspect", "org/model"]) == 2
+    error = capsys.readouterr().err
+    assert "lfm2_export.json" in error
+    assert error.count("\n") == 1
+
+
+def test_parity_and_quality_take_a_repository(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # In the empty cache of these tests our operators would be compiled anew.
+    monkeypatch.setattr("lfm2_export.backends.onnx.variants.own_library", lambda: None)
+    report = lfm2_export.measure_parity("org/model", "tiny-dense", scheme=["q4", "q8"], max_tokens=256, threads=1)
+    assert [measured.program.scheme for measured in report.programs] == ["q4", "q8"]
+    assert report.artifact == "model"
+    assert not {"onnx/model.onnx_data", "onnx/model_fp16.onnx_data"} & set(hub.asked)
+    assert main(["parity", "org/model", "tiny-dense", "--record"]) == 2
+    assert "--record: org/model is on the Hub; download it into a folder" in capsys.readouterr().err
+    assert main(["parity", "org/model", "tiny-moe", "-s", "q4"]) == 2
+    assert "was made of tiny-dense, and tiny-moe has another config" in capsys.readouterr().err
+    keep = [name for name in hub.files if not name.startswith("onnx/") or "_q4." in name or "_q4_" in name]
+    hub.files = {name: hub.files[name] for name in keep}
+    manifest = json.loads(hub.files["lfm2_export.json"])
+    manifest["programs"] = [program for program in manifest["programs"] if program["scheme"] == "q4"]
+    hub.files["lfm2_export.json"] = json.dumps(manifest).encode()
+    command = ["quality", "org/model", "--checkpoint", "tiny-dense", "--max-tokens", "256", "-t", "1", "--json"]
+    assert main(command) == 0
+    (model,) = json.loads(capsys.readouterr().out)["models"]
+    assert model["name"] == "model q4"
+    assert 0 < model["kl"] < 0.1
+
+
+def test_from_pretrained_takes_a_repository(hub: Hub, made: Path, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    opened = lfm2_export.ExportedModelForCausalLM.from_pretrained
+    ids = torch.tensor(PROMPT)
+    options = {"scheme": "q4", "kernels": "stock", "threads": 1}
+    expected = opened(made, **options).generate(ids, max_new_tokens=6)
+    model = opened("org/model", revision="main", token=None, **options)
+    assert torch.equal(model.generate(ids, max_new_tokens=6), expected)
+    assert "onnx/model.onnx_data" not in hub.asked
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(opened(tmp_path / "saved", **options).generate(ids, max_new_tokens=6), expected)
+    assert opened("org/model", local_files_only=True, **options).name_or_path == model.name_or_path
+    for given, fault in (
+        ({"subfolder": "x"}, "an artifact on the Hub is a whole repository"),
+        ({"token": "hf_x"}, "token: is not followed for org/model; log in with `hf auth login`"),
+        ({"force_download": True}, "force_download: is not followed for org/model; delete it from the cache"),
+        ({"revision": "v9"}, "org/model@v9: the Hub has no revision v9"),
+        ({"revision": 3}, "revision=3: give a branch, a tag or a commit"),
+        ({"scheme": "q8", "local_files_only": True}, "onnx q8 is not \\(completely\\) in the cache, and offline"),
+    ):
+        with pytest.raises(Lfm2ExportError, match=fault):
+            opened("org/model", **{**options, **given})
+    with pytest.raises(ArtifactError, match="no such directory or Hub id; check the spelling"):
+        opened("org/nothing")
+
+
 REFUSED = {
     "org/nothing": "org/nothing: no such directory or Hub id; check the spelling",
     "org/gated": "org/gated: is gated; accept its terms on https://huggingface.co/org/gated",
@@ -116,10 +224,17 @@ REFUSED = {
 
 @pytest.mark.parametrize(("name", "text"), REFUSED.items(), ids=REFUSED)
 def test_what_cannot_be_had_is_one_line(hub: Hub, name: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", name, "--prompt", "a"]) == 2
-    error = capsys.readouterr().err
-    assert text in error
-    assert error.count("\n") == 1
+    quality = ["quality", name, "--checkpoint", "tiny-dense"]
+    for words in (
+        ["run", name, "--prompt", "a"],
+        ["parity", name, "tiny-dense"],
+        quality,
+        ["embed", name, "--text", "a"],
+    ):
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert text in error
+        assert error.count("\n") == 1
 
 
 def test_a_repository_without_an_artifact_is_told_what_to_do(hub: Hub) -> None:

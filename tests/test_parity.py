@@ -28,6 +28,7 @@ from lfm2_export.parity.sample import HELD_OUT, read_sample
 from lfm2_export.source import BUNDLED
 from tests.checkpoints import tiny_config, write_random_checkpoint
 from tests.conftest import Exported, Once
+from tests.shows import of, shows
 
 SCHEMES = ("fp32", "q8", "q4")
 FEW = 96
@@ -141,6 +142,8 @@ def test_random_checkpoints_pass_in_every_hop(exported: Callable[[str], Exported
             assert lowering["kl"] <= 1e-3
 
 
+@shows("ours", "logits", family=of("name"), scheme=("fp32", "fp16", "q4f16"))
+@shows("ours-own", "logits", family=of("name"), scheme=("q8", "q4"))
 @pytest.mark.parametrize("name", BUNDLED)
 def test_bundled_checkpoints_pass_under_every_scheme(name: str, artifact: Callable[[str], Path]) -> None:
     report = shown(measure_parity(artifact(name), name, max_tokens=1536, threads=1))

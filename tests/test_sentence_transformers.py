@@ -14,12 +14,14 @@ import lfm2_export
 from lfm2_export.errors import ArtifactError
 from tests.conftest import Exported
 from tests.encoder_checkpoints import COLBERT, EMBEDDING
+from tests.shows import shows
 
 pytest.importorskip("sentence_transformers", reason="pip install 'sentence-transformers>=6.2'")
 
 TEXTS = ["What is a dictionary?", "A list holds items, in order. " * 40, "x"]
 
 
+@shows("sentence-transformers", "embeddings", "padding", family="lfm2_bidirectional", scheme="fp32")
 def test_encodes_with_the_checkpoints_prompts(encoder: Callable[..., Exported]) -> None:
     from lfm2_export.sentence_transformers import load
 

@@ -19,6 +19,7 @@ from lfm2_export.speculation import SpeculativeRunner
 from lfm2_export.speculation.drafters import Draft
 from lfm2_export.states import METADATA, read_state
 from tests.hash_runner import TOKENIZER
+from tests.shows import shows
 
 SHORT = GenerationConfig(max_new_tokens=6)
 
@@ -57,6 +58,7 @@ def go_on(folder: Path, path: Path) -> tuple[Chat, str]:
     return chat, "".join(chat.send("Three"))
 
 
+@shows("ours", "state-files", family="lfm2", scheme="q4")
 def test_a_conversation_goes_on_from_a_file_as_if_it_had_not_been_left(
     folder: Path, runner: Runner, tmp_path: Path
 ) -> None:
@@ -75,6 +77,7 @@ def test_a_conversation_goes_on_from_a_file_as_if_it_had_not_been_left(
     assert new.system == "Be brief. " * 8
 
 
+@shows("pte", "state-files", family="lfm2", scheme="8da4w")
 def test_a_pte_program_has_states_too(pte_artifact: Callable[[str, str], Path], tmp_path: Path) -> None:
     folder = pte_artifact("tiny-dense", "8da4w")
     whole = talked(opened(folder), "One")

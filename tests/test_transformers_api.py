@@ -22,6 +22,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from lfm2_export.transformers_api import ExportedModelForCausalLM  # noqa: E402
+from tests.shows import shows  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -529,6 +530,7 @@ def test_the_documented_example_runs_with_only_the_class_changed(folder, capsys)
     assert len(printed) > len(prompt) + 10
 
 
+@shows("transformers", "sampling", "chat", family="lfm2_moe", scheme="fp32")
 @pytest.mark.parametrize("seed", [0, 5])
 def test_the_documented_options_give_the_tokens_of_the_eager_model(program, eager, tokenizer, seed):
     inputs = chat_ids(tokenizer, "What is C. elegans?")
@@ -539,16 +541,20 @@ def test_the_documented_options_give_the_tokens_of_the_eager_model(program, eage
     assert found.tolist() == eager.generate(**inputs, **options).tolist()
 
 
+def shown(feature: str, **options: object) -> object:
+    mark = shows("transformers", feature, "rows", "padding", family="lfm2_moe", scheme="fp32")
+    return pytest.param(options, marks=mark, id=str(options))
+
+
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"do_sample": True},
-        {"do_sample": True, "temperature": 0.3, "min_p": 0.15, "repetition_penalty": 1.05},
-        {"num_beams": 4},
-        {"num_beams": 2, "do_sample": True, "num_return_sequences": 2},
+        shown("greedy"),
+        shown("sampling", do_sample=True),
+        shown("sampling", do_sample=True, temperature=0.3, min_p=0.15, repetition_penalty=1.05),
+        shown("beams", num_beams=4),
+        shown("beams", num_beams=2, do_sample=True, num_return_sequences=2),
     ],
-    ids=str,
 )
 def test_an_exported_program_gives_the_tokens_of_the_eager_model(program, eager, tokenizer, options):
     texts = ["Return", "What is the difference between a list and a tuple?", "class A(object):"]
@@ -557,6 +563,7 @@ def test_an_exported_program_gives_the_tokens_of_the_eager_model(program, eager,
     assert found.tolist() == expected.tolist()
 
 
+@shows("transformers", "logits", "padding", family="lfm2_moe", scheme="fp32")
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_logits_of_an_exported_program(program, eager, tokenizer, side):
     texts = ["Return", "What is the difference between a list and a tuple?"]
@@ -586,6 +593,7 @@ def generated(model, tokenizer, **options) -> list[int]:
     return model.generate(ids, max_new_tokens=60, **options)[0].tolist()
 
 
+@shows("transformers", "speculation", family="lfm2", scheme="q4")
 @pytest.mark.parametrize("sampled", [{"do_sample": False}, {"do_sample": True, "temperature": 0.7}])
 def test_proposals_change_no_token(exact, artifact, tokenizer, caplog, sampled):
     def tokens(**options):
@@ -608,6 +616,7 @@ def test_proposals_change_no_token(exact, artifact, tokenizer, caplog, sampled):
     assert tokens() == plain
 
 
+@shows("transformers", "speculation", family="lfm2", scheme="q4")
 def test_a_drafter_as_assistant_changes_no_token(exact, tokenizer, taught, artifact, caplog):
     drafter = lfm2_export.load_drafter(taught, threads=1)
     ids = torch.tensor([tokenizer("Once upon a time there")["input_ids"][:4]])

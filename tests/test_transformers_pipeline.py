@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from lfm2_export.transformers_api import ExportedModelForCausalLM  # noqa: E402
+from tests.shows import shows  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,6 +59,7 @@ def warned():
 CHAT = [{"role": "user", "content": "What is a list?"}]
 
 
+@shows("transformers", "greedy", family="lfm2_moe", scheme="fp32")
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     ("given", "options"),
@@ -99,6 +101,7 @@ def test_a_pipeline_takes_the_cpu_and_refuses_another_device_by_name(ours, token
         transformers.pipeline("text-generation", model=ours, tokenizer=tokenizer, device="cuda:0")
 
 
+@shows("transformers", "streaming", family="lfm2_moe", scheme="fp32")
 def test_a_pipeline_streams(ours, tokenizer, capsys, warned):
     generate = transformers.pipeline("text-generation", model=ours, tokenizer=tokenizer)
     streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

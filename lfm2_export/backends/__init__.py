@@ -59,8 +59,8 @@ class Backend(Protocol):
 
     ``SCHEMES``: those that it lowers, with the name of the program's file; ``DEFAULT_SCHEME``: the one that is made
     where none is asked for. ``DRAFTER_SCHEMES``: those of drafters. ``OPTIONS``: settings of its own for ``export``, by
-    their keyword. ``TESTED_WITH``: the runtimes that tests open a scheme's program with; under "family scheme" where a
-    family's are others.
+    their keyword. ``TESTED_WITH``: the runtimes that a model card says open a scheme's program; under "family
+    scheme" where a family's are others. A test looks for each in what the tests showed (``lfm2_export.tested``).
     ``KL_TOLERANCE``: how far (mean KL divergence) int8 activations may take a quantized program from the eager model
     with the same weights.
     """
@@ -114,7 +114,7 @@ class Backend(Protocol):
 
 
 def tested_with(table: Mapping[str, str], family: str, scheme: str) -> str:
-    """The runtimes that a ``TESTED_WITH`` has for a family's scheme, in words."""
+    """The runtimes that a ``TESTED_WITH`` names for a family's scheme, in words."""
     return table.get(f"{family} {scheme}") or table.get(scheme, "lfm2-export")
 
 

@@ -19,6 +19,7 @@ from lfm2_export.commands.base import (
     source_options,
 )
 from lfm2_export.errors import Lfm2ExportError
+from lfm2_export.hub_artifacts import described, is_on_hub
 from lfm2_export.manifest import ENCODER
 from lfm2_export.mixups import check_order
 from lfm2_export.resources import human_bytes
@@ -33,7 +34,7 @@ class ParityCommand:
     help = "compare an artifact with the eager model it was made of; exit code 1 below tolerance"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        add_artifact(parser, on_hub=False)
+        add_artifact(parser)
         parser.add_argument("checkpoint", metavar="CHECKPOINT", type=given, help="what the artifact was made of")
         parser.add_argument("--text", metavar="FILE", type=given, help="text that the checkpoint was not trained on")
         parser.add_argument("--report", metavar="FILE.html", type=given, help="also write a page with all figures")
@@ -51,9 +52,13 @@ class ParityCommand:
 
         check_order("parity", options.artifact, options.checkpoint)
         check_max_kl(options.max_kl)
-        if options.max_kl is not None:
-            refuse_encoder(options.artifact, "--max-kl")
         source = source_options(options)
+        if options.record and is_on_hub(options.artifact):
+            raise Lfm2ExportError(
+                f"--record: {options.artifact} is on the Hub; download it into a folder, record there, and push that"
+            )
+        if options.max_kl is not None:
+            refuse_encoder(options.artifact, "--max-kl", offline=source["offline"])
         if options.report:
             check_writable(options.report)
         with console.busy("comparing with the eager model") as doing:
@@ -91,13 +96,14 @@ def check_max_kl(value: float | None) -> None:
         raise Lfm2ExportError(f"--max-kl {value}: a divergence is a number from 0 on")
 
 
-def refuse_encoder(artifact: str, option: str) -> None:
+def refuse_encoder(artifact: str, option: str, *, offline: bool) -> None:
     """Refuses an option that is for logits, before minutes are spent.
 
     Raises:
         Lfm2ExportError: the artifact is an encoder's, or none.
     """
-    if any(program.kind == ENCODER for program in Artifact.open(artifact, verify=False).programs):
+    found = described(artifact, offline=offline) or Artifact.open(artifact, verify=False)
+    if any(program.kind == ENCODER for program in found.programs):
         raise Lfm2ExportError(f"{option}: {artifact} is an encoder, whose vectors are judged by cosines; leave it out")
 
 

@@ -14,7 +14,8 @@ class QualityCommand:
     help = "compare artifacts and GGUF files with their checkpoint: KL divergence, perplexity, bits a weight"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("models", metavar="MODEL", type=given, nargs="+", help="artifacts' folders and .gguf files")
+        models = "artifacts' folders and .gguf files, also on the Hub"
+        parser.add_argument("models", metavar="MODEL", type=given, nargs="+", help=models)
         parser.add_argument(
             "--checkpoint", metavar="CHECKPOINT", type=given, required=True, help="what they were made of"
         )

@@ -17,7 +17,8 @@ class InspectCommand:
     help = "show parameters, layers, bytes per part and state size of an artifact or a checkpoint"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("what", metavar="DIR|CHECKPOINT", type=given, help="an artifact's folder, or a checkpoint")
+        what = "an artifact, or a checkpoint; also on the Hub"
+        parser.add_argument("what", metavar="DIR|CHECKPOINT", type=given, help=what)
         add_source(parser)
         add_json(parser)
 
@@ -140,15 +141,23 @@ class SupportCommand:
         add_json(parser)
 
     def run(self, options: argparse.Namespace) -> int:
-        from lfm2_export.support import DELEGATES, supported
+        from lfm2_export.families import DRAFTERS, FAMILIES
+        from lfm2_export.support import DELEGATES, schemes_by_runtime, supported
+        from lfm2_export.tested import results
 
         rows = [asdict(row) for row in supported()]
         delegates = [asdict(row) for row in DELEGATES]
         if options.json:
-            console.print_json({"supported": rows, "delegates": delegates})
+            console.print_json({"supported": rows, "delegates": delegates, "tested": results().to_json()})
         else:
             columns = ("family", "backend", "scheme", "file", "opened in tests by")
             console.print_table("support", columns, [tuple(row.values()) for row in rows])
+            ran = results().ran
+            console.print_table(
+                f"opened in the tests of {ran['date']}, {ran['system']}",
+                ("runtime", *FAMILIES, *DRAFTERS),
+                list(schemes_by_runtime()),
+            )
             console.print_table(
                 "ExecuTorch's delegates beside XNNPACK",
                 ("delegate", "dense", "mixture of experts", "because"),

@@ -45,7 +45,7 @@ def measure_parity(
     """Compares programs of an artifact with the checkpoint that they were made of.
 
     Args:
-        artifact: its folder.
+        artifact: its folder, or ``organization/name[@revision]`` on the Hub, of which the programs are fetched.
         checkpoint: a directory, a GGUF file, a Hub id, or a bundled name.
         config_from, lora: as they were given to ``export``.
         backend, scheme: which programs (one scheme or several); default: all.
@@ -64,7 +64,7 @@ def measure_parity(
 
     with interrupts.lasting(), swept():
         return hops.measure(
-            Path(artifact),
+            artifact,
             CheckpointRequest(name=checkpoint, revision=revision, offline=offline, config_from=config_from, lora=lora),
             hops.ParityRequest(
                 backend=backend,
@@ -89,6 +89,7 @@ def record_parity(
     lora: str | Path | None = None,
 ) -> None:
     """Writes a report's figures into the artifact's manifest, and into its model card unless somebody has edited it.
+    The artifact is a folder; of one on the Hub, make a copy, record there and push that.
 
     Raises:
         ArtifactError: the folder cannot be written, an export is writing to it, or a program is gone.

@@ -19,6 +19,7 @@ from lfm2_export.backends.base import RunnerOptions
 from lfm2_export.backends.eager import EagerRunner
 from lfm2_export.checkpoint import Checkpoint, CheckpointRequest
 from lfm2_export.errors import ArtifactError
+from lfm2_export.hub_artifacts import name_of, open_programs
 from lfm2_export.manifest import CARD, MANIFEST, CheckpointRecord, Program
 from lfm2_export.models.loading import load_model
 from lfm2_export.packages import recorded_versions
@@ -51,10 +52,10 @@ class ParityRequest:
     progress: Callable[[str], None]
 
 
-def measure(path: Path, source: CheckpointRequest, request: ParityRequest) -> ParityReport:
+def measure(path: str | Path, source: CheckpointRequest, request: ParityRequest) -> ParityReport:
     """As ``measure_parity`` says."""
     opened = source.open()
-    artifact = Artifact.open(path, verify=False)
+    artifact = open_programs(path, backend=request.backend, schemes=request.schemes, offline=source.offline)
     check_origin(artifact, opened)
     programs = _choose(artifact, request.backend, request.schemes)
     artifact.verify(*programs)
@@ -67,7 +68,7 @@ def measure(path: Path, source: CheckpointRequest, request: ParityRequest) -> Pa
     else:
         model, measured = _measure_decoder(artifact, programs, opened, sample, request)
     return ParityReport(
-        artifact=artifact.path.name,
+        artifact=name_of(path, artifact.path),
         checkpoint=str(artifact.manifest.checkpoint),
         text=f"{sample.tokens} tokens of {sample.description}",
         model=model,

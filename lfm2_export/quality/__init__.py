@@ -44,7 +44,7 @@ def measure_quality(
     its figures.
 
     Args:
-        models: folders of artifacts, and .gguf files.
+        models: folders of artifacts and .gguf files, also of the Hub's (``organization/name[/FILE.gguf]``).
         checkpoint: what they were made of: a directory, a GGUF file, a Hub id, or a bundled name.
         text: a UTF-8 file that neither training nor calibration saw; default: the bundled held-out text.
         base: a file of ``llama-perplexity --kl-divergence-base``, whose tokens and probabilities stand for text and
@@ -69,7 +69,7 @@ def measure_quality(
         raise Lfm2ExportError("quality: a base file has its own tokens; pass either --text or --base")
     with interrupts.lasting(), swept():
         return measure.measure(
-            [Path(model) for model in models],
+            models,
             CheckpointRequest(name=checkpoint, revision=revision, offline=offline, config_from=config_from, lora=lora),
             measure.QualityRequest(
                 text=text,

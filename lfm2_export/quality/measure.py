@@ -62,14 +62,16 @@ class QualityRequest:
     progress: Callable[[str], None]
 
 
-def measure(models: list[Path], source: CheckpointRequest, request: QualityRequest) -> QualityReport:
+def measure(models: Sequence[str | Path], source: CheckpointRequest, request: QualityRequest) -> QualityReport:
     """As ``measure_quality`` says."""
     opened = source.open()
     opened.check_decoder("quality --checkpoint")
     subjects = [
         subject
         for model in models
-        for subject in find_subjects(model, opened, request.threads, config_from=source.config_from)
+        for subject in find_subjects(
+            model, opened, request.threads, config_from=source.config_from, offline=source.offline
+        )
     ]
     _check_memory(opened, request.max_tokens, subjects)
     reference = _reference_of(opened, request, min(subject.context_length for subject in subjects))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lfm2_export import paths
+from lfm2_export import paths, source
 from lfm2_export.artifact import Artifact
 from lfm2_export.backends import get_backend
 from lfm2_export.backends.base import RunnerOptions
@@ -22,6 +22,7 @@ from lfm2_export.checkpoint import Checkpoint, open_checkpoint
 from lfm2_export.errors import ArtifactError, CheckpointError
 from lfm2_export.families.tensors import EMBEDDING, TensorClass
 from lfm2_export.gguf import names_tokenizer
+from lfm2_export.hub_artifacts import name_of, open_programs
 from lfm2_export.manifest import Program
 from lfm2_export.models.loading import WeightSource, load_model
 from lfm2_export.parity.hops import check_origin
@@ -51,31 +52,41 @@ class Subject:
 
 
 def find_subjects(
-    model: Path, checkpoint: Checkpoint, threads: int | None, *, config_from: str | Path | None = None
+    model: str | Path,
+    checkpoint: Checkpoint,
+    threads: int | None,
+    *,
+    config_from: str | Path | None = None,
+    offline: bool = False,
 ) -> list[Subject]:
-    """Every program of an artifact, or the one model of a GGUF file, with the config of ``config_from``.
+    """Every program of an artifact, or the one model of a GGUF file, with the config of ``config_from``; of the Hub's
+    they are fetched, unless ``offline``.
 
     Raises:
         ArtifactError: it is neither, or a program was made of another checkpoint.
         CheckpointError: a GGUF file is damaged, of another shape than the checkpoint, or one that llama.cpp, where
             that is installed, cannot open.
     """
-    if model.suffix.lower() == SUFFIX:
-        return [_of_gguf(model, checkpoint, config_from, threads)]
-    artifact = Artifact.open(model, verify=False)
+    if str(model).lower().endswith(SUFFIX):
+        place = source.resolve(str(model), offline=offline).path
+        return [_of_gguf(place, checkpoint, config_from, threads)]
+    artifact = open_programs(model, offline=offline)
     check_origin(artifact, checkpoint)
     programs = [artifact.present(program) for program in artifact.select() if artifact.is_here(program)]
     if not programs:
         raise ArtifactError(f"{paths.shown(model)}: none of its programs is here; export or download one")
     artifact.verify(*programs)
-    return [_of_program(artifact, program, checkpoint, threads) for program in programs]
+    name = name_of(model, artifact.path)
+    return [_of_program(name, artifact, program, checkpoint, threads) for program in programs]
 
 
-def _of_program(artifact: Artifact, program: Program, checkpoint: Checkpoint, threads: int | None) -> Subject:
+def _of_program(
+    name: str, artifact: Artifact, program: Program, checkpoint: Checkpoint, threads: int | None
+) -> Subject:
     backend = get_backend(program.backend)
 
     return Subject(
-        name=f"{artifact.path.name} {program.scheme}",
+        name=f"{name} {program.scheme}",
         kind=program.backend,
         size=_program_size(program, checkpoint),
         context_length=program.context_length,

@@ -44,6 +44,7 @@ from lfm2_export.backends.onnx import runner as onnx_module
 from lfm2_export.backends.onnx.runner import OnnxRunner
 from lfm2_export.errors import ContextLimitError, ResourceError, RunnerError
 from tests.checkpoints import tiny_config
+from tests.shows import of, shows
 
 CONTEXT = 40
 MOST_ROWS = 3
@@ -446,6 +447,13 @@ SUBJECTS = {
 }
 
 
+@shows(
+    of("name", lambda name: shown_by(name)[0]),
+    "states",
+    "chunks",
+    family=of("name", lambda name: shown_by(name)[1]),
+    scheme=of("name", lambda name: shown_by(name)[2]),
+)
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_any_sequence_of_calls_leaves_the_state_that_its_tokens_say(request: pytest.FixtureRequest, name: str) -> None:
@@ -454,6 +462,17 @@ def test_any_sequence_of_calls_leaves_the_state_that_its_tokens_say(request: pyt
     print(f"{name}: {worst}")
     # A step to another code of int8 is rare; a wrong state would be off most of the time.
     assert np.median(worst.seen) < 1e-4
+
+
+def shown_by(name: str) -> tuple[str | None, str | None, str | None]:
+    """A subject's runtime, family and scheme, for ``shows``; the eager model is no program."""
+    make, how = SUBJECTS[name]
+    if make is eager:
+        return None, None, None
+    if make is executorch:
+        return "pte", "lfm2", how
+    checkpoint, scheme, kernels, _ = how.split()
+    return "ours" if kernels == "stock" else "ours-own", checkpoint, scheme
 
 
 # The controls: runners that are wrong

@@ -22,6 +22,7 @@ from lfm2_export.families.tensors import EMBEDDING
 from lfm2_export.progress import Progress
 from tests.artifacts import snapshot
 from tests.checkpoints import tiny_config, write_random_checkpoint
+from tests.shows import shows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -67,6 +68,7 @@ def exported(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFact
     return folder / "out", folder / "kept"
 
 
+@shows("ours", "calibration", family="lfm2_moe", scheme="q4")
 def test_the_manifest_the_card_and_inspect_say_what_weights_were_fitted_to(exported, text, capsys) -> None:
     out, _ = exported
     artifact = Artifact.open(out)

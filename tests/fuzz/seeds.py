@@ -54,6 +54,7 @@ def write_all() -> None:
         _write_gguf(Path(scratch))
         _write_packed(Path(scratch))
         _write_adapters(Path(scratch))
+        _write_foreign()
     _write_pte()
     _write_manifests()
     _write_tokenizers()
@@ -204,6 +205,74 @@ def _only_model(program: Program) -> Program:
     graph = program.graphs["model"]
     files = {name: entry for name, entry in program.files.items() if name.startswith(graph)}
     return replace(program, graphs={"model": graph}, files=files)
+
+
+def _write_foreign() -> None:
+    """Graphs of others' layout that compute next to nothing: one with positions, one that is told how many logits."""
+    files: dict[str, bytes | str] = {
+        "config.json": json.dumps(_config("lfm2"), indent=1),
+        "generation_config.json": '{"eos_token_id": 2}',
+        "tokenizer_config.json": '{"bos_token": "<|im_start|>"}',
+    }
+    for name, options in {"positions": ["position_ids"], "logits_to_keep": ["logits_to_keep"]}.items():
+        graph = _foreign_graph(*options).SerializeToString(deterministic=True)
+        _put("foreign", name, _bundle({**files, "onnx/model_q4.onnx": graph}))
+
+
+def _foreign_graph(option: str) -> Any:
+    """A decoder's inputs and outputs around a token table: of a conv layer and an attention layer that forget."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    config = _config("lfm2")
+    hidden, vocab, width = config["hidden_size"], config["vocab_size"], config["conv_L_cache"]
+    heads, head_dim = config["num_key_value_heads"], hidden // config["num_attention_heads"]
+    node, value = helper.make_node, helper.make_tensor_value_info
+    ints, floats = TensorProto.INT64, TensorProto.FLOAT
+    conv = [1, hidden, width]
+    past, present = ([1, heads, axis, head_dim] for axis in ("past_sequence_length", "total_sequence_length"))
+    keeps = option == "logits_to_keep"
+    nodes = [
+        node("Gather", ["table", "input_ids"], ["hidden"]),
+        node("Mul", ["hidden", "head"], ["every" if keeps else "logits"]),
+        node("Identity", ["past_conv.0"], ["present_conv.0"]),
+        node("Shape", ["input_ids"], ["tokens"], start=1, end=2),
+        node("Concat", ["before", "tokens", "behind"], ["new_shape"], axis=0),
+        node("ConstantOfShape", ["new_shape"], ["new"]),
+        *(
+            node("Concat", [f"past_key_values.1.{kind}", "new"], [f"present.1.{kind}"], axis=2)
+            for kind in ("key", "value")
+        ),
+    ]
+    if keeps:
+        nodes += [
+            node("Neg", [option], ["start"]),
+            node("Slice", ["every", "start", "end", "axis"], ["logits"]),
+        ]
+    rows = np.random.default_rng(0).standard_normal((2, vocab)).astype(np.float32)
+    constants = {"before": [1, heads], "behind": [head_dim], "end": [2**62], "axis": [1]}
+    used = {name for one in nodes for name in one.input}
+    graph = helper.make_graph(
+        nodes,
+        "published",
+        [
+            value("input_ids", ints, [1, "sequence_length"]),
+            value("attention_mask", ints, [1, "total_sequence_length"]),
+            value(option, ints, [1] if keeps else [1, "sequence_length"]),
+            value("past_conv.0", floats, conv),
+            *(value(f"past_key_values.1.{kind}", floats, past) for kind in ("key", "value")),
+        ],
+        [
+            value("logits", floats, [1, "logits", vocab]),
+            value("present_conv.0", floats, conv),
+            *(value(f"present.1.{kind}", floats, present) for kind in ("key", "value")),
+        ],
+        [
+            numpy_helper.from_array(rows[0, :, None], "table"),
+            numpy_helper.from_array(rows[1], "head"),
+            *(numpy_helper.from_array(np.array(n, np.int64), name) for name, n in constants.items() if name in used),
+        ],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
 
 def _write_pte() -> None:

@@ -19,8 +19,10 @@ from lfm2_export.families.tensors import EMBEDDING, ModelTensor, TensorClass
 from lfm2_export.text import Tokenizer
 from tests.checkpoints import tiny_config, write_random_checkpoint
 from tests.gguf.written import default_type, write
+from tests.shows import of, shows
 
 NAMES = ("tiny-dense", "tiny-moe")
+TAKEN_OVER = {"tiny-dense": ("q4", "q8"), "tiny-moe": ("q4",)}
 TEXTS = (
     "What is a list?",
     "def f(x):\n\treturn x  # 12345 items",
@@ -78,11 +80,11 @@ def test_transformers_reads_the_same_of_it(files: dict[str, Path]) -> None:
         assert np.array_equal(state[name].numpy(), found.read(name)), name
 
 
+@shows("ours", "gguf", family=of("name"), scheme=of("name", lambda name: TAKEN_OVER[name]))
 @pytest.mark.parametrize("name", NAMES)
 def test_an_artifact_holds_its_very_values(name: str, files: dict[str, Path], tmp_path: Path) -> None:
     found = open_checkpoint(files[name])
-    schemes = ("q4", "q8") if name == "tiny-dense" else ("q4",)
-    artifact = lfm2_export.export(files[name], scheme=schemes, output=tmp_path / "out")
+    artifact = lfm2_export.export(files[name], scheme=TAKEN_OVER[name], output=tmp_path / "out")
     for program in artifact.programs:
         stored = stored_weights(artifact.path, program, found.config)
         for tensor in found.tensors:

@@ -5,6 +5,7 @@ Needs Debian's g++-aarch64-linux-gnu and qemu-user-static, and executorch's aarc
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import shutil
@@ -14,10 +15,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from lfm2_export.hashing import cache_folder
-from lfm2_export.kernels import build
-from tests.conftest import Once
+from lfm2_export.kernels import build, sources
 
 SYSROOT = "/usr/aarch64-linux-gnu"
 PARTS = ("lib", "include", "share")  # of the wheel
@@ -70,20 +71,36 @@ def under_qemu(program: Path, *arguments: str, processor: str = "max") -> str:
 
 
 @pytest.fixture(scope="session")
-def built(wheel: Path, once: Once) -> Path:
-    """The folder of the C++ tests and of the runner, built for aarch64 from the same objects."""
+def built(wheel: Path) -> Path:
+    """The folder of the C++ tests and of the runner, built for aarch64 from the same objects: a minute of a core, kept
+    in this user's cache for as long as nothing that goes into it changes."""
     entries = CROSS | {"CMAKE_PREFIX_PATH": str(wheel / "share" / "cmake"), "LFM2_BUILD_RUNNER": "ON"}
     definitions = [f"-D{name}={value}" for name, value in entries.items()]
-    targets = ["kernels_test", "operators_test", build.RUNNER]
+    programs = {"kernels_test", "operators_test", f"kernels/{build.RUNNER}"}
+    folder = cache_folder() / "tests" / f"aarch64-{_digest(definitions)}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name("aarch64.lock")):
+        if not all((folder / program).is_file() for program in programs):
+            for old in folder.parent.glob("aarch64-*"):
+                shutil.rmtree(old)
+            targets = [Path(program).name for program in sorted(programs)]
+            for command in (
+                ["cmake", "-S", Path(__file__).parent, "-B", folder, *definitions],
+                ["cmake", "--build", folder, "--target", *targets, "--parallel"],
+            ):
+                subprocess.run(command, check=True, capture_output=True)
+    return folder
 
-    def make(work: Path) -> None:
-        for command in (
-            ["cmake", "-S", Path(__file__).parent, "-B", work, *definitions],
-            ["cmake", "--build", work, "--target", *targets, "--parallel"],
-        ):
-            subprocess.run(command, check=True, capture_output=True)
 
-    return once("aarch64", make)
+def _digest(definitions: list[str]) -> str:
+    """Of everything that the build reads but the system's own headers."""
+    found = hashlib.sha256(f"{sources.digest()}\n{definitions}\n".encode())
+    version = ["aarch64-linux-gnu-g++", "--version"]
+    found.update(subprocess.run(version, check=True, capture_output=True).stdout)
+    here = Path(__file__).parent
+    for file in sorted(one for one in here.iterdir() if one.suffix in (".cpp", ".h", ".txt")):
+        found.update(f"\n{file.name}\n".encode() + file.read_bytes())
+    return found.hexdigest()[:16]
 
 
 @pytest.mark.parametrize("processor", PROCESSORS)

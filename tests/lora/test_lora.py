@@ -21,6 +21,7 @@ from lfm2_export.manifest import CheckpointRecord
 from lfm2_export.source import ASSETS
 from tests.checkpoints import tiny_config, write_random_checkpoint
 from tests.lora.written import CONFIG, write_adapter
+from tests.shows import of, shows
 
 MODULES = (
     "model.layers.0.conv.in_proj",
@@ -90,6 +91,7 @@ def their_logits(base: Path, products: dict[str, torch.Tensor], ids: list[int]) 
         return model(torch.tensor([ids])).logits[0, -1].numpy()
 
 
+@shows("ours", "lora", "logits", family=of("family"), scheme="fp32")
 @pytest.mark.parametrize("family", ["lfm2", "lfm2_moe"])
 def test_the_program_is_the_merged_model(bases: dict[str, Path], tmp_path: Path, family: str) -> None:
     modules = MODULES if family == "lfm2" else (*MODULES, EXPERT)

@@ -29,6 +29,7 @@ from tests.packed.written import (
     rewrite,
     write,
 )
+from tests.shows import shows
 
 LAYER = "model.layers.0.conv.in_proj"
 
@@ -55,6 +56,7 @@ def check_values(folder: Path, values: dict[str, np.ndarray], output: Path, *sch
     return artifact
 
 
+@shows("ours", "packed", family="lfm2", scheme=("q4", "fp32"))
 def test_an_artifact_holds_compressed_tensors_values(originals: dict[str, Path], tmp_path: Path) -> None:
     """Several widths and groups, an 8-bit table, scales of every dtype, one scale a row."""
     grids = (
@@ -77,6 +79,7 @@ def test_an_artifact_holds_compressed_tensors_values(originals: dict[str, Path],
     assert formats["model.layers.1.self_attn.q_proj.weight"].scale_dtype == "float32"
 
 
+@shows("ours", "packed", family="lfm2_moe", scheme="q4")
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_an_artifact_holds_the_experts_of_a_mixture(
     symmetric: bool, originals: dict[str, Path], tmp_path: Path
@@ -95,6 +98,7 @@ def test_an_artifact_holds_the_experts_of_a_mixture(
         assert report.passed, report.failures()
 
 
+@shows("ours", "packed", family="lfm2", scheme="q4")
 def test_an_artifact_holds_gptq_values(originals: dict[str, Path], tmp_path: Path) -> None:
     grid = Grid(bits=8, group=None, symmetric=False)
     values = write(tmp_path / "c", originals["lfm2"], gptq_section(grid), as_gptq, grid, least_zero=1)

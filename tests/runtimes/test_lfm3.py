@@ -20,6 +20,7 @@ from lfm2_export.source import ASSETS
 from lfm2_export.text import Tokenizer
 from tests.checkpoints import tiny_config, write_random_checkpoint
 from tests.runtimes.greedy import STEPS, greedy
+from tests.shows import of, shows
 
 WINDOW = 16
 RAW = tiny_config(
@@ -62,6 +63,7 @@ def test_genai_is_told_of_a_type_and_of_layers_that_it_knows(folder: Path) -> No
     assert json.loads((folder / "config.json").read_text())["model_type"] == "lfm3"
 
 
+@shows("genai", "greedy", family="lfm3", scheme=of("scheme"))
 @pytest.mark.parametrize("scheme", ["fp32", "q8", "q4"])
 def test_genai_gives_our_runners_tokens(folder: Path, tmp_path: Path, scheme: str) -> None:
     pytest.importorskip("onnxruntime_genai")
@@ -74,6 +76,7 @@ def test_genai_gives_our_runners_tokens(folder: Path, tmp_path: Path, scheme: st
     expected.check("onnxruntime-genai", [generate(model, prompt, STEPS)[0] for prompt in expected.prompts])
 
 
+@shows("llm-runner", "greedy", family="lfm3", scheme=of("scheme"))
 @pytest.mark.parametrize("scheme", ["fp32", "8da4w"])
 def test_the_stock_llm_runner_says_what_ours_says_twice(tmp_path: Path, scheme: str) -> None:
     pytest.importorskip("executorch")

@@ -18,6 +18,7 @@ from lfm2_export.artifact import Artifact
 from lfm2_export.text import Tokenizer
 from tests.graphs import Graph, kl_divergence
 from tests.runtimes.greedy import FAMILIES, PROMPTS, SCHEMES
+from tests.shows import of, shows
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "onnxruntime_only.py"
 HELDOUT = Path(lfm2_export.__file__).parent / "assets" / "heldout.txt"
@@ -41,6 +42,7 @@ def test_the_example_imports_nothing_of_ours():
     assert names - sys.stdlib_module_names == {"numpy", "onnxruntime", "tokenizers"}
 
 
+@shows("onnxruntime", "greedy", "logits", family=of("checkpoint"), scheme=of("scheme"))
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("checkpoint", FAMILIES)
 def test_same_logits_as_our_runner(artifact: Callable[[str], Path], example, checkpoint, scheme):
@@ -74,6 +76,7 @@ def test_the_example_runs_as_a_program(artifact: Callable[[str], Path], checkpoi
     assert text.rstrip("\n") == Tokenizer.from_dir(folder).decode(ids).rstrip("\n")
 
 
+@shows("onnxruntime", "logits", family=of("checkpoint"), scheme=("fp16", "q4", "q4f16"))
 @pytest.mark.parametrize("checkpoint", FAMILIES)
 def test_float16_programs_run_on_the_cpu_and_stay_close(artifact: Callable[[str], Path], checkpoint):
     folder = artifact(checkpoint)

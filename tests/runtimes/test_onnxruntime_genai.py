@@ -17,6 +17,7 @@ from lfm2_export.artifact import Artifact
 from lfm2_export.backends.onnx.variants import own_library
 from lfm2_export.text import Tokenizer
 from tests.runtimes.greedy import FAMILIES, SCHEMES, STEPS, Greedy, greedy
+from tests.shows import of, shows
 
 og = pytest.importorskip(
     "onnxruntime_genai", reason="onnxruntime-genai is not installed: pip install onnxruntime-genai"
@@ -59,6 +60,7 @@ def generate(model: Any, rows: np.ndarray | list[int], steps: int, batch_size: i
     return [[int(token) for token in generator.get_sequence(row)[length:]] for row in range(batch_size)]
 
 
+@shows("genai", "greedy", family=of("checkpoint"), scheme=of("scheme"))
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("checkpoint", FAMILIES)
 def test_same_greedy_tokens(artifact: Callable[[str], Path], tmp_path, checkpoint, scheme):
@@ -70,6 +72,7 @@ def test_same_greedy_tokens(artifact: Callable[[str], Path], tmp_path, checkpoin
     expected.check("onnxruntime-genai", [generate(model, prompt, STEPS)[0] for prompt in expected.prompts])
 
 
+@shows("genai-own", "greedy", family=of("checkpoint"), scheme="q4")
 @pytest.mark.parametrize("checkpoint", FAMILIES)
 def test_our_operators_run_inside_genai(artifact: Callable[[str], Path], tmp_path: Path, checkpoint: str):
     """As the README says: the library lies in the folder, and genai_config.json names it and the graph for it."""
@@ -97,6 +100,7 @@ def test_the_preferred_program_is_named(artifact: Callable[[str], Path], checkpo
     og.Model(str(folder))  # as it is
 
 
+@shows("genai", "rows", "padding", family=of("checkpoint"), scheme="fp32")
 @pytest.mark.parametrize("checkpoint", FAMILIES)
 def test_rows_of_different_length(artifact: Callable[[str], Path], tmp_path, checkpoint):
     """genai pads on the right: to it, every token before a row's last one is real."""
@@ -108,6 +112,7 @@ def test_rows_of_different_length(artifact: Callable[[str], Path], tmp_path, che
     expected.check("onnxruntime-genai, a batch,", generate(model, rows, STEPS, batch_size=len(rows)))
 
 
+@shows("genai", "states", family=of("checkpoint"), scheme="fp32")
 @pytest.mark.parametrize("checkpoint", FAMILIES)
 def test_a_second_turn_goes_on_from_the_state(artifact: Callable[[str], Path], tmp_path, checkpoint):
     folder = artifact(checkpoint)
@@ -124,6 +129,7 @@ def test_a_second_turn_goes_on_from_the_state(artifact: Callable[[str], Path], t
     assert found == found[:-4] + generate(model, found[:-4], 4)[0]
 
 
+@shows("genai", "chat", family=of("checkpoint"), scheme="q4")
 @pytest.mark.parametrize("checkpoint", FAMILIES)
 def test_chat_template_and_tokenizer(artifact: Callable[[str], Path], checkpoint):
     folder = artifact(checkpoint)

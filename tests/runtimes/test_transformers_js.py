@@ -18,11 +18,13 @@ import pytest
 
 from lfm2_export.text import Tokenizer
 from tests.runtimes.greedy import FAMILIES, PROMPTS, SCHEMES, Greedy, greedy
+from tests.shows import of, shows
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "transformers_js"
 MODULES = EXAMPLE / "node_modules"
 DRIVER = Path(__file__).with_name("transformers.mjs")
 INSTALL = "cd examples/transformers_js && ONNXRUNTIME_NODE_INSTALL=skip npm ci"
+WHERE = {"native": "js-node", "wasm": "js-wasm"}  # for ``shows``
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a list?"}]
 TEXTS = [*PROMPTS[:3], "naïve café ✓ 日本", "  two  spaces\n\n\tand a tab"]
 
@@ -55,6 +57,7 @@ def run(folder: Path, dtype: str | None, expected: Greedy, where: str) -> dict[s
     return found
 
 
+@shows("js-node", "greedy", "chat", "padding", family=of("checkpoint"), scheme=of("scheme", lambda s: s or "q4"))
 @pytest.mark.parametrize("scheme", [*SCHEMES, None], ids=str)
 @pytest.mark.parametrize("checkpoint", FAMILIES)
 def test_same_greedy_tokens(artifact: Callable[[str], Path], checkpoint, scheme):
@@ -66,6 +69,7 @@ def test_same_greedy_tokens(artifact: Callable[[str], Path], checkpoint, scheme)
     check_text(folder, found)
 
 
+@shows("js-wasm", "greedy", "chat", "padding", family=of("checkpoint"), scheme=of("scheme"))
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("checkpoint", FAMILIES)
 def test_same_greedy_tokens_on_wasm(artifact: Callable[[str], Path], checkpoint, scheme):
@@ -76,15 +80,19 @@ def test_same_greedy_tokens_on_wasm(artifact: Callable[[str], Path], checkpoint,
     check_text(folder, found)
 
 
-@pytest.mark.parametrize("where", ["native", "wasm"])
+@shows(of("where", WHERE.get), "greedy", family=of("checkpoint"), scheme=of("scheme"))
+@pytest.mark.parametrize(
+    ("checkpoint", "where"), [("tiny-moe", "native"), ("tiny-moe", "wasm"), ("tiny-dense", "native")]
+)
 @pytest.mark.parametrize("scheme", ["fp16", "q4f16"])
-def test_float16_programs_run(artifact: Callable[[str], Path], scheme, where):
-    folder = artifact("tiny-moe")
+def test_float16_programs_run(artifact: Callable[[str], Path], scheme, checkpoint, where):
+    folder = artifact(checkpoint)
     expected = greedy(folder, scheme).part(prompts=3, steps=16)
     found = run(folder, scheme, expected, where)
     expected.check(f"Transformers.js {where}", found["tokens"])
 
 
+@shows("js-webgpu", "greedy", family=of("checkpoint"), scheme="q4f16")
 @pytest.mark.parametrize("checkpoint", FAMILIES)
 def test_same_greedy_tokens_on_webgpu(artifact: Callable[[str], Path], checkpoint):
     """No dtype: what config.json names for this device, q4f16."""

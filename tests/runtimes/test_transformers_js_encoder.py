@@ -14,7 +14,8 @@ import pytest
 import lfm2_export
 from tests.conftest import Exported
 from tests.encoder_checkpoints import COLBERT, EMBEDDING, MASKED_LM
-from tests.runtimes.test_transformers_js import MODULES, pytestmark
+from tests.runtimes.test_transformers_js import MODULES, WHERE, pytestmark
+from tests.shows import of, shows
 
 __all__ = ["pytestmark"]
 
@@ -32,6 +33,7 @@ def run(folder: Path, dtype: str, where: str) -> dict[str, Any]:
     return found
 
 
+@shows(of("where", WHERE.get), "embeddings", "padding", family="lfm2_bidirectional", scheme=of("scheme"))
 @pytest.mark.parametrize(
     ("scheme", "where"),
     [

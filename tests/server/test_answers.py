@@ -13,6 +13,7 @@ import pytest
 from lfm2_export import GenerationConfig, Tokenizer, complete, load_runner
 from lfm2_export.backends.onnx.variants import own_library
 from tests.server.conftest import Running, Serve, opened
+from tests.shows import shows
 
 QUESTION: Any = [{"role": "user", "content": "What is a dictionary?"}]
 
@@ -25,6 +26,7 @@ def alone(folder: Path, messages: Any, new: int) -> str:
     return tokenizer.decode(done.tokens, skip_special_tokens=None, stop_tokens=settings.stop_tokens)
 
 
+@shows("serve", "greedy", "chat", family="lfm2", scheme="q4")
 def test_a_chat_completion_is_the_models_greedy_answer(server: Running, folder: Path) -> None:
     answer = server.openai().chat.completions.create(model="tiny-dense", messages=QUESTION, max_tokens=40)
     assert answer.choices[0].message.content == alone(folder, QUESTION, 40)
@@ -33,6 +35,7 @@ def test_a_chat_completion_is_the_models_greedy_answer(server: Running, folder: 
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
 
+@shows("serve", "streaming", family="lfm2", scheme="q4")
 def test_a_stream_is_the_whole_answer_in_pieces(server: Running, folder: Path) -> None:
     stream = server.openai().chat.completions.create(
         model="tiny-dense", messages=QUESTION, max_tokens=8, stream=True, stream_options={"include_usage": True}
@@ -63,6 +66,7 @@ def test_a_plain_completion_of_text_or_tokens(server: Running, folder: Path) -> 
     assert other != texts[0]
 
 
+@shows("serve", "sampling", family="lfm2", scheme="q4")
 def test_sampling_follows_its_seed(server: Running) -> None:
     def sampled(seed: int, temperature: float) -> str:
         answer = server.openai().chat.completions.create(
@@ -112,6 +116,7 @@ def is_exact(server: Running) -> bool:
     return exact
 
 
+@shows("serve", "prefixes", family="lfm2", scheme="q4")
 def test_a_second_turn_prefills_only_what_is_new_and_answers_as_alone(server: Running, folder: Path) -> None:
     """On our kernels, where a token's logits do not depend on how a prompt was cut."""
     client, messages = server.openai(), [*QUESTION]
@@ -129,6 +134,7 @@ def test_a_second_turn_prefills_only_what_is_new_and_answers_as_alone(server: Ru
     assert 0 < server.count("lfm2_prefix_cache_bytes") <= 512 << 20
 
 
+@shows("serve", "prefixes", family="lfm2", scheme="q4")
 def test_prompts_that_begin_alike_share_that_beginning(serve: Serve, folder: Path) -> None:
     server = serve(opened(folder, "shared"))
     system = {"role": "system", "content": "You are a guide to the standard library. " * 12}

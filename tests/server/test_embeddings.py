@@ -17,6 +17,7 @@ from tests.conftest import Exported
 from tests.encoder_checkpoints import COLBERT, EMBEDDING
 from tests.server.conftest import Running, Serve
 from tests.server.script_runner import scripted
+from tests.shows import shows
 
 TEXTS = ["What is a dictionary?", "A list holds items. " * 20, "x"]
 
@@ -31,6 +32,7 @@ def server(serve: Serve, embedder: lfm2_export.Encoder) -> Running:
     return serve(scripted("Hi"), encoders=[EncoderQueue("embedding", embedder, queue_limit=4)])
 
 
+@shows("serve", "embeddings", family="lfm2_bidirectional", scheme="fp32")
 @pytest.mark.parametrize("encoding", ["float", "base64", None])
 def test_vectors_are_the_encoders(server: Running, embedder: lfm2_export.Encoder, encoding: Any) -> None:
     options = {} if encoding is None else {"encoding_format": encoding}

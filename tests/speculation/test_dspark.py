@@ -23,6 +23,7 @@ from lfm2_export.speculation.controller import Always
 from lfm2_export.text import Tokenizer
 from tests.drafters import NEW, PROMPTS
 from tests.hash_runner import HashRunner
+from tests.shows import of, shows
 
 needs_own = pytest.mark.skipif(variants.own_library() is None, reason="no compiler for our operators")
 
@@ -121,6 +122,8 @@ def compared(folder: Path, drafter: Path, scheme: str, kernels: str, **settings:
     return report
 
 
+@shows("ours-own", "speculation", family="lfm2", scheme=of("scheme"))
+@shows("ours-own", "speculation", family="lfm2_dspark", scheme="q4")
 @needs_own
 @pytest.mark.parametrize("scheme", ["q4", "q8"])
 def test_greedy_text_is_that_of_plain_decoding(artifact: Callable[[str], Path], taught: Path, scheme: str):
@@ -131,6 +134,8 @@ def test_greedy_text_is_that_of_plain_decoding(artifact: Callable[[str], Path], 
     print(sampled.summary())
 
 
+@shows("ours", "speculation", family="lfm2", scheme="fp32")
+@shows("ours", "speculation", family="lfm2_dspark", scheme="q4")
 def test_it_serves_floats_on_stock_kernels_too(artifact: Callable[[str], Path], taught: Path):
     """Which may differ in a token, but seldom do."""
     report = compared(artifact("tiny-dense"), taught, "fp32", "stock")

@@ -20,6 +20,7 @@ from lfm2_export.speculation.controller import Always
 from lfm2_export.text import Tokenizer
 from tests.backends.onnx.test_independent_rows import CONFIGS
 from tests.conftest import Exported
+from tests.shows import of, shows
 
 pytestmark = pytest.mark.skipif(variants.own_library() is None, reason="no compiler for our operators")
 
@@ -51,6 +52,7 @@ def compared(
     return tokens, accepted
 
 
+@shows("ours-own", "speculation", family=of("checkpoint"), scheme=of("scheme"))
 @pytest.mark.parametrize("checkpoint", ["tiny-dense", "tiny-moe"])
 @pytest.mark.parametrize(("scheme", "cache"), [("q4", "float"), ("q8", "float"), ("q4", "int8")])
 def test_bundled_models_say_the_same_with_lookup(
@@ -66,6 +68,7 @@ def test_bundled_models_say_the_same_with_lookup(
     compared(runner, prompts[:1], PromptLookup, do_sample=True, temperature=0.8, seed=1)
 
 
+@shows("ours-own", "speculation", family=of("name", lambda name: CONFIGS[name]["model_type"]), scheme="q4")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_random_models_say_the_same_with_a_model_that_is_sometimes_right(
     random_artifact: Callable[..., Exported], name: str

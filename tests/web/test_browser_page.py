@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Once
+from tests.shows import shows
 from tests.web.conftest import ANSWERED, EXAMPLE, READY, Drive, greedily, python_answer, say
 
 QUESTIONS = ("What is a string?", "How do I sort a list?")
@@ -57,6 +58,7 @@ def serving(page: Path, artifact: Path) -> Iterator[str]:
         process.communicate()
 
 
+@shows("page-wasm", "greedy", "chat", family="lfm2", scheme="q4")
 def test_on_wasm_it_says_pythons_tokens_and_asks_nobody_else(
     artifact: Callable[[str], Path], page: Path, drive: Drive
 ) -> None:
@@ -76,6 +78,8 @@ def test_on_wasm_it_says_pythons_tokens_and_asks_nobody_else(
     assert all(request.startswith(url) for request in visit.requests)
 
 
+@shows("page-webgpu", "greedy", family="lfm2", scheme="q4")
+@shows("page-wasm", "greedy", family="lfm2_moe", scheme="q4")
 def test_on_webgpu_a_dense_model_says_pythons_tokens_and_what_it_cannot_run_goes_to_wasm(
     artifact: Callable[[str], Path], page: Path, drive: Drive
 ) -> None:

@@ -12,6 +12,7 @@ from lfm2_export.server.access import Access
 from lfm2_export.server.limits import Limits
 from tests.server.conftest import Running, Serve, folder, opened, serve
 from tests.server.script_runner import scripted
+from tests.shows import shows
 from tests.web.conftest import ANSWERED, READY, Drive, greedily, python_answer, say
 
 __all__ = ["folder", "serve"]
@@ -31,6 +32,7 @@ def locked(serve: Serve, folder: Path) -> Running:
     return serve(opened(folder, kernels="stock"), access=Access(key="secret"))
 
 
+@shows("serve", "greedy", family="lfm2", scheme="q4")
 def test_it_asks_for_the_key_and_shows_pythons_answer(locked: Running, folder: Path, drive: Drive) -> None:
     unlock = [("wait", "#key:not([hidden])"), ("fill", "#secret", "wrong"), ("click", "#key button")]
     unlock += [

@@ -53,14 +53,13 @@ TESTED_WITH = {
     "fp16": "lfm2-export, onnxruntime, Transformers.js (Node)",
     "q8": "lfm2-export, onnxruntime, onnxruntime-genai, Transformers.js (Node)",
     "q4": "lfm2-export, onnxruntime, onnxruntime-genai, Transformers.js (Node)",
-    "q4f16": "lfm2-export, onnxruntime, Transformers.js (Node; the WebGPU test found no adapter yet)",
-    # Transformers.js 4.3 knows no lfm3.
-    **dict.fromkeys(("lfm3 fp16", "lfm3 q4f16"), "lfm2-export, onnxruntime"),
-    **dict.fromkeys(("lfm3 fp32", "lfm3 q8", "lfm3 q4"), "lfm2-export, onnxruntime, onnxruntime-genai (as its lfm2)"),
-    **{
-        f"lfm2_bidirectional {scheme}": "lfm2-export, onnxruntime, sentence-transformers, Transformers.js (Node)"
-        for scheme in SCHEMES
-    },
+    "q4f16": "lfm2-export, onnxruntime, Transformers.js (Node)",
+    # Transformers.js 4.3 knows no lfm3, and onnxruntime-genai takes it for its lfm2.
+    "lfm3 fp32": "lfm2-export, onnxruntime, onnxruntime-genai",
+    **dict.fromkeys(("lfm3 q8", "lfm3 q4"), "lfm2-export, onnxruntime-genai"),
+    **dict.fromkeys(("lfm3 fp16", "lfm3 q4f16"), "lfm2-export"),
+    **{f"lfm2_bidirectional {scheme}": "lfm2-export, onnxruntime, Transformers.js (Node)" for scheme in SCHEMES},
+    "lfm2_bidirectional fp32": "lfm2-export, onnxruntime, sentence-transformers, Transformers.js (Node)",
 }
 KL_TOLERANCE = 1e-3
 _TELEMETRY = "ORT_DISABLE_TELEMETRY"

@@ -7,7 +7,10 @@ shows. The changed graph stays in memory and reads the artifact's own data file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,13 +45,29 @@ def score(
     if not _leave_activations_alone(model) or _has_8_bit_experts(model):
         return None
     options = session_options(threads)
-    options.add_session_config_entry(_DATA_FOLDER, str(path.parent.resolve()))
     try:
-        session = new_session(model.SerializeToString(), options)
-        logits = tuple(_run(session, program, row) for row in rows)
+        with _data_folder(path.parent, [name for name in program.files if "_data" in name]) as data:
+            options.add_session_config_entry(_DATA_FOLDER, str(data))
+            session = new_session(model.SerializeToString(), options)
+            logits = tuple(_run(session, program, row) for row in rows)
     except Exception as error:  # onnxruntime's exceptions have no common base class of their own
         raise RunnerError(f"{path}: cannot run at full precision ({' '.join(str(error).split())[:300]})") from error
     return FullPrecision(logits=logits, exact=all(tensor.dtype == "float32" for tensor in program.cache.tensors))
+
+
+@contextlib.contextmanager
+def _data_folder(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+    """Where onnxruntime finds a graph's data, which it takes from no link that leaves the folder: in the Hub's cache,
+    where every file is one, a folder of other names for the same files, for as long as it is needed."""
+    folder = folder.resolve()
+    real = {Path(name).name: (folder / Path(name).name).resolve() for name in names}
+    if all(file.is_relative_to(folder) for file in real.values()):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix=".lfm2-export-", dir=next(iter(real.values())).parent) as linked:
+        for name, file in real.items():
+            os.link(file, Path(linked, name))
+        yield Path(linked).resolve()
 
 
 def _leave_activations_alone(model: onnx.ModelProto) -> int:

@@ -17,6 +17,7 @@ from lfm2_export.parity.encoder import cosine_distances, eager, max_abs_error, p
 from tests import encoder_reference as reference
 from tests.conftest import Exported
 from tests.encoder_checkpoints import COLBERT, EMBEDDING, KINDS
+from tests.shows import shows
 
 pytest.importorskip("executorch")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,6 +39,7 @@ def rows_of(*lengths: int) -> list[np.ndarray]:
     return [rng.integers(3, 2600, length) for length in lengths]
 
 
+@shows("pte", "embeddings", family="lfm2_bidirectional", scheme="fp32")
 @pytest.mark.parametrize("kind", KINDS)
 def test_float32_is_the_reference(exported, kind: str) -> None:
     made = exported(kind)
@@ -52,6 +54,7 @@ def test_float32_is_the_reference(exported, kind: str) -> None:
         assert max_abs_error(found, other, name) > 0.01, "the comparison can fail"
 
 
+@shows("pte", "padding", family="lfm2_bidirectional", scheme="fp32")
 @pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
 def test_rows_of_a_padded_batch_are_run_alone(exported, left: bool) -> None:
     made = exported(EMBEDDING)
@@ -77,6 +80,7 @@ def test_the_program_itself_reads_the_mask(exported) -> None:
         assert not vectors[0, len(seen) :].any()
 
 
+@shows("pte", "embeddings", family="lfm2_bidirectional", scheme="8da4w")
 def test_quantized_weights_are_what_it_computes_with(exported) -> None:
     made = exported(EMBEDDING)
     artifact = lfm2_export.Artifact.open(made.artifact)

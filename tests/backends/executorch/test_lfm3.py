@@ -16,6 +16,7 @@ from lfm2_export.cache import CacheSpec
 from lfm2_export.models.loading import load_model
 from tests.backends.executorch.programs import Made, checkpoint_of, divergence, make, max_error, prompt
 from tests.backends.executorch.test_parity import FP32_TOLERANCE, KL_TOLERANCE, greedy
+from tests.shows import shows
 
 WINDOW, CONTEXT = 256, 900
 LAYERS = ("conv", "sliding_attention", "full_attention", "sliding_attention")
@@ -31,6 +32,7 @@ def fp32() -> Made:
     return made_of("fp32")
 
 
+@shows("pte", "greedy", "logits", "chunks", "states", family="lfm3", scheme="fp32")
 @pytest.mark.parametrize("context", [WINDOW - 1, WINDOW, WINDOW + 1, 700])
 def test_64_greedy_tokens_in_chunks_of_any_size_after_a_reset_and_from_a_snapshot(fp32: Made, context: int) -> None:
     runner, eager, tokens = fp32.runner(context=CONTEXT), fp32.eager(context=CONTEXT), prompt(fp32, context)
@@ -54,6 +56,7 @@ def test_64_greedy_tokens_in_chunks_of_any_size_after_a_reset_and_from_a_snapsho
     assert greedy(runner, tokens, 64) == greedy(eager, tokens, 64), "again after a reset"
 
 
+@shows("pte", "window", family="lfm3", scheme="fp32")
 def test_what_a_sliding_layer_keeps_does_not_grow(fp32: Made) -> None:
     cache, config = fp32.exported.cache, fp32.checkpoint.config
     kept = 2 * 2 * (WINDOW - 1) * config.num_key_value_heads * config.head_dim * 4
@@ -98,6 +101,7 @@ def test_a_window_that_is_wider_by_one_is_noticed(fp32: Made) -> None:
     assert errors[0] <= FP32_TOLERANCE < errors[1]
 
 
+@shows("pte", "logits", "chunks", family="lfm3", scheme="8da4w")
 def test_int4_weights_on_int8_activations() -> None:
     made = made_of("8da4w", window=16)
     runner, eager, tokens = made.runner(context=CONTEXT), made.eager(context=CONTEXT), prompt(made, 80)

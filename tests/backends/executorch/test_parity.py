@@ -11,6 +11,7 @@ pytest.importorskip("executorch")
 
 from lfm2_export.backends.base import Runner
 from tests.backends.executorch.programs import Made, checkpoint_of, divergence, make, max_error, prompt
+from tests.shows import shows
 
 FP32_TOLERANCE = 1e-4
 KL_TOLERANCE = 2e-3
@@ -67,16 +68,19 @@ def check_close(made: Made, role: str = "model") -> None:
     assert divergence(last, runner.prefill([tokens], chunk_size=9)).max() <= 1e-3
 
 
+@shows("pte", "greedy", "logits", "chunks", family="lfm2", scheme="fp32")
 @pytest.mark.parametrize("overrides", DENSE, ids=str)
 def test_fp32_dense(overrides: dict[str, Any]) -> None:
     check_exact(make(checkpoint_of("lfm2", **overrides), "fp32"))
 
 
+@shows("pte", "greedy", "logits", "chunks", family="lfm2_moe", scheme="fp32")
 @pytest.mark.parametrize("overrides", MOE, ids=str)
 def test_fp32_moe(overrides: dict[str, Any]) -> None:
     check_exact(make(checkpoint_of("lfm2_moe", **overrides), "fp32"))
 
 
+@shows("pte", "logits", "chunks", family="lfm2", scheme="8da4w")
 @pytest.mark.parametrize("embedding_bits", [8, 4])
 def test_8da4w_dense(embedding_bits: int) -> None:
     overrides = {"layer_types": ("conv", "full_attention"), "conv_L_cache": 4, "conv_bias": True}
@@ -85,6 +89,7 @@ def test_8da4w_dense(embedding_bits: int) -> None:
     check_close(made)
 
 
+@shows(("pte", "pte-own"), "logits", "chunks", family="lfm2_moe", scheme="8da4w")
 def test_8da4w_moe_both_ways() -> None:
     layers = {"layer_types": ("conv", "full_attention"), "num_dense_layers": 1}
     overrides = {"use_expert_bias": False, "routed_scaling_factor": 1.2, "moe_intermediate_size": 96, **layers}

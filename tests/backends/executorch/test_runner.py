@@ -23,6 +23,7 @@ from lfm2_export.backends.executorch.runner import ExecutorchRunner
 from lfm2_export.errors import ArtifactError, ContextLimitError, ResourceError, RunnerError
 from lfm2_export.manifest import FileEntry, Program
 from tests.backends.executorch.programs import MAX_CONTEXT, Made, max_error, plain, prompt
+from tests.shows import shows
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,7 @@ def test_runner_follows_the_protocol(runner: ExecutorchRunner) -> None:
         runner.reset(2)
 
 
+@shows("pte", "states", family="lfm2", scheme="fp32")
 def test_snapshot_is_the_eager_state_and_can_be_restored(made: Made, runner: ExecutorchRunner) -> None:
     tokens, eager = prompt(made, 20), made.eager()
     runner.prefill([tokens])
@@ -77,6 +79,7 @@ def test_snapshot_of_an_empty_state(runner: ExecutorchRunner) -> None:
     np.testing.assert_array_equal(runner.prefill([[1, 2, 3]]), first)
 
 
+@shows("pte", "states", family="lfm2", scheme="fp32")
 def test_rewind(made: Made, runner: ExecutorchRunner) -> None:
     runner.prefill([prompt(made, 10)])
     mark = runner.mark()

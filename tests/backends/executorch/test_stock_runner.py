@@ -14,6 +14,7 @@ pytest.importorskip("executorch")
 
 import lfm2_export
 from lfm2_export.text import Tokenizer
+from tests.shows import of, shows
 
 NEW_TOKENS = 48
 PROMPT = "A dictionary is"
@@ -68,6 +69,7 @@ def check(folder: Path, file: str, *libraries: Path) -> None:
     assert first.startswith(text[:40])
 
 
+@shows("llm-runner", "greedy", family=of("checkpoint"), scheme=of("scheme"))
 @pytest.mark.parametrize(
     ("checkpoint", "scheme"), [("tiny-dense", "fp32"), ("tiny-dense", "8da4w"), ("tiny-moe", "fp32")]
 )
@@ -75,10 +77,12 @@ def test_programs_of_stock_operators(pte_artifact: Callable[[str, str], Path], c
     check(pte_artifact(checkpoint, scheme), f"model_{scheme}.pte")
 
 
+@shows("llm-runner", "greedy", family="lfm2_moe", scheme="8da4w")
 def test_moe_through_the_stock_operator(pte_artifact: Callable[[str, str], Path]) -> None:
     check(pte_artifact("tiny-moe", "8da4w"), "model_8da4w.pte")
 
 
+@shows("llm-runner-own", "greedy", family="lfm2_moe", scheme="8da4w")
 def test_moe_through_our_operator(pte_artifact: Callable[[str, str], Path]) -> None:
     from lfm2_export.kernels import build
 

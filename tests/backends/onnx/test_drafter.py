@@ -22,6 +22,7 @@ from lfm2_export.models.lfm2_dspark import Lfm2DSparkDraftModel
 from lfm2_export.models.loading import load_draft_model
 from tests.conftest import Exported
 from tests.drafters import LAYERS, TARGET
+from tests.shows import of, shows
 
 SCHEMES = ("fp32", "q8", "q4")
 KERNELS = [
@@ -66,6 +67,7 @@ def stored_net(folder: Path, scheme: str, checkpoint: Path, target: Path) -> Lfm
     return load_draft_model(get_backend("onnx").stored_weights(folder, program, config))
 
 
+@shows(of("kernels", {"stock": "ours", "auto": "ours-own"}.get), "proposals", family="lfm2_dspark", scheme=of("scheme"))
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_programs_propose_what_the_eager_drafter_with_their_weights_does(

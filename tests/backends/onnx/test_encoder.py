@@ -20,6 +20,7 @@ from lfm2_export.parity.encoder import cosine_distances, eager, max_abs_error, p
 from tests import encoder_reference as reference
 from tests.conftest import Exported
 from tests.encoder_checkpoints import COLBERT, EMBEDDING, KINDS, MASKED_LM, WIDTH, write_encoder
+from tests.shows import of, shows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,6 +47,7 @@ def exported(encoder: Encoders) -> Callable[[str], Exported]:
     return lambda kind: encoder(kind, SCHEMES if kind == EMBEDDING else ("fp32", "q4"))
 
 
+@shows("onnxruntime", "embeddings", "padding", family="lfm2_bidirectional", scheme="fp32")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
 def test_float32_is_the_reference_in_a_padded_batch(exported, kind: str, left: bool) -> None:
@@ -82,6 +84,7 @@ def test_expansion_tokens(exported) -> None:
     assert np.abs(found["token_embeddings"][0] - expected["token_embeddings"]).max() < 1e-5
 
 
+@shows("onnxruntime", "embeddings", "padding", family="lfm2_bidirectional", scheme=of("scheme"))
 @pytest.mark.parametrize("scheme", SCHEMES[1:])
 @pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
 def test_other_schemes_compute_with_their_weights(exported, scheme: str, left: bool) -> None:
@@ -101,6 +104,7 @@ def test_other_schemes_compute_with_their_weights(exported, scheme: str, left: b
         assert distance < LOWERING[scheme] < cosine_distances(found, other, name).mean()
 
 
+@shows("ours", "embeddings", family="lfm2_bidirectional", scheme="q4")
 @pytest.mark.parametrize("kind", [COLBERT, MASKED_LM])
 def test_quantized_heads(exported, kind: str) -> None:
     made = exported(kind)

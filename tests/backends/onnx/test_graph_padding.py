@@ -21,6 +21,7 @@ from lfm2_export.models import get_net
 from lfm2_export.models.decoder import DecoderForCausalLM
 from tests.checkpoints import tiny_config, write_random_checkpoint
 from tests.graphs import Graph, State, pad
+from tests.shows import of, shows
 
 CONTEXT = 40
 CONV, ATTENTION, SLIDING = "conv", "full_attention", "sliding_attention"
@@ -176,6 +177,10 @@ def other(request: pytest.FixtureRequest, random_artifact: Callable[..., Any]) -
     return Case(f"{name} {scheme} {role}", graph, graph.alone, TOLERANCE[scheme])
 
 
+# For ``shows``: which of the families a config is of.
+FAMILY = of("fp32", lambda name: CONFIGS[name]["model_type"])
+
+
 def prefill_and_decode(case: Case) -> None:
     (row,) = case.rows(17)
     expected = case.alone(row)
@@ -243,14 +248,17 @@ def up_to_the_last_position(case: Case) -> None:
     case.check("last position of the context", pairs)
 
 
+@shows("onnxruntime", "logits", family=FAMILY, scheme="fp32")
 def test_prefill_and_decode(fp32):
     prefill_and_decode(fp32)
 
 
+@shows("onnxruntime", "chunks", family=FAMILY, scheme="fp32")
 def test_chunked_prefill(fp32):
     chunks(fp32)
 
 
+@shows("onnxruntime", "padding", family=FAMILY, scheme="fp32")
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_rows_then_decode(fp32, side):
     padded_rows(fp32, side)
@@ -260,6 +268,7 @@ def test_rows_of_one_token(fp32):
     padded_rows(fp32, "left", lengths=(1, 1, 1), steps=3)
 
 
+@shows("onnxruntime", "rows", family=FAMILY, scheme="fp32")
 def test_rows_of_different_length_in_shared_buffers(fp32):
     compact_rows(fp32)
 
@@ -272,6 +281,14 @@ def test_last_position_of_the_context(fp32):
     up_to_the_last_position(fp32)
 
 
+@shows(
+    of("other", lambda case: "onnxruntime" if case[2] == "model" else "onnxruntime-own"),
+    "chunks",
+    "padding",
+    "rows",
+    family=of("other", lambda case: CONFIGS[case[0]]["model_type"]),
+    scheme=of("other", lambda case: case[1]),
+)
 def test_other_schemes_give_each_row_what_it_gets_alone(other):
     prefill_and_decode(other)
     chunks(other)

@@ -19,6 +19,7 @@ from lfm2_export.backends.onnx import variants
 from lfm2_export.kernels import targets
 from tests.checkpoints import tiny_config
 from tests.conftest import Exported
+from tests.shows import of, shows
 
 LIBRARY = variants.own_library()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="no compiler for our operators")
@@ -73,6 +74,7 @@ def folders(random_artifact: Callable[..., Exported]) -> Callable[[str], Path]:
     return lambda name: random_artifact(CONFIGS[name], ("q4", "q8")).artifact
 
 
+@shows("ours-own", "chunks", family=of("name", lambda name: CONFIGS[name]["model_type"]), scheme=of("scheme"))
 @pytest.mark.parametrize(("name", "scheme", "cache"), KINDS)
 def test_a_tokens_logits_do_not_depend_on_the_others(
     folders: Callable[[str], Path], name: str, scheme: str, cache: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,13 @@ from lfm2_export.backends.onnx import variants
 from lfm2_export.errors import RunnerError
 from lfm2_export.text import Tokenizer
 from tests.graphs import kl_divergence
+from tests.shows import of, shows
 
 TEXT = Path(lfm2_export.__file__).parent / "assets" / "heldout.txt"
 TOKENS = 160
 CASES = [(checkpoint, scheme) for checkpoint in ("tiny-moe", "tiny-dense") for scheme in ("q4", "q8")]
+
+FAMILY, SCHEME = (of("case", itemgetter(index)) for index in (0, 1))  # for ``shows``
 
 # Mean KL divergence in nats from the same kernels with a float cache, over the text: 5e-5 to 3.4e-4 measured.
 KL_BOUND = 7e-4
@@ -64,6 +68,7 @@ def step_by_step(runner: Runner, tokens: list[int], prompt: int = 32) -> np.ndar
     return np.concatenate([runner.prefill([tokens[:prompt]]), *(runner.decode([t]) for t in tokens[prompt:])])
 
 
+@shows("ours-own", "int8-kv", family=FAMILY, scheme=SCHEME)
 def test_logits_stay_close_to_those_of_a_float_cache(case: Case) -> None:
     floats = step_by_step(case.open("float"), case.tokens)
     ints = step_by_step(case.runner, case.tokens)
@@ -104,12 +109,14 @@ def test_a_position_costs_a_byte_a_feature_and_a_scale(case: Case) -> None:
     }
 
 
+@shows("ours-own", "int8-kv", family=FAMILY, scheme=SCHEME)
 def test_chunks_give_what_one_prefill_gives(case: Case) -> None:
     row = case.tokens[:100]
     case.runner.reset()
     case.check([row], case.runner.prefill([row], chunk_size=17))
 
 
+@shows("ours-own", "int8-kv", family=FAMILY, scheme=SCHEME)
 def test_rows_of_different_length_and_their_order(case: Case) -> None:
     rows = [case.tokens[:40], case.tokens[7:10], case.tokens[50:51]]
     case.runner.reset(3)
@@ -121,6 +128,7 @@ def test_rows_of_different_length_and_their_order(case: Case) -> None:
     case.check(rows, case.runner.decode([30, 31, 32, 33]))
 
 
+@shows("ours-own", "int8-kv", family=FAMILY, scheme=SCHEME)
 def test_earlier_places_can_be_gone_back_to(case: Case) -> None:
     start, other = case.tokens[:30], case.tokens[60:90]
     case.runner.reset()

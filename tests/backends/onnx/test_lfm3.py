@@ -21,6 +21,7 @@ from lfm2_export.parity import measure_parity
 from lfm2_export.parity.model import measure_model
 from lfm2_export.parity.sample import read_sample
 from tests.checkpoints import tiny_config, write_random_checkpoint
+from tests.shows import shows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -80,6 +81,7 @@ def check(label: str, found: tuple[list[int], np.ndarray], expected: tuple[list[
     assert error <= TOLERANCE
 
 
+@shows("ours", "greedy", "logits", "chunks", "states", family="lfm3", scheme="fp32")
 @pytest.mark.parametrize("context", [WINDOW - 1, WINDOW, WINDOW + 1, 700])
 def test_64_greedy_tokens_in_chunks_of_any_size_after_a_reset_and_from_a_snapshot(exported, context):
     ids, eager, runner = tokens(context), exported.eager, exported.open()
@@ -98,6 +100,7 @@ def test_64_greedy_tokens_in_chunks_of_any_size_after_a_reset_and_from_a_snapsho
     check(f"{context} from a snapshot", greedy(other, logits), expected)
 
 
+@shows("ours", "rows", family="lfm3", scheme="fp32")
 def test_rows_of_different_length_on_both_sides_of_the_edge(exported):
     rows, eager, runner = [tokens(n, seed=n) for n in (255, 3, 300, 257)], exported.eager, exported.open()
     steps = [tokens(8, seed=9 + row) for row in range(len(rows))]

@@ -21,6 +21,7 @@ from lfm2_export.backends.onnx import variants
 from lfm2_export.backends.onnx.stored import StoredWeights
 from lfm2_export.models.loading import load_model
 from tests.checkpoints import tiny_config
+from tests.shows import of, shows
 
 CONTEXT = 40
 CONV, ATTENTION, SLIDING = "conv", "full_attention", "sliding_attention"
@@ -275,6 +276,15 @@ def all_pairs(case: Case, runner: Runner) -> list[Pair]:
     return [pair for scenario in SCENARIOS for pair in scenario(case, runner)]
 
 
+@shows(
+    ("ours", "ours-own"),
+    "logits",
+    "chunks",
+    "rows",
+    "states",
+    family=of("case", lambda case: CONFIGS[case[0]][0]["model_type"]),
+    scheme=of("case", lambda case: case[1]),
+)
 def test_every_use_of_a_runner_is_as_close_to_full_precision_as_on_onnxruntimes_kernels(case: Case) -> None:
     ours, stock = all_pairs(case, case.open("lfm2")), all_pairs(case, case.open("stock"))
     assert all(np.isfinite(logits).all() for _, logits in ours)

@@ -28,6 +28,7 @@ from lfm2_export.manifest import MANIFEST, FileEntry, Manifest
 from tests.backends.onnx.rings import keep_everything, open_edited, program_of, set_window, write_edited
 from tests.checkpoints import tiny_config
 from tests.graphs import Graph, pad
+from tests.shows import shows
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -112,6 +113,7 @@ def contexts(window: int) -> list[int]:
     return [window - 1, window, window + 1, ring - 1, ring, ring + 1, 700]
 
 
+@shows("ours-own", "window", "chunks", "states", family="lfm3", scheme="q4")
 def test_64_tokens_in_chunks_of_any_size_after_a_reset_from_a_snapshot_and_after_a_rewind(pair: Pair) -> None:
     ring, whole, other = pair.ring, pair.whole, pair.open()
     for context in contexts(pair.window):
@@ -183,6 +185,7 @@ def test_many_blocks_in_a_row_with_marks_between(pair: Pair) -> None:
     same("back before them", ring.decode([7]), whole.decode([7]))
 
 
+@shows("ours-own", "window", "rows", family="lfm3", scheme="q4")
 def test_rows_of_different_length_and_their_order(pair: Pair) -> None:
     window = pair.window
     rows = [tokens(n) for n in (window - 1, 3, ring_positions(window) + 20, window + 1)]
@@ -203,6 +206,7 @@ def test_rows_of_different_length_and_their_order(pair: Pair) -> None:
     same("and alone", alone, found[0][5:24:4])
 
 
+@shows("onnxruntime-own", "window", "padding", family="lfm3", scheme="q4")
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("role", [variants.LFM2, variants.LFM2_KV8])
 def test_padded_rows_that_are_longer_than_a_ring(random_artifact: Callable[..., Any], side: str, role: str) -> None:
@@ -249,6 +253,7 @@ def test_a_prefill_that_fails_on_the_way_leaves_the_rings_as_they_were(pair: Pai
     same("after a failure", ring.decode([5]), pair.whole.decode([5]))
 
 
+@shows("ours-own", "window", family="lfm3", scheme="q4")
 def test_what_a_sliding_layer_keeps_does_not_grow(pair: Pair) -> None:
     row = 32 + 4 if pair.cache == "int8" else 32 * 4
     ring = 320 if pair.window == 256 else 64  # the window but one, and 16, in steps of 64

@@ -18,6 +18,7 @@ from lfm2_export.generation import complete
 from lfm2_export.generation_config import GenerationConfig
 from lfm2_export.text import Tokenizer
 from tests.checkpoints import tiny_config
+from tests.shows import shows
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -72,6 +73,7 @@ def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
     assert worst <= TOLERANCE
 
 
+@shows("ours", "logits", "chunks", family="lfm2_moe", scheme="fp32")
 @pytest.mark.parametrize("chunk_size", [None, 16, 1])
 def test_prefill_and_decode_equal_transformers(runner, eager, chunk_size):
     tokens = prompt(60)
@@ -81,6 +83,7 @@ def test_prefill_and_decode_equal_transformers(runner, eager, chunk_size):
         assert_close(runner.decode([tokens[position]])[0], expected[position])
 
 
+@shows("ours", "rows", family="lfm2_moe", scheme="fp32")
 @pytest.mark.parametrize("chunk_size", [None, 16])
 def test_rows_of_different_length_equal_transformers(runner, eager, chunk_size):
     rows = [prompt(30, 1), prompt(7, 2), prompt(90, 3), prompt(1, 4)]
@@ -105,6 +108,7 @@ def test_every_position_equals_transformers(runner, eager):
     assert_close(runner.score(rows, chunk_size=16), np.stack([eager(row) for row in rows]))
 
 
+@shows("ours", "states", family="lfm2_moe", scheme="fp32")
 def test_snapshot_and_rewind_equal_transformers(folder, runner, eager):
     start = prompt(25, 1)
     runner.prefill([start])
@@ -125,6 +129,7 @@ def test_the_whole_context_can_be_used(runner, eager):
     assert_close(runner.decode([tokens[-1]])[0], eager(tokens)[-1])
 
 
+@shows("ours", "greedy", "chat", family="lfm2_moe", scheme="fp32")
 def test_greedy_generation_equals_transformers(folder, runner, eager):
     tokenizer = Tokenizer.from_dir(folder)
     row = tokenizer.encode_chat([{"role": "user", "content": "What is a list?"}])
@@ -159,6 +164,7 @@ SHAPES = {
 }
 
 
+@shows("ours", "logits", "chunks", "rows", "states", family="lfm2", scheme="fp32")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_states_of_other_shapes_equal_transformers(random_artifact, shape):
     """Without attention transformers cannot generate, but its forward pass is there to compare with."""

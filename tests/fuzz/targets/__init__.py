@@ -19,6 +19,7 @@ TARGETS = (
     "artifact",
     "chat_template",
     "checkpoint",
+    "foreign",
     "generation_config",
     "gguf",
     "lora",

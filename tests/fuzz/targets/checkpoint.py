@@ -15,7 +15,7 @@ from tests.fuzz.workspace import workspace
 
 _READ = 8  # of a checkpoint's tensors
 
-_CONFIG_KEYS = (
+CONFIG_KEYS = (
     *("model_type", "lfm2", "lfm2_moe", "architectures", "vocab_size", "hidden_size", "intermediate_size"),
     *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "layer_types", "full_attn_idxs"),
     *("conv", "full_attention", "conv_L_cache", "conv_bias", "norm_eps", "rope_theta", "rope_parameters"),
@@ -46,7 +46,7 @@ mutate = bundle_mutator(
         "1_*/config.json": json_mutator(*_MODULE_KEYS),
         "*sentence_*.json": json_mutator(*_MODULE_KEYS),
         "*.index.json": json_mutator("weight_map", "metadata", "model.safetensors", "model-00001-of-00002.safetensors"),
-        "config.json": json_mutator(*_CONFIG_KEYS),
+        "config.json": json_mutator(*CONFIG_KEYS),
         "*.json": json_mutator("eos_token_id", "temperature", "chat_template", "added_tokens_decoder"),
         "*.safetensors": json_mutator("dtype", "shape", "data_offsets", "lm_head.weight", "model.embed_tokens.weight"),
         "*.jinja": mutate_template,
