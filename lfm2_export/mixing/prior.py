@@ -38,7 +38,7 @@ INFORMED_PRIOR: dict[str, float] = {
     "experts matrices": 1.27,
 }
 
-# Matrices that were measured together; LFM3 has another name for one.
+# Matrices that are stored alike (``units``) are measured together; LFM3 has another name for one.
 _TOGETHER = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv"),
     **dict.fromkeys(("w1", "w3"), "w1 w3"),

@@ -3,10 +3,9 @@
 In: a config, a scheme, a backend's plan of it. Out: ``Space``: the units of a plan (``quant.mixture``) without their
 damages, the bytes of everything else, and how many weights these are, as a file or a decode step counts them.
 
-Matrices that one operator reads together, and whose errors do as much, are one unit: k and v; w1 and w3 of a dense
-feed-forward; all experts of a layer, which QMoE holds in one format. q is apart: with fewer heads of keys and values
-than of queries, k and v are a quarter of its size and do twice the damage each (measured on tiny-dense). The token
-table stays at 8 bits: at 4 it costs more than all the rest (measured, on three models).
+Matrices that one operator reads together are one unit, so that a mixture runs on the same operators as a uniform file:
+q, k and v; w1 and w3 of a dense feed-forward; all experts of a layer, which QMoE holds in one format. The token table
+stays at 8 bits: at 4 it costs more than all the rest (measured, on three models).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from lfm2_export.families.tensors import Part, Tensors
 from lfm2_export.quant.formats import IntFormat
 from lfm2_export.quant.schemes import Scheme
 
-_TOGETHER = {"k_proj": "kv", "v_proj": "kv", "w1": "w1 w3", "w3": "w1 w3"}
+_TOGETHER = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "w1": "w1 w3", "w3": "w1 w3"}
 _TABLES = (Part.EMBEDDING, Part.HEAD)
 
 

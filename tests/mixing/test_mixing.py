@@ -51,8 +51,8 @@ def test_what_one_operator_reads_has_one_format(checkpoint: Checkpoint) -> None:
             kind = (
                 "experts"
                 if weight.part is Part.EXPERTS
-                else "kv"
-                if weight.matrix in ("k_proj", "v_proj")
+                else "qkv"
+                if weight.matrix in ("q_proj", "k_proj", "v_proj")
                 else "w1 w3"
                 if weight.matrix in ("w1", "w3")
                 else weight.matrix
