@@ -608,8 +608,8 @@ MOE_CASES = [
         (5, 64, 64, 3, 3, {"bits": 8}, {"bias": False, "scale": 2.5}),
         (30, 128, 128, 8, 1, {"group": 128, "symmetric": True, "half": True}, {"normalize": False}),
         (7, 64, 32, 1, 1, {}, {"normalize": False, "scale": 0.7}),
-        (40, 64, 64, 5, 2, {}, {"makes_logits": True, "threads": 2}),
         (40, 64, 96, 3, 2, {"group": 16, "half": True}, {}),
+        (40, 64, 64, 5, 2, {}, {"makes_logits": True, "threads": 2}),
     )
 ]
 
