@@ -233,7 +233,7 @@ def _onnx_int_scheme(
         sensitive_patterns=Q4_SENSITIVE if bits == 4 else (),
         mixed=bits == 4,
         keeps_size=activations == "float16",
-        group_sizes=() if bits == 8 else (32, 64, 128, 256) if activations == "float32" else (32,),
+        group_sizes=() if bits == 8 else (16, 32, 64, 128, 256) if activations == "float32" else (32,),
     )
 
 

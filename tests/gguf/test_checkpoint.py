@@ -91,6 +91,7 @@ def test_an_artifact_holds_its_very_values(name: str, files: dict[str, Path], tm
             assert np.array_equal(stored.read(tensor), found.read(tensor)), (program.scheme, tensor)
         reasons = {tensor.reason for tensor in program.tensors}
         assert {"taken over from Q4_0", "taken over from Q6_K"} <= reasons
+        assert "lfm2" in program.graphs  # Q6_K's groups of 16 included
     logits = lfm2_export.load_runner(artifact.path, scheme="q4").prefill([[1, 2, 3]])
     assert np.isfinite(logits).all()
 

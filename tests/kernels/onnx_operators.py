@@ -337,10 +337,14 @@ class Matrix:
         groups = codes.reshape(*scales.shape, self.group).astype(np.float64) - zero
         return (groups * scales[..., None].astype(np.float64)).reshape(codes.shape)
 
+    def rounded(self, values: npt.NDArray[np.floating]) -> DoubleArray:
+        """What enters a product by it."""
+        return rounded(values, self.group)
 
-def rounded(values: npt.NDArray[np.floating]) -> DoubleArray:
-    """Int8 in groups of 32, as the kernels round what enters a product."""
-    groups = values.astype(np.float32).reshape(-1, 32)
+
+def rounded(values: npt.NDArray[np.floating], group: int) -> DoubleArray:
+    """Int8 in groups of 32, or of 16 where the weights' are: as the kernels round what enters a product."""
+    groups = values.astype(np.float32).reshape(-1, min(group, 32))
     greatest = np.abs(groups).max(-1, keepdims=True)
     codes = np.rint(groups * (np.float32(127) / np.where(greatest == 0, 1, greatest)))
     return (codes.astype(np.float64) * (greatest / np.float32(127))).reshape(values.shape)
@@ -391,7 +395,7 @@ class ProductCase:
     def expected(self, x: FloatArray | None = None) -> DoubleArray:
         bias = self.inputs["bias"]
         x = given_x(self.inputs, x)
-        return rounded(x) @ self.w.values.T + (0 if bias is None else bias.astype(np.float64))
+        return self.w.rounded(x) @ self.w.values.T + (0 if bias is None else bias.astype(np.float64))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -433,7 +437,7 @@ class ProjectionsCase:
 
     def expected(self, x: FloatArray | None = None) -> list[DoubleArray]:
         x = given_x(self.inputs, x)
-        return [rounded(x) @ w.values.T for w in self.w]
+        return [w.rounded(x) @ w.values.T for w in self.w]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -475,8 +479,8 @@ class FeedForwardCase:
 
     def expected(self, x: FloatArray | None = None) -> DoubleArray:
         x = given_x(self.inputs, x)
-        inner = silu(rounded(x) @ self.w1.values.T) * (rounded(x) @ self.w3.values.T)
-        return rounded(inner) @ self.w2.values.T
+        inner = silu(self.w1.rounded(x) @ self.w1.values.T) * (self.w3.rounded(x) @ self.w3.values.T)
+        return self.w2.rounded(inner) @ self.w2.values.T
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -534,13 +538,14 @@ class MoeCase:
             logits = x[0] @ router
         assert logits is not None
         scores = 1 / (1 + np.exp(-logits.astype(np.float64)))
-        ranked, inputs, out = scores if bias is None else scores + bias, rounded(x)[0], np.zeros(x.shape[1:])
+        ranked, inputs = scores if bias is None else scores + bias, self.gate_up.rounded(x)[0]
+        out = np.zeros(x.shape[1:])
         for token in range(self.tokens):
             chosen = np.argsort(-ranked[token], kind="stable")[: self.top_k]
             shares = scores[token, chosen] / (scores[token, chosen].sum() + 1e-6 if self.normalize else 1)
             for expert, share in zip(chosen, shares * self.scale, strict=True):
                 both = self.gate_up.values[expert] @ inputs[token]
-                out[token] += share * (self.down.values[expert] @ rounded(silu(both[0::2]) * both[1::2]))
+                out[token] += share * (self.down.values[expert] @ self.down.rounded(silu(both[0::2]) * both[1::2]))
         return out[None]
 
 
@@ -559,6 +564,8 @@ PRODUCT_CASES = [
         (1, Matrix(65, 160, bits=8), True, 1),
         (40, Matrix(70, 256, bits=8, group=128), False, 2),
         (17, Matrix(32, 64, half=True), False, 1),
+        (1, Matrix(37, 96, group=16, half=True), True, 2),
+        (12, Matrix(37, 160, bits=8, group=16), False, 1),
     )
 ]
 PROJECTIONS_CASES = [
@@ -571,6 +578,7 @@ PROJECTIONS_CASES = [
         (1, (Matrix(64, 128, bits=8, group=128), Matrix(16, 128, half=True), Matrix(40, 128, bits=8)), 2),
         (10, (Matrix(64, 128, group=64), Matrix(16, 128, group=128, symmetric=True), Matrix(40, 128, bits=8)), 1),
         (20, (Matrix(64, 128), Matrix(16, 128, bits=8, group=64), Matrix(40, 128, bits=8)), 2),
+        (10, (Matrix(64, 128, group=16), Matrix(16, 128, bits=8, group=16), Matrix(40, 128)), 2),
     )
 ]
 FEED_FORWARD_CASES = [
@@ -583,6 +591,7 @@ FEED_FORWARD_CASES = [
         (1, Matrix(96, 128, group=128), Matrix(96, 128, bits=8, half=True), Matrix(128, 96), 2),
         (10, Matrix(96, 128, bits=8, group=64), Matrix(96, 128, symmetric=True), Matrix(128, 96, bits=8), 1),
         (1030, Matrix(64, 64), Matrix(64, 64, bits=8, group=64), Matrix(64, 64, group=64), 1),
+        (3, Matrix(96, 64, group=16), Matrix(96, 64), Matrix(64, 96, bits=8, group=16), 1),
     )
 ]
 MOE_CASES = [
@@ -599,6 +608,7 @@ MOE_CASES = [
         (5, 64, 64, 3, 3, {"bits": 8}, {"bias": False, "scale": 2.5}),
         (30, 128, 128, 8, 1, {"group": 128, "symmetric": True, "half": True}, {"normalize": False}),
         (7, 64, 32, 1, 1, {}, {"normalize": False, "scale": 0.7}),
+        (40, 64, 96, 3, 2, {"group": 16, "half": True}, {}),
         (40, 64, 64, 5, 2, {}, {"makes_logits": True, "threads": 2}),
     )
 ]

@@ -108,7 +108,12 @@ class Maker {
 
 // Small ones mostly: the plain kernels under a sanitizer take 10 ns for a product of two numbers.
 int64_t random_group(Random& random) {
-  return random.one_in(4) ? 32ll << random.between(0, 3) : 32;
+  return random.one_in(3) ? 16ll << random.between(0, 4) : 32;
+}
+
+// Widths are multiples of 32.
+int64_t least_width(int64_t group) {
+  return std::max<int64_t>(group, 32);
 }
 
 int64_t random_bits(Random& random) {
@@ -122,7 +127,7 @@ int64_t random_tokens(Random& random, int64_t tokens) {
 Case product(Random& random, int64_t tokens) {
   Maker maker("MatMulNBits", random);
   const int64_t bits = random_bits(random), group = random_group(random);
-  const int64_t rows = random.between(1, 40), columns = group * random.between(1, 3);
+  const int64_t rows = random.between(1, 40), columns = least_width(group) * random.between(1, 3);
   maker.integer("N", rows);
   maker.integer("K", columns);
   maker.format("", bits, group);
@@ -136,7 +141,8 @@ Case product(Random& random, int64_t tokens) {
 
 Case projections(Random& random, int64_t tokens) {
   Maker maker("Projections", random);
-  const int64_t bits = random_bits(random), group = random_group(random), columns = group * random.between(1, 2);
+  const int64_t bits = random_bits(random), group = random_group(random);
+  const int64_t columns = least_width(group) * random.between(1, 2);
   maker.integer("K", columns);
   maker.format("", bits, group);
   const int64_t count = random_tokens(random, tokens);
@@ -159,7 +165,8 @@ Case projections(Random& random, int64_t tokens) {
 Case feed_forward(Random& random, int64_t tokens) {
   Maker maker("FeedForward", random);
   const int64_t bits = random_bits(random), group = random_group(random), down_bits = random_bits(random);
-  const int64_t down_group = random_group(random), width = group, inner = down_group * random.between(1, 2);
+  const int64_t down_group = random_group(random), width = least_width(group);
+  const int64_t inner = least_width(down_group) * random.between(1, 2);
   maker.integer("inner", inner);
   maker.format("", bits, group);
   maker.format("down_", down_bits, down_group);
@@ -179,7 +186,8 @@ Case feed_forward(Random& random, int64_t tokens) {
 
 Case sparse_moe(Random& random, int64_t wanted) {
   Maker maker("SparseMoe", random);
-  const int64_t bits = random_bits(random), group = random_group(random), width = group, inner = group;
+  const int64_t bits = random_bits(random), group = random_group(random);
+  const int64_t width = least_width(group), inner = width;
   const int64_t experts = random.between(1, 4), tokens = random_tokens(random, wanted);
   maker.integer("top_k", random.between(1, experts));
   maker.integer("normalize", random.between(0, 1));

@@ -71,17 +71,21 @@ def _unpacked(packed: npt.NDArray[np.uint8], count: int, bits: int) -> npt.NDArr
     return np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)[:, :count]
 
 
-def _x(inputs: Inputs) -> tuple[DoubleArray, tuple[int, ...]]:
-    """Rows of x as int8 activations, and the shape that they had."""
+def _x(inputs: Inputs) -> tuple[npt.NDArray[Any], tuple[int, ...]]:
+    """Rows of x, and the shape that they had."""
     x = inputs[0]
     assert x is not None
-    rows = x.reshape(-1, x.shape[-1])
-    return (rounded(rows) if rows.size else rows.astype(np.float64)), x.shape
+    return x.reshape(-1, x.shape[-1]), x.shape
+
+
+def _times(x: npt.NDArray[Any], w: DoubleArray, group: int) -> DoubleArray:
+    """x as int8 activations, by a matrix in groups of such a size."""
+    return (rounded(x, group) if x.size else x.astype(np.float64)) @ w.T
 
 
 def _product(inputs: Inputs, a: Attributes) -> list[npt.NDArray[Any]]:
     x, shape = _x(inputs)
-    out = x @ _matrix(inputs, 1, a["N"], a["K"], a["bits"], a["block_size"]).T
+    out = _times(x, _matrix(inputs, 1, a["N"], a["K"], a["bits"], a["block_size"]), a["block_size"])
     bias = inputs[4]
     return [(out + (0 if bias is None else bias.reshape(-1).astype(np.float64))).reshape(*shape[:-1], a["N"])]
 
@@ -98,18 +102,20 @@ def _projections(inputs: Inputs, a: Attributes) -> list[npt.NDArray[Any]]:
     found = []
     for index in range(3):
         rows = a[f"N{index}"]
-        w = _matrix(inputs, 1 + 3 * index, rows, a["K"], *_format(a, f"N{index}_"))
-        found.append((x @ w.T).reshape(*shape[:-1], rows))
+        bits, group = _format(a, f"N{index}_")
+        w = _matrix(inputs, 1 + 3 * index, rows, a["K"], bits, group)
+        found.append(_times(x, w, group).reshape(*shape[:-1], rows))
     return found
 
 
 def _feed_forward(inputs: Inputs, a: Attributes) -> list[npt.NDArray[Any]]:
     x, shape = _x(inputs)
     gate = _matrix(inputs, 1, a["inner"], shape[-1], a["bits"], a["block_size"])
-    up = _matrix(inputs, 4, a["inner"], shape[-1], *_format(a, "up_"))
+    up_bits, up_group = _format(a, "up_")
+    up = _matrix(inputs, 4, a["inner"], shape[-1], up_bits, up_group)
     down = _matrix(inputs, 7, shape[-1], a["inner"], a["down_bits"], a["down_block_size"])
-    inner = silu(x @ gate.T) * (x @ up.T)
-    return [((rounded(inner) if inner.size else inner) @ down.T).reshape(shape)]
+    inner = silu(_times(x, gate, a["block_size"])) * _times(x, up, up_group)
+    return [_times(inner, down, a["down_block_size"]).reshape(shape)]
 
 
 def _sparse_moe(inputs: Inputs, a: Attributes) -> list[npt.NDArray[Any]]:

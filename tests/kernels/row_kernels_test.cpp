@@ -112,13 +112,16 @@ class Weights {
 // Activations in buffers of their own; what lies behind the columns would spoil every sum that it got into.
 class Inputs {
  public:
-  Inputs(int64_t tokens, int64_t columns, int bits, bool shifted)
+  Inputs(int64_t tokens, int64_t columns, int bits, bool small_groups, bool shifted)
       : padded_((columns + lfm2::kPadding - 1) / lfm2::kPadding * lfm2::kPadding),
+        group_(small_groups ? lfm2::kLeastGroup : kGroupInputs),
         codes_(tokens * padded_, 127),
-        scales_(tokens * (padded_ / kGroupInputs), std::numeric_limits<float>::quiet_NaN()),
-        sums_(tokens * (padded_ / kGroupInputs), std::numeric_limits<float>::quiet_NaN()),
-        all_{codes_.data(), scales_.data(), sums_.data(), tokens, padded_, bits, shifted},
+        scales_(tokens * (padded_ / group_), std::numeric_limits<float>::quiet_NaN()),
+        sums_(tokens * (padded_ / group_), std::numeric_limits<float>::quiet_NaN()),
+        all_{codes_.data(), scales_.data(), sums_.data(), tokens, padded_, padded_ / group_, bits, small_groups, shifted},
         columns_(columns) {}
+  Inputs(int64_t tokens, const RowMatrix& w, bool shifted)
+      : Inputs(tokens, w.columns, w.bits, w.has_small_groups(), shifted) {}
 
   const RowActivations& all() const { return all_; }
 
@@ -127,7 +130,7 @@ class Inputs {
         all_.bits == 8 ? column : column / 128 * 128 + column % 2 * 64 + column % 128 / 2;
     const auto flip = static_cast<int8_t>(all_.shifted ? -lfm2::kShift : 0);
     const auto code = static_cast<int8_t>(all_.codes_of(token)[place] ^ flip);
-    return code * static_cast<double>(all_.scales_of(token)[column / kGroupInputs]);
+    return code * static_cast<double>(all_.scales_of(token)[column / group_]);
   }
 
   bool equals(const Inputs& other) const {
@@ -140,6 +143,7 @@ class Inputs {
 
  private:
   int64_t padded_;
+  int64_t group_;
   Buffer<int8_t> codes_;
   Buffer<float> scales_;
   Buffer<float> sums_;
@@ -179,11 +183,11 @@ void check_product(const RowKernels& kernels, const Weights& w, const Buffer<flo
   constexpr int64_t kGap = 3;
   const RowMatrix& matrix = w.matrix();
   const int64_t stride = matrix.rows + kGap;
-  const Inputs inputs(tokens, matrix.columns, matrix.bits, block);
+  const Inputs inputs(tokens, matrix, block);
   quantize(kernels, x, inputs);
   const Buffer<float> y((tokens - 1) * stride + matrix.rows, kUntouched);
   if (block) {
-    const Buffer<char> scratch(lfm2::block_scratch_bytes(matrix.columns));
+    const Buffer<char> scratch(lfm2::block_scratch_bytes(matrix.columns, matrix.has_small_groups()));
     kernels.block(matrix, inputs.all(), y.data(), stride, scratch.data());
   } else {
     kernels.dot(matrix, inputs.all(), y.data(), stride);
@@ -219,10 +223,10 @@ void check_products(const RowKernels& kernels, const Format& format, int64_t col
 void multiply(const RowKernels& kernels, const Weights& w, const Buffer<float>& x, int64_t tokens, bool block,
               const Buffer<float>& y) {
   const RowMatrix& matrix = w.matrix();
-  const Inputs inputs(tokens, matrix.columns, matrix.bits, block);
+  const Inputs inputs(tokens, matrix, block);
   quantize(kernels, x, inputs);
   if (block) {
-    const Buffer<char> scratch(lfm2::block_scratch_bytes(matrix.columns));
+    const Buffer<char> scratch(lfm2::block_scratch_bytes(matrix.columns, matrix.has_small_groups()));
     kernels.block(matrix, inputs.all(), y.data(), matrix.rows, scratch.data());
   } else {
     kernels.dot(matrix, inputs.all(), y.data(), matrix.rows);
@@ -253,7 +257,7 @@ void check_alone(const RowKernels& kernels, const Format& format, int64_t column
 
 std::vector<Format> all_formats() {
   std::vector<Format> formats;
-  for (const int64_t group : {32, 64, 128, 256}) {
+  for (const int64_t group : {16, 32, 64, 128, 256}) {
     for (const bool half : {false, true}) {
       formats.push_back({8, group, half, false});
       formats.push_back({4, group, half, false});
@@ -264,7 +268,7 @@ std::vector<Format> all_formats() {
 }
 
 // Codes, scales and sums are the scalar kernels', whatever a value is.
-void check_quantizing(const RowKernels& kernels, int bits, bool shifted) {
+void check_quantizing(const RowKernels& kernels, int bits, bool small_groups, bool shifted) {
   constexpr int64_t kTokens = 3, kColumns = 32 * 23;
   const float special[] = {0.0f, -0.0f, 1e-38f, 1e-31f, 1.5f, -3e38f, std::numeric_limits<float>::infinity(),
                            std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::denorm_min()};
@@ -277,7 +281,8 @@ void check_quantizing(const RowKernels& kernels, int bits, bool shifted) {
   }
   std::fill_n(x.data() + 64, kGroupInputs, 0.0f);
   std::fill_n(x.data() + 128, kGroupInputs, 2.5f);
-  const Inputs got(kTokens, kColumns, bits, shifted), want(kTokens, kColumns, bits, shifted);
+  const Inputs got(kTokens, kColumns, bits, small_groups, shifted);
+  const Inputs want(kTokens, kColumns, bits, small_groups, shifted);
   quantize(kernels, x, got);
   quantize(lfm2::scalar::kRowKernels, x, want);
   expect(got.equals(want), std::string(kernels.name) + ": quantizes differently, " + std::to_string(bits) + " bits");
@@ -366,7 +371,8 @@ void check_run(const std::string& what, int64_t count, double bound, const Run& 
 }
 
 void check_runs(const Format& format, int64_t tokens) {
-  const int64_t width = format.group * 2, inner = format.group * 3, experts = 3, rows = 77;
+  const int64_t least = std::max<int64_t>(format.group, kGroupInputs), width = least * 2, inner = least * 3;
+  const int64_t experts = 3, rows = 77;
   const Weights one(format, rows, width), gate(format, inner, width), up(format, inner, width),
       down(format, width, inner), gate_up_all(format, experts * 2 * inner, width),
       down_all(format, experts * width, inner);
@@ -404,7 +410,8 @@ void test_refusals() {
   expect(result("no such kernels", 1, 1, 64, 4, 32) == 1, "unknown kernels were not refused");
   for (const int refused : {result("scalar", 1, -1, 64, 4, 32), result("scalar", 1, 2, 64, 4, 32),
                             result("scalar", 1, 1, 48, 4, 32), result("scalar", 1, 1, 64, 2, 32),
-                            result("scalar", 1, 1, 64, 4, 16), result("scalar", 0, 1, 64, 4, 32),
+                            result("scalar", 1, 1, 64, 4, 16), result("scalar", 1, 1, 64, 4, 24),
+                            result("scalar", 0, 1, 64, 4, 32),
                             result("scalar", 1 << 20, 1, 64, 4, 32)}) {
     expect(refused == 2, "what does not fit was not refused");
   }
@@ -427,9 +434,11 @@ void test_row_kernels(bool brief) {
       }
     }
     for (const int bits : {4, 8}) {
-      check_quantizing(kernels, bits, false);
-      if (kernels.block != nullptr) {
-        check_quantizing(kernels, bits, true);
+      for (const bool small_groups : {false, true}) {
+        check_quantizing(kernels, bits, small_groups, false);
+        if (kernels.block != nullptr) {
+          check_quantizing(kernels, bits, small_groups, true);
+        }
       }
     }
     check_norm(kernels);

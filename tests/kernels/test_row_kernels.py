@@ -31,7 +31,7 @@ TOKENS = (1, 2, 3, 5, 8, 9, 14, 37, 64)  # from 9 on some kernels rearrange the 
 THREADS = (1, 2, 5)
 FORMATS = [
     (bits, group, columns)
-    for bits, group, columns in itertools.product((4, 8), (32, 64, 128, 256), COLUMNS)
+    for bits, group, columns in itertools.product((4, 8), (16, 32, 64, 128, 256), COLUMNS)
     if columns % group == 0
 ]
 
@@ -64,9 +64,9 @@ def apart(pairs: c_api.ByteArray) -> c_api.ByteArray:
     return np.stack([pairs & 15, pairs >> 4], -1).reshape(len(pairs), -1)
 
 
-def rounded(values: npt.NDArray[np.floating]) -> DoubleArray:
-    """Int8 in groups of 32, in float32 as the kernels do it."""
-    groups = values.astype(np.float32).reshape(-1, 32)
+def rounded(values: npt.NDArray[np.floating], group: int) -> DoubleArray:
+    """Int8 in groups of 32, or of 16 where the weights' are, in float32 as the kernels do it."""
+    groups = values.astype(np.float32).reshape(-1, min(group, 32))
     greatest = np.abs(groups).max(-1, keepdims=True)
     codes = np.rint(groups * (np.float32(127) / greatest))
     return (codes.astype(np.float64) * (greatest / np.float32(127))).reshape(values.shape)
@@ -95,7 +95,7 @@ def test_a_matrix_is_that_of_float64_up_to_the_order_of_sums(bits: int, group: i
     for i, (rows, tokens) in enumerate(itertools.product(ROWS, TOKENS)):
         w, w_exact = matrices[i % 4].rows(slice(rows)), exact[i % 4][:rows]
         x, bias = x_all[:tokens].copy(), bias_all[:rows] if i // 4 % 2 else None
-        x_exact = rounded(x)
+        x_exact = rounded(x, group)
         want = x_exact @ w_exact.T + (0 if bias is None else bias)
         size = np.sqrt(np.sum(x_exact**2 @ w_exact.T**2))  # of the products: their sum may happen to be nearly 0
         for kernels in worst:
@@ -113,7 +113,7 @@ def test_one_changed_code_is_beyond_the_bound(bits: int, tokens: int):
     rng = np.random.default_rng(bits)
     w = random_matrix(rng, max(ROWS), max(COLUMNS), bits=bits, group=128, points=False, half=True)
     x = normal(rng, tokens, max(COLUMNS))
-    want = rounded(x) @ in_float64(w).T
+    want = rounded(x, w.group) @ in_float64(w).T
     w.codes[40, 1000] ^= 4 if bits == 4 else 64
     for kernels in c_api.runnable_kernels():
         error = errors_of(c_api.matmul_nbits(kernels, x, w), want).max()
@@ -123,9 +123,10 @@ def test_one_changed_code_is_beyond_the_bound(bits: int, tokens: int):
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("tokens", [5, 14])
-def test_what_is_not_finite_stays_in_its_token(bits: int, tokens: int):
+@pytest.mark.parametrize("group", [16, 32])
+def test_what_is_not_finite_stays_in_its_token(bits: int, tokens: int, group: int):
     rng = np.random.default_rng(tokens)
-    w = random_matrix(rng, 40, 96, bits=bits, group=32, points=bits == 4, half=False)
+    w = random_matrix(rng, 40, 96, bits=bits, group=group, points=bits == 4, half=False)
     x = normal(rng, tokens, 96)
     for kernels in c_api.runnable_kernels():
         clean = c_api.matmul_nbits(kernels, x, w)
@@ -150,7 +151,8 @@ def test_zeros_give_zeros(bits: int, tokens: int):
     ("columns", "change", "words"),
     [
         (96, {"group": 64}, "4 x 96 does not fit groups of 64"),
-        (96, {"group": 16}, "block_size 16: 32, 64, 128 and 256 are known"),
+        (96, {"group": 24}, "block_size 24: 16, 32, 64, 128 and 256 are known"),
+        (48, {"group": 16, "scales": np.zeros((4, 3), np.float32)}, "48 columns are not a multiple of 32"),
         (
             64,
             {"bits": 8, "codes": np.zeros((4, 64), np.uint8), "zero_points": np.zeros((4, 1), np.uint8)},
@@ -209,9 +211,9 @@ class Layer:
 
     def expert_in_float64(self, expert: int, x: FloatArray) -> DoubleArray:
         both = in_float64(self.gate_up).reshape(self.experts, self.inner, 2, self.width)[expert]
-        gate, up = (rounded(x) @ both[:, i].T for i in (0, 1))
+        gate, up = (rounded(x, self.group) @ both[:, i].T for i in (0, 1))
         down = in_float64(self.down).reshape(self.experts, self.width, self.inner)[expert]
-        return rounded(gate / (1 + np.exp(-gate)) * up) @ down.T
+        return rounded(gate / (1 + np.exp(-gate)) * up, self.group) @ down.T
 
     def sparse_in_float64(self) -> DoubleArray:
         scores = 1 / (1 + np.exp(-self.logits.astype(np.float64)))
@@ -235,6 +237,8 @@ DENSE = [
     Layer(9, 160, 224, points=True),
     Layer(14, 256, 768, group=256, bits=8, half=True),
     Layer(37, 1344, 64, group=64),
+    Layer(1, 96, 160, group=16, points=True, half=True),
+    Layer(11, 160, 96, group=16, bits=8),
     Layer(1030, 64, 32),  # more than one pass
 ]
 SPARSE = [
@@ -246,6 +250,7 @@ SPARSE = [
     Layer(33, 192, 64, experts=5, top_k=5, group=64, points=True, scale=0.5),
     Layer(200, 32, 96, experts=3, top_k=1, crowd=1),  # more than one segment
     Layer(150, 64, 64, experts=4, top_k=2, crowd=3, group=64, normalize=False),
+    Layer(14, 160, 96, experts=3, top_k=2, group=16, points=True, half=True),
     Layer(1100, 32, 32, experts=2, top_k=1),  # more than one pass
 ]
 
@@ -267,7 +272,7 @@ def test_the_experts_are_those_of_float64(layer: Layer):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_token_has_the_same_bits_alone_and_among_others(bits: int):
     rng = np.random.default_rng(bits)
-    for group, columns in ((32, 96), (32, 1344), (64, 2048), (256, 1792)):
+    for group, columns in ((16, 96), (16, 1344), (32, 96), (32, 1344), (64, 2048), (256, 1792)):
         w = random_matrix(rng, 33, columns, bits=bits, group=group, points=bits == 4, half=True)
         x = normal(rng, 40, columns)
         for kernels in c_api.runnable_kernels():
@@ -280,8 +285,9 @@ def test_a_token_has_the_same_bits_alone_and_among_others(bits: int):
 def test_a_token_has_the_same_bits_among_others_in_feed_forwards():
     dense = Layer(37, 192, 320, group=64, points=True, half=True)
     sparse = Layer(60, 192, 96, experts=5, top_k=2, group=32, points=True)  # experts of few tokens and of many
+    small = Layer(60, 192, 96, experts=3, top_k=2, group=16, points=True)
     for kernels in c_api.runnable_kernels():
-        for layer, run in ((dense, dense.dense), (sparse, sparse.sparse)):
+        for layer, run in ((dense, dense.dense), (sparse, sparse.sparse), (small, small.sparse)):
             want, x, logits = run(kernels), layer.x, layer.logits
             for first, count in ((0, 1), (36, 1), (4, 3), (8, 9), (2, 30)):
                 layer.x, layer.logits = x[first : first + count].copy(), logits[first : first + count].copy()

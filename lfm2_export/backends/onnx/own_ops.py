@@ -21,9 +21,9 @@ from lfm2_export.families.tensors import Part
 from lfm2_export.quant.formats import IntFormat
 
 ATTENTION, SLIDING_ATTENTION = "Attention", "SlidingAttention"
-# Inputs that share a scale in the kernels' activations: widths are multiples of it.
+# What the kernels take at once, of inputs and of experts' rows: widths are multiples of it, groups may be halves.
 _INPUTS = 32
-_GROUP_SIZES = (32, 64, 128, 256)
+_GROUP_SIZES = (16, 32, 64, 128, 256)
 # A multiple of the lanes in a register, and the most that has room.
 _HEAD_DIM_STEP, _MOST_HEAD_DIM = 16, 256
 # Whose sums depend, in their last bits, on how many rows there are.
@@ -41,7 +41,8 @@ def fits(plan: WeightPlan) -> bool:
 def _fits(weight: StoredWeight) -> bool:
     form = weight.format
     assert isinstance(form, IntFormat)
-    has_blocks = weight.layout is Layout.MATMUL or weight.shape[-2] % _INPUTS == 0  # experts' rows come in blocks too
+    taken_whole = weight.shape[-1:] if weight.layout is Layout.MATMUL else weight.shape[-2:]
+    has_blocks = not any(size % _INPUTS for size in taken_whole)
     return form.group_size in _GROUP_SIZES and has_blocks and (form.bits == 4 or form.symmetric)
 
 

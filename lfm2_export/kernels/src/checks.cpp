@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
+#include <iterator>
 
 namespace lfm2 {
 namespace {
@@ -123,8 +124,9 @@ void Checks::format(const char* prefix, const Format& format) const {
   if (format.bits != 4 && format.bits != 8) {
     refuse("%s: %sbits %" PRId64 ": 4 and 8 are known", op_, prefix, format.bits);
   }
-  if (format.group != 32 && format.group != 64 && format.group != 128 && format.group != 256) {
-    refuse("%s: %sblock_size %" PRId64 ": 32, 64, 128 and 256 are known", op_, prefix, format.group);
+  constexpr int64_t kKnown[] = {kLeastGroup, 32, 64, 128, 256};
+  if (std::find(std::begin(kKnown), std::end(kKnown), format.group) == std::end(kKnown)) {
+    refuse("%s: %sblock_size %" PRId64 ": 16, 32, 64, 128 and 256 are known", op_, prefix, format.group);
   }
 }
 
@@ -166,6 +168,9 @@ RowMatrix Checks::matrix(const char* name, const MatrixOperands& operands, const
   const Operand &codes = operands.codes, &scales = operands.scales, &points = operands.zero_points;
   if (rows < 1 || columns < 1 || columns > kMostSize || columns % format.group != 0) {
     refuse("%s: %s: %" PRId64 " x %" PRId64 " does not fit groups of %" PRId64, op_, name, rows, columns, format.group);
+  }
+  if (columns % kGroupInputs != 0) {  // of groups of 16 there are pairs
+    refuse("%s: %s: %" PRId64 " columns are not a multiple of %d", op_, name, columns, kGroupInputs);
   }
   RowMatrix w = {};
   w.rows = rows;

@@ -33,7 +33,7 @@ void check_threads(const char* op, int64_t threads);
 // An output that the host has already, of floats.
 void check_output(const char* op, const Operand& out, int64_t count);
 
-// How a matrix is stored (row_matrix.h): bits 4 or 8, groups of 32, 64, 128 or 256 inputs.
+// How a matrix is stored (row_matrix.h): bits 4 or 8, groups of 16, 32, 64, 128 or 256 inputs.
 struct Format {
   int64_t bits, group;
 };

@@ -30,11 +30,11 @@ LFM2_ALWAYS void fetch_ahead(const void* at, int64_t bytes) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(at) + bytes));
 }
 
-// Lane i is `first` + i / lanes_per_value.
-LFM2_ALWAYS Order order_of(int first, int lanes_per_value) {
+// Lane i is `first` + i / lanes_per_value * step.
+LFM2_ALWAYS Order order_of(int first, int lanes_per_value, int step = 1) {
   alignas(64) int32_t lanes[kLanes];
   for (int i = 0; i < kLanes; ++i) {
-    lanes[i] = first + i / lanes_per_value;
+    lanes[i] = first + i / lanes_per_value * step;
   }
   return load_order(lanes);
 }

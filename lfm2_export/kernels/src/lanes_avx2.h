@@ -211,6 +211,20 @@ LFM2_ALWAYS Ints sums_of_rows(const Ints (&m)[4]) {
   return _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
 }
 
+// The same apart for the first and the second half of each block.
+LFM2_ALWAYS void halves_of_rows(const Ints (&m)[4], Ints (&to)[2]) {
+  const __m256i a = _mm256_unpacklo_epi32(m[0], m[1]), b = _mm256_unpacklo_epi32(m[2], m[3]);
+  const __m256i c = _mm256_unpackhi_epi32(m[0], m[1]), d = _mm256_unpackhi_epi32(m[2], m[3]);
+  to[0] = _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+  to[1] = _mm256_add_epi32(_mm256_unpacklo_epi64(c, d), _mm256_unpackhi_epi64(c, d));
+}
+
+// Of two registers' blocks the even ones, and the odd ones.
+LFM2_ALWAYS void every_second_block(Ints a, Ints b, Ints (&to)[2]) {
+  to[0] = _mm256_permute2x128_si256(a, b, 0x20);
+  to[1] = _mm256_permute2x128_si256(a, b, 0x31);
+}
+
 // Lane by lane the sum of the blocks, to 4 floats.
 LFM2_ALWAYS void store_sum_of_blocks(float* at, Floats x) {
   _mm_storeu_ps(at, _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
@@ -309,6 +323,16 @@ LFM2_ALWAYS Ints sums_of_rows(const Pairs (&m)[4]) {
                                      _mm256_unpackhi_epi32(m[2].lanes, m[3].lanes));
   const __m256i sums = _mm256_add_epi16(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
   return _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
+}
+
+// The same apart for the first and the second half of each block.
+LFM2_ALWAYS void halves_of_rows(const Pairs (&m)[4], Ints (&to)[2]) {
+  const __m256i a = _mm256_unpacklo_epi32(m[0].lanes, m[1].lanes), b = _mm256_unpacklo_epi32(m[2].lanes, m[3].lanes);
+  const __m256i c = _mm256_unpackhi_epi32(m[0].lanes, m[1].lanes), d = _mm256_unpackhi_epi32(m[2].lanes, m[3].lanes);
+  const __m256i first = _mm256_add_epi16(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+  const __m256i second = _mm256_add_epi16(_mm256_unpacklo_epi64(c, d), _mm256_unpackhi_epi64(c, d));
+  to[0] = _mm256_madd_epi16(first, _mm256_set1_epi16(1));
+  to[1] = _mm256_madd_epi16(second, _mm256_set1_epi16(1));
 }
 
 // sum + the four signed bytes of each lane.

@@ -179,6 +179,20 @@ LFM2_ALWAYS Ints sums_of_rows(const Ints (&m)[4]) {
   return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
 }
 
+// The same apart for the first and the second half of each block.
+LFM2_ALWAYS void halves_of_rows(const Ints (&m)[4], Ints (&to)[2]) {
+  const __m512i a = _mm512_unpacklo_epi32(m[0], m[1]), b = _mm512_unpacklo_epi32(m[2], m[3]);
+  const __m512i c = _mm512_unpackhi_epi32(m[0], m[1]), d = _mm512_unpackhi_epi32(m[2], m[3]);
+  to[0] = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+  to[1] = _mm512_add_epi32(_mm512_unpacklo_epi64(c, d), _mm512_unpackhi_epi64(c, d));
+}
+
+// Of two registers' blocks the even ones, and the odd ones.
+LFM2_ALWAYS void every_second_block(Ints a, Ints b, Ints (&to)[2]) {
+  to[0] = _mm512_shuffle_i32x4(a, b, 0x88);
+  to[1] = _mm512_shuffle_i32x4(a, b, 0xdd);
+}
+
 // Lane by lane the sum of the blocks, (0 + 1) + (2 + 3), to 4 floats.
 LFM2_ALWAYS void store_sum_of_blocks(float* at, Floats x) {
   x = _mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, 0xb1));

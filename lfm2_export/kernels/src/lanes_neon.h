@@ -180,6 +180,19 @@ LFM2_ALWAYS Ints sums_of_rows(const Ints (&m)[4]) {
   return vpaddq_s32(vpaddq_s32(m[0], m[1]), vpaddq_s32(m[2], m[3]));
 }
 
+// The same apart for the first and the second half of each row.
+LFM2_ALWAYS void halves_of_rows(const Ints (&m)[4], Ints (&to)[2]) {
+  const Ints a = vpaddq_s32(m[0], m[1]), b = vpaddq_s32(m[2], m[3]);
+  to[0] = vuzp1q_s32(a, b);
+  to[1] = vuzp2q_s32(a, b);
+}
+
+// Of two registers' blocks the even ones, and the odd ones.
+LFM2_ALWAYS void every_second_block(Ints a, Ints b, Ints (&to)[2]) {
+  to[0] = a;
+  to[1] = b;
+}
+
 LFM2_ALWAYS void store_sum_of_blocks(float* at, Floats x) { vst1q_f32(at, x); }
 
 LFM2_ALWAYS Bytes broadcast_word(const int8_t* x) {

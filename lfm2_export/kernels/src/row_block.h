@@ -15,7 +15,7 @@ constexpr int kTileTokens = kLanes == 16 ? 6 : 4;  // of a pass: two registers o
 // the odd ones.
 struct Block {
   Ints* words;     // [columns / 4][2]: 4 weights, zero point taken out
-  Ints* offsets;   // [columns / 32][2]: -128 * their sum, which takes the activations' shift out
+  Ints* offsets;   // [columns / 32 * kShares][2]: -128 * a group's sum, which takes the activations' shift out
   Floats* scales;  // [groups][2]
 };
 
@@ -32,10 +32,10 @@ LFM2_ALWAYS GroupOrder order_of_groups(int64_t columns) {
   return {groups / kChains, groups % kChains};
 }
 
-Block block_in(void* scratch, int64_t columns) {
+Block block_in(void* scratch, int64_t columns, int shares) {
   auto* words = static_cast<Ints*>(scratch);
   Ints* offsets = words + columns / 4 * 2;
-  return {words, offsets, reinterpret_cast<Floats*>(offsets + columns / kGroupInputs * 2)};
+  return {words, offsets, reinterpret_cast<Floats*>(offsets + columns / kGroupInputs * shares * 2)};
 }
 
 LFM2_ALWAYS void load_words(const uint8_t* from, int64_t stride, int64_t rows, int64_t bytes, Ints (&m)[kLanes]) {
@@ -60,9 +60,10 @@ void arrange_scales(const RowMatrix& w, int half, int64_t rows, const Block& blo
 
 constexpr int64_t kPointGroups = 8 * kLanes;  // whose zero points a register of a row holds, 8 in a word
 
-template <int kBits>
+template <int kBits, int kShares>
 LFM2_ALWAYS void arrange_codes(const RowMatrix& w, int half, int64_t rows, const Block& block) {
   constexpr int kInputs = kBytes * 8 / kBits;  // in a register of a row
+  constexpr int kShare = kGroupInputs / kShares, kWords = kShare / 4;
   const bool has_points = w.zero_points != nullptr;
   const GroupOrder order = order_of_groups(w.columns);
   Ints points[kLanes];
@@ -74,13 +75,13 @@ LFM2_ALWAYS void arrange_codes(const RowMatrix& w, int half, int64_t rows, const
     }
     Ints m[kLanes];
     load_words(w.row(half * kLanes) + at * kBits / 8, w.row_bytes(), rows, left * kBits / 8, m);
-    for (int64_t inner = 0; inner < left; inner += kGroupInputs) {
+    for (int64_t inner = 0; inner < left; inner += kShare) {
       const int64_t group = (at + inner) / w.group % kPointGroups;
       const Bytes point = has_points ? nibble_of_lanes(points[group / 8], group % 8) : broadcast_byte(8);
-      const int64_t place = order.of((at + inner) / kGroupInputs);
-      Ints* to = block.words + place * (kGroupInputs / 4 * 2) + half;
+      const int64_t place = order.of((at + inner) / kGroupInputs) * kShares + inner / kShare % kShares;
+      Ints* to = block.words + place * (kWords * 2) + half;
       Ints sum = zero_ints();
-      for (int i = 0; i < kGroupInputs / 4; ++i) {
+      for (int i = 0; i < kWords; ++i) {
         Bytes word;
         if (kBits == 4) {
           const Bytes pairs = m[inner / 8 + i / 2];
@@ -96,12 +97,13 @@ LFM2_ALWAYS void arrange_codes(const RowMatrix& w, int half, int64_t rows, const
   }
 }
 
+template <int kShares>
 void arrange(const RowMatrix& w, const Block& block) {
   static_assert(kShift == 128);
   for (int half = 0; half < 2; ++half) {
     const int64_t rows = w.rows - half * kLanes;
     arrange_scales(w, half, rows, block);
-    w.bits == 4 ? arrange_codes<4>(w, half, rows, block) : arrange_codes<8>(w, half, rows, block);
+    w.bits == 4 ? arrange_codes<4, kShares>(w, half, rows, block) : arrange_codes<8, kShares>(w, half, rows, block);
   }
 }
 
@@ -121,42 +123,46 @@ template <int kTokens>
 using TileSums = Floats[kTokens][2];
 
 // Groups `chain`, chain + kChains, ... of all rows of a block and `kTokens` tokens.
-template <int kTokens, int kBits>
+template <int kTokens, int kBits, int kShares>
 LFM2_ALWAYS void add_chain(const Block& block, const RowMatrix& w, const RowActivations& x, int64_t chain,
                            TileSums<kTokens>& total, Ahead& ahead) {
   for (int t = 0; t < kTokens; ++t) {
     total[t][0] = total[t][1] = broadcast(0.0f);
   }
+  constexpr int kWords = kGroupInputs / 4 / kShares;
   // A power of two: a shift instead of a division.
-  const int scale_shift = __builtin_ctzll(static_cast<uint64_t>(w.group / kGroupInputs));
-  const int64_t begin = order_of_groups(w.columns).begin(chain);
-  const Ints *words = block.words + begin * (kGroupInputs / 4 * 2), *offsets = block.offsets + begin * 2;
-  for (int64_t group = chain; group < w.columns / kGroupInputs;
-       group += kChains, words += kGroupInputs / 4 * 2, offsets += 2) {
+  const int scale_shift = __builtin_ctzll(static_cast<uint64_t>(w.group * kShares / kGroupInputs));
+  const int64_t begin = order_of_groups(w.columns).begin(chain) * kShares;
+  const Ints *words = block.words + begin * (kWords * 2), *offsets = block.offsets + begin * 2;
+  for (int64_t group = chain; group < w.columns / kGroupInputs; group += kChains) {
     ahead.step();
-    const Floats* scales = block.scales + (group >> scale_shift) * 2;
-    // At 4 bits word 2*i holds even inputs, word 2*i + 1 odd ones, which lie 64 further on.
-    const int8_t* from = x.codes + inputs_at<kBits>(group * kGroupInputs);
-    TileSum<kBits> sum[kTokens][2];
-    for (int t = 0; t < kTokens; ++t) {
-      sum[t][0].start(offsets[0]);
-      sum[t][1].start(offsets[1]);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < kGroupInputs / 4; ++i) {
-      const Bytes first = words[i * 2], second = words[i * 2 + 1];
-      const int at = kBits == 4 ? i / 2 * 4 + i % 2 * 64 : i * 4;
-#pragma GCC unroll 6
+#pragma GCC unroll 2
+    for (int share = 0; share < kShares; ++share, words += kWords * 2, offsets += 2) {
+      const int64_t its = group * kShares + share;
+      const Floats* scales = block.scales + (its >> scale_shift) * 2;
+      // At 4 bits word 2*i holds even inputs, word 2*i + 1 odd ones, which lie 64 further on.
+      const int8_t* from = x.codes + inputs_at<kBits>(its * (kGroupInputs / kShares));
+      TileSum<kBits> sum[kTokens][2];
       for (int t = 0; t < kTokens; ++t) {
-        const Bytes four = broadcast_word(from + t * x.padded + at);
-        sum[t][0].add(i, four, first);
-        sum[t][1].add(i, four, second);
+        sum[t][0].start(offsets[0]);
+        sum[t][1].start(offsets[1]);
       }
-    }
-    for (int t = 0; t < kTokens; ++t) {
-      const Floats scale = broadcast(x.scales_of(t)[group]);
-      total[t][0] = fmadd(sum[t][0].total(), mul(scales[0], scale), total[t][0]);
-      total[t][1] = fmadd(sum[t][1].total(), mul(scales[1], scale), total[t][1]);
+#pragma GCC unroll 8
+      for (int i = 0; i < kWords; ++i) {
+        const Bytes first = words[i * 2], second = words[i * 2 + 1];
+        const int at = kBits == 4 ? i / 2 * 4 + i % 2 * 64 : i * 4;
+#pragma GCC unroll 6
+        for (int t = 0; t < kTokens; ++t) {
+          const Bytes four = broadcast_word(from + t * x.padded + at);
+          sum[t][0].add(i, four, first);
+          sum[t][1].add(i, four, second);
+        }
+      }
+      for (int t = 0; t < kTokens; ++t) {
+        const Floats scale = broadcast(x.scales_of(t)[its]);
+        total[t][0] = fmadd(sum[t][0].total(), mul(scales[0], scale), total[t][0]);
+        total[t][1] = fmadd(sum[t][1].total(), mul(scales[1], scale), total[t][1]);
+      }
     }
   }
 }
@@ -169,13 +175,13 @@ LFM2_ALWAYS void add_sums(const TileSums<kTokens>& a, TileSums<kTokens>& to) {
   }
 }
 
-template <int kTokens, int kBits>
+template <int kTokens, int kBits, int kShares>
 void block_tile(const Block& block, const RowMatrix& w, const RowActivations& x, float* y, int64_t stride,
                 Ahead& ahead) {
   TileSums<kTokens> sums[kChains];
   for (int chain = 0; chain < kChains; ++chain) {
     TileSums<kTokens> total;
-    add_chain<kTokens, kBits>(block, w, x, chain, total, ahead);
+    add_chain<kTokens, kBits, kShares>(block, w, x, chain, total, ahead);
     std::memcpy(sums[chain], total, sizeof total);
   }
   for (int apart = 1; apart < kChains; apart *= 2) {  // (0 + 1) + (2 + 3), into the last one
@@ -190,17 +196,17 @@ void block_tile(const Block& block, const RowMatrix& w, const RowActivations& x,
 }
 
 // `count` tokens of 1 to kTokens.
-template <int kBits, int kTokens, typename... Arguments>
+template <int kBits, int kShares, int kTokens, typename... Arguments>
 LFM2_ALWAYS void some_tokens(int64_t count, Arguments&... arguments) {
   if constexpr (kTokens > 1) {
     if (count < kTokens) {
-      return some_tokens<kBits, kTokens - 1>(count, arguments...);
+      return some_tokens<kBits, kShares, kTokens - 1>(count, arguments...);
     }
   }
-  block_tile<kTokens, kBits>(arguments...);
+  block_tile<kTokens, kBits, kShares>(arguments...);
 }
 
-template <int kBits>
+template <int kBits, int kShares>
 void block_bits(const RowMatrix& w, const RowActivations& x, float* y, int64_t stride, const Block& block) {
   const auto next = reinterpret_cast<uintptr_t>(w.row(w.rows));
   const int64_t bytes = w.rows * w.row_bytes(), tiles = (x.tokens + kTileTokens - 1) / kTileTokens;
@@ -209,17 +215,23 @@ void block_bits(const RowMatrix& w, const RowActivations& x, float* y, int64_t s
     const int64_t count = x.tokens - first < kTileTokens ? x.tokens - first : kTileTokens;
     const RowActivations some = x.part(first, count);
     float* to = y + first * stride;
-    some_tokens<kBits, kTileTokens>(count, block, w, some, to, stride, ahead);
+    some_tokens<kBits, kShares, kTileTokens>(count, block, w, some, to, stride, ahead);
+  }
+}
+
+template <int kShares>
+LFM2_ALWAYS void block_shares(const RowMatrix& w, const RowActivations& x, float* y, int64_t stride, void* scratch) {
+  const Block arranged = block_in(scratch, w.columns, kShares);
+  for (int64_t row = 0; row < w.rows; row += 2 * kLanes) {
+    const RowMatrix some = w.part(row, w.rows - row < 2 * kLanes ? w.rows - row : 2 * kLanes);
+    arrange<kShares>(some, arranged);
+    w.bits == 4 ? block_bits<4, kShares>(some, x, y + row, stride, arranged)
+                : block_bits<8, kShares>(some, x, y + row, stride, arranged);
   }
 }
 
 void block(const RowMatrix& w, const RowActivations& x, float* y, int64_t stride, void* scratch) {
-  const Block arranged = block_in(scratch, w.columns);
-  for (int64_t row = 0; row < w.rows; row += 2 * kLanes) {
-    const RowMatrix some = w.part(row, w.rows - row < 2 * kLanes ? w.rows - row : 2 * kLanes);
-    arrange(some, arranged);
-    w.bits == 4 ? block_bits<4>(some, x, y + row, stride, arranged) : block_bits<8>(some, x, y + row, stride, arranged);
-  }
+  x.small_groups ? block_shares<kSmallShares>(w, x, y, stride, scratch) : block_shares<1>(w, x, y, stride, scratch);
 }
 
 }  // namespace

@@ -1,9 +1,11 @@
 // The product of row_matrix.h for few tokens: 4 rows at once. A register of codes is a part of one row; the whole numbers that
 // it gives with a token are added up within each group of 32, so that a register holds kBlocks groups of 4 rows before
-// anything becomes a float.
+// anything becomes a float. Where the weights' groups have 16 inputs, so have the activations', and there are kShares = 2
+// such registers: of the first halves, and of the second ones. Elsewhere kShares is 1.
 //
 // A token has the same bits, whatever the others: of each group the exact whole number, times both scales; groups 0, kBlocks,
 // 2 * kBlocks... are added up in this order, so are those from 1 on, and so forth; then the chains' sums, (0 + 1) + (2 + 3).
+// The halves of 32 inputs are added up in the place of their whole, one after the other.
 
 #pragma once
 
@@ -22,10 +24,11 @@ constexpr int kFetchLocality = 2;
 constexpr int kFetchLocality = 3;
 #endif
 constexpr int kRows = 4;          // of a tile of `dot`
-constexpr int kParts = 4;         // of a piece
+constexpr int kSets = 4;          // of a piece: registers of scales, whose groups fill a register of each row
 constexpr int kPartInputs = kBlocks * kGroupInputs;
-constexpr int kPieceInputs = kParts * kPartInputs;  // whose scales fill a register
-constexpr int kMostTokens = 8;                      // of one pass of `dot`
+// Tokens of one pass of `dot`. For groups of 16, which few matrices have, half as many: a quarter of the code.
+template <int kShares>
+constexpr int kMostTokens = 8 / kShares;
 constexpr int64_t kLine = 64;
 
 // A line of the weights `bytes` after `at`, which may lie behind the tensor's end: harmless.
@@ -51,22 +54,36 @@ LFM2_ALWAYS Rows rows_from(const RowMatrix& w, int64_t first) {
   return rows;
 }
 
+// A piece, the inputs whose scales fill a register, has so many parts, of kShares sets each.
+template <int kShares>
+struct Piece {
+  static constexpr int kParts = kSets / kShares;
+  static constexpr int kInputs = kParts * kPartInputs;
+};
+
+// Which group of a piece block 0 of a set is; that of the next block is kShares further on.
+template <int kShares>
+LFM2_ALWAYS int first_group(int set) {
+  return set / kShares * (kShares * kBlocks) + set % kShares;
+}
+
 // What is the same for all tiles of a matrix.
 struct Walk {
-  Order spread;       // the weights' groups of a piece to groups of 32, as `turn_blocks` wants them
+  Order spread;       // the weights' groups of a piece to the activations', as `turn_blocks` wants them
   int shift;          // inputs to the weights' groups: a power of two, so no division
   int64_t per_piece;  // weights' groups that a piece has a share in
   int64_t codes_ahead, scales_ahead, points_ahead;  // bytes to what is fetched meanwhile: rows of a later tile
 };
 
+template <int kShares>
 LFM2_ALWAYS Walk walk_of(const RowMatrix& w) {
   alignas(64) int32_t spread[kLanes];
-  const auto groups_per_scale = static_cast<int32_t>(w.group / kGroupInputs);
+  const auto groups_per_scale = static_cast<int32_t>(w.group * kShares / kGroupInputs);
   for (int lane = 0; lane < kLanes; ++lane) {
-    spread[lane] = (lane % 4 * kBlocks + lane / 4) / groups_per_scale;
+    spread[lane] = (first_group<kShares>(lane % 4) + lane / 4 * kShares) / groups_per_scale;
   }
   const int64_t tile = kRows * w.row_bytes(), tiles = (kAhead + tile - 1) / tile;
-  const int64_t per_piece = kPieceInputs / w.group;
+  const int64_t per_piece = Piece<kShares>::kInputs / w.group;
   return {load_order(spread),
           __builtin_ctzll(static_cast<uint64_t>(w.group)),
           per_piece > 0 ? per_piece : 1,
@@ -79,17 +96,17 @@ LFM2_ALWAYS Floats load_scales(const RowMatrix& w, const uint8_t* scales, int64_
   return w.half_scales ? load_halves_first(scales + first * 2, count) : load_first(scales + first * 4, count);
 }
 
-// Scales and zero points of a piece: of part p, block b of a register is group kBlocks * p + b, a lane of it a row.
+// Scales and zero points of a piece, by sets: a block of a register is a group, a lane of it a row.
 struct Factors {
-  Floats scales[kParts];
-  Floats points[kParts];
+  Floats scales[kSets];
+  Floats points[kSets];
 };
 
-template <int kBits, bool kPoints, bool kWhole>
+template <int kBits, int kShares, bool kPoints, bool kWhole>
 LFM2_ALWAYS void load_factors(const RowMatrix& w, const Rows& rows, int64_t piece, int64_t left, const Walk& walk,
                               Factors& to) {
-  static_assert(kRows == kParts);
-  const int64_t first = piece * kPieceInputs >> walk.shift;
+  static_assert(kRows == kSets);
+  const int64_t first = piece * Piece<kShares>::kInputs >> walk.shift;
   const int64_t in_tail = left >> walk.shift;
   const int64_t count = kWhole ? walk.per_piece : in_tail > 0 ? in_tail : 1;
   for (int r = 0; r < kRows; ++r) {
@@ -129,6 +146,13 @@ struct Codes<4> {
     second[r] = high_nibbles(bytes);
   }
   LFM2_ALWAYS auto times(int r, Bytes a, Bytes b) const { return nibble_products(first[r], second[r], a, b); }
+  LFM2_ALWAYS void sum_halves(Bytes a, Bytes b, Ints (&to)[2]) const {
+    decltype(times(0, a, b)) m[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      m[r] = times(r, a, b);
+    }
+    halves_of_rows(m, to);
+  }
 };
 
 template <>
@@ -142,7 +166,30 @@ struct Codes<8> {
     second[r] = byte_weights(load_part<kWhole>(from + kBytes, left - kBytes));
   }
   LFM2_ALWAYS auto times(int r, Bytes a, Bytes b) const { return byte_products(first[r], second[r], a, b); }
+  LFM2_ALWAYS void sum_halves(Bytes a, Bytes b, Ints (&to)[2]) const {
+    Ints m[kRows], n[kRows];  // a block is half of a group of 32
+    for (int r = 0; r < kRows; ++r) {
+      m[r] = add_byte_products(zero_ints(), first[r], a);
+      n[r] = add_byte_products(zero_ints(), second[r], b);
+    }
+    every_second_block(sums_of_rows(m), sums_of_rows(n), to);
+  }
 };
+
+// A part's whole numbers, without its zero points.
+template <int kBits>
+LFM2_ALWAYS void add_up(const Codes<kBits>& codes, Bytes a, Bytes b, Ints (&to)[1]) {
+  decltype(codes.times(0, a, b)) m[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    m[r] = codes.times(r, a, b);
+  }
+  to[0] = sums_of_rows(m);
+}
+
+template <int kBits>
+LFM2_ALWAYS void add_up(const Codes<kBits>& codes, Bytes a, Bytes b, Ints (&to)[2]) {
+  codes.sum_halves(a, b, to);
+}
 
 // Where in a token's codes a part's inputs begin.
 template <int kBits>
@@ -151,13 +198,13 @@ LFM2_ALWAYS int64_t inputs_at(int64_t input) {
 }
 
 // A piece of 4 rows with `kTokens` tokens; `left` inputs are there at most.
-template <int kBits, bool kPoints, int kTokens, bool kWhole>
+template <int kBits, int kShares, bool kPoints, int kTokens, bool kWhole>
 LFM2_ALWAYS void add_piece(const RowMatrix& w, const Rows& rows, int64_t piece, int64_t left, const Walk& walk,
                            const RowActivations& x, Floats (&total)[kTokens]) {
-  constexpr int kPartBytes = kPartInputs * kBits / 8;
+  constexpr int kPartBytes = kPartInputs * kBits / 8, kParts = Piece<kShares>::kParts;
   Factors factors;
-  load_factors<kBits, kPoints, kWhole>(w, rows, piece, left, walk, factors);
-  const int64_t own = kWhole ? kLanes : left / kGroupInputs, first = piece * kLanes;
+  load_factors<kBits, kShares, kPoints, kWhole>(w, rows, piece, left, walk, factors);
+  const int64_t own = kWhole ? kLanes : left * kShares / kGroupInputs, first = piece * kLanes;
 #pragma GCC unroll 4
   for (int part = 0; part < kParts; ++part) {
     const int64_t at = (piece * kParts + part) * kPartBytes;
@@ -171,21 +218,25 @@ LFM2_ALWAYS void add_piece(const RowMatrix& w, const Rows& rows, int64_t piece, 
         }
       }
     }
-    const Order blocks = order_of(kBlocks * part, 4);
-    const int64_t inputs = inputs_at<kBits>(piece * kPieceInputs + part * kPartInputs);
+    Order blocks[kShares];
+    for (int share = 0; share < kShares; ++share) {
+      blocks[share] = order_of(first_group<kShares>(part * kShares + share), 4, kShares);
+    }
+    const int64_t inputs = inputs_at<kBits>((piece * kParts + part) * kPartInputs);
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) {
       const Bytes a = load_bytes(x.codes_of(t) + inputs);
       const Bytes b = load_bytes(x.codes_of(t) + inputs + Codes<kBits>::kSecond);
-      decltype(codes.times(0, a, b)) m[kRows];
-      for (int r = 0; r < kRows; ++r) {
-        m[r] = codes.times(r, a, b);
+      Ints products[kShares];
+      add_up(codes, a, b, products);
+      for (int share = 0; share < kShares; ++share) {
+        const int set = part * kShares + share;
+        const Floats sums = permute(load_first(x.sums_of(t) + first, own), blocks[share]);
+        const Floats scales = permute(load_first(x.scales_of(t) + first, own), blocks[share]);
+        // Whole numbers below 2^24: exact.
+        const Floats centred = fnmadd(factors.points[set], sums, to_floats(products[share]));
+        total[t] = fmadd(centred, mul(factors.scales[set], scales), total[t]);
       }
-      const Floats sums = permute(load_first(x.sums_of(t) + first, own), blocks);
-      const Floats scales = permute(load_first(x.scales_of(t) + first, own), blocks);
-      // Whole numbers below 2^24: exact.
-      const Floats centred = fnmadd(factors.points[part], sums, to_floats(sums_of_rows(m)));
-      total[t] = fmadd(centred, mul(factors.scales[part], scales), total[t]);
     }
   }
 }
@@ -199,9 +250,10 @@ LFM2_ALWAYS void store_rows(Floats sums, int64_t count, float* y) {
   std::memcpy(y, all, static_cast<size_t>(count) * sizeof(float));
 }
 
-template <int kBits, bool kPoints, int kTokens>
+template <int kBits, int kShares, bool kPoints, int kTokens>
 void dot_tokens(const RowMatrix& w, const RowActivations& x, float* y, int64_t stride) {
-  const Walk walk = walk_of(w);
+  constexpr int kPieceInputs = Piece<kShares>::kInputs;
+  const Walk walk = walk_of<kShares>(w);
   const int64_t whole = w.columns / kPieceInputs, left = w.columns % kPieceInputs;
   for (int64_t row = 0; row < w.rows; row += kRows) {
     const Rows rows = rows_from(w, row);
@@ -210,10 +262,10 @@ void dot_tokens(const RowMatrix& w, const RowActivations& x, float* y, int64_t s
       total[t] = broadcast(0.0f);
     }
     for (int64_t piece = 0; piece < whole; ++piece) {
-      add_piece<kBits, kPoints, kTokens, true>(w, rows, piece, kPieceInputs, walk, x, total);
+      add_piece<kBits, kShares, kPoints, kTokens, true>(w, rows, piece, kPieceInputs, walk, x, total);
     }
     if (left > 0) {
-      add_piece<kBits, kPoints, kTokens, false>(w, rows, whole, left, walk, x, total);
+      add_piece<kBits, kShares, kPoints, kTokens, false>(w, rows, whole, left, walk, x, total);
     }
     for (int t = 0; t < kTokens; ++t) {
       store_rows(total[t], w.rows - row, y + t * stride + row);
@@ -221,33 +273,39 @@ void dot_tokens(const RowMatrix& w, const RowActivations& x, float* y, int64_t s
   }
 }
 
-template <int kBits, bool kPoints>
-void dot_points(const RowMatrix& w, const RowActivations& x, float* y, int64_t stride) {
-  for (int64_t first = 0; first < x.tokens; first += kMostTokens) {
-    const int64_t count = x.tokens - first < kMostTokens ? x.tokens - first : kMostTokens;
-    const RowActivations some = x.part(first, count);
-    float* to = y + first * stride;
-    switch (count) {
-      case 1: dot_tokens<kBits, kPoints, 1>(w, some, to, stride); break;
-      case 2: dot_tokens<kBits, kPoints, 2>(w, some, to, stride); break;
-      case 3: dot_tokens<kBits, kPoints, 3>(w, some, to, stride); break;
-      case 4: dot_tokens<kBits, kPoints, 4>(w, some, to, stride); break;
-      case 5: dot_tokens<kBits, kPoints, 5>(w, some, to, stride); break;
-      case 6: dot_tokens<kBits, kPoints, 6>(w, some, to, stride); break;
-      case 7: dot_tokens<kBits, kPoints, 7>(w, some, to, stride); break;
-      default: dot_tokens<kBits, kPoints, 8>(w, some, to, stride);
+// All of x, 1 to `kTokens` of them.
+template <int kBits, int kShares, bool kPoints, int kTokens>
+LFM2_ALWAYS void dot_some(const RowMatrix& w, const RowActivations& x, float* y, int64_t stride) {
+  if constexpr (kTokens > 1) {
+    if (x.tokens < kTokens) {
+      return dot_some<kBits, kShares, kPoints, kTokens - 1>(w, x, y, stride);
     }
+  }
+  dot_tokens<kBits, kShares, kPoints, kTokens>(w, x, y, stride);
+}
+
+template <int kBits, int kShares, bool kPoints>
+void dot_points(const RowMatrix& w, const RowActivations& x, float* y, int64_t stride) {
+  constexpr int64_t kMost = kMostTokens<kShares>;
+  for (int64_t first = 0; first < x.tokens; first += kMost) {
+    const int64_t count = x.tokens - first < kMost ? x.tokens - first : kMost;
+    dot_some<kBits, kShares, kPoints, kMost>(w, x.part(first, count), y + first * stride, stride);
+  }
+}
+
+template <int kShares>
+LFM2_ALWAYS void dot_shares(const RowMatrix& w, const RowActivations& x, float* y, int64_t stride) {
+  if (w.bits == 8) {
+    dot_points<8, kShares, false>(w, x, y, stride);
+  } else if (w.zero_points == nullptr) {
+    dot_points<4, kShares, false>(w, x, y, stride);
+  } else {
+    dot_points<4, kShares, true>(w, x, y, stride);
   }
 }
 
 void dot(const RowMatrix& w, const RowActivations& x, float* y, int64_t stride) {
-  if (w.bits == 8) {
-    dot_points<8, false>(w, x, y, stride);
-  } else if (w.zero_points == nullptr) {
-    dot_points<4, false>(w, x, y, stride);
-  } else {
-    dot_points<4, true>(w, x, y, stride);
-  }
+  x.small_groups ? dot_shares<kSmallShares>(w, x, y, stride) : dot_shares<1>(w, x, y, stride);
 }
 
 }  // namespace

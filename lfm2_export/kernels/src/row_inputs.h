@@ -10,22 +10,37 @@ namespace {
 
 constexpr int kVectorsOfGroup = kGroupInputs / kLanes;
 
-LFM2_ALWAYS void quantize_registers(const Floats (&x)[kVectorsOfGroup], const RowActivations& to, int64_t group,
-                                    int64_t token) {
+// The codes of one group, whose scale and sum are stored.
+template <int kVectors>
+LFM2_ALWAYS void quantize_vectors(const Floats* x, Ints* codes, const RowActivations& to, int64_t group,
+                                  int64_t token) {
   constexpr uint32_t kInfinity = 0x7f800000u;
   constexpr float kLeast = 1e-30f;  // as in elementwise.h
   Ints magnitudes = magnitude_bits(x[0]);  // as whole numbers NaN and infinity are above all others
-  for (int i = 1; i < kVectorsOfGroup; ++i) {
+  for (int i = 1; i < kVectors; ++i) {
     magnitudes = max_ints(magnitudes, magnitude_bits(x[i]));
   }
   const auto bits = static_cast<uint32_t>(greatest_of(magnitudes));
   const float greatest = bits_to_float(bits);
   const bool usable = bits < kInfinity && greatest > kLeast;
   const Floats inverse = broadcast(usable ? 127.0f / greatest : 0.0f);
-  Ints codes[kVectorsOfGroup], sum = zero_ints();
-  for (int i = 0; i < kVectorsOfGroup; ++i) {
+  Ints sum = zero_ints();
+  for (int i = 0; i < kVectors; ++i) {
     codes[i] = usable ? to_nearest_ints(mul(x[i], inverse)) : zero_ints();
     sum = add_ints(sum, codes[i]);
+  }
+  const float scale = bits >= kInfinity ? bits_to_float(0x7fc00000u) : usable ? greatest / 127.0f : 0.0f;
+  store_scale(scale, sum_of(sum), to, group, token);
+}
+
+// 32 inputs, `group` times 32 behind the token's first one: one group, or `kShares` of them.
+template <int kShares>
+LFM2_ALWAYS void quantize_registers(const Floats (&x)[kVectorsOfGroup], const RowActivations& to, int64_t group,
+                                    int64_t token) {
+  constexpr int kVectors = kVectorsOfGroup / kShares;
+  Ints codes[kVectorsOfGroup];
+  for (int i = 0; i < kShares; ++i) {
+    quantize_vectors<kVectors>(x + i * kVectors, codes + i * kVectors, to, group * kShares + i, token);
   }
   const auto flip = static_cast<int8_t>(to.shifted ? -kShift : 0);
   int8_t* at = to.codes_of(token) + place_of(group * kGroupInputs, to.bits);
@@ -34,8 +49,6 @@ LFM2_ALWAYS void quantize_registers(const Floats (&x)[kVectorsOfGroup], const Ro
   } else {
     store_in_order(codes, flip, at);
   }
-  const float scale = bits >= kInfinity ? bits_to_float(0x7fc00000u) : usable ? greatest / 127.0f : 0.0f;
-  store_scale(scale, sum_of(sum), to, group, token);
 }
 
 LFM2_ALWAYS Floats inverse_norm_lanes(const float* x, int64_t columns, float epsilon) {
@@ -76,14 +89,19 @@ void normalize(const RowInput& all, int64_t columns, int64_t token, float* to) {
   }
 }
 
-void quantize(const float* x, int64_t columns, const RowActivations& to, int64_t token) {
+template <int kShares>
+LFM2_ALWAYS void quantize_groups(const float* x, int64_t columns, const RowActivations& to, int64_t token) {
   for (int64_t group = 0; group < columns / kGroupInputs; ++group, x += kGroupInputs) {
     Floats values[kVectorsOfGroup];
     for (int i = 0; i < kVectorsOfGroup; ++i) {
       values[i] = load(x + i * kLanes);
     }
-    quantize_registers(values, to, group, token);
+    quantize_registers<kShares>(values, to, group, token);
   }
+}
+
+void quantize(const float* x, int64_t columns, const RowActivations& to, int64_t token) {
+  to.small_groups ? quantize_groups<kSmallShares>(x, columns, to, token) : quantize_groups<1>(x, columns, to, token);
 }
 
 // silu of elementwise.h.
@@ -100,7 +118,8 @@ void swiglu(const float* gate, const float* up, int step, const RowActivations& 
     const Floats u = step == 1 ? load(up + at) : load_every_second(up + at);
     product[i] = mul(silu_lanes(g), u);
   }
-  quantize_registers(product, to, group, token);
+  to.small_groups ? quantize_registers<kSmallShares>(product, to, group, token)
+                  : quantize_registers<1>(product, to, group, token);
 }
 
 }  // namespace

@@ -28,11 +28,11 @@ int32_t point_at(const RowMatrix& w, int64_t row, int64_t group) {
   return nibble_at(w.points_of(row), group);
 }
 
-// The integers of one group of 32 inputs, zero point taken out.
-int32_t sum_of_group(const RowMatrix& w, int64_t row, int64_t group, const int8_t* x) {
-  const int32_t point = point_at(w, row, group * kGroupInputs / w.group);
+// The integers of `count` inputs from `first` on, which are in one group, zero point taken out.
+int32_t sum_of(const RowMatrix& w, int64_t row, int64_t first, int64_t count, const int8_t* x) {
+  const int32_t point = point_at(w, row, first / w.group);
   int32_t sum = 0;
-  for (int64_t index = group * kGroupInputs; index < (group + 1) * kGroupInputs; ++index) {
+  for (int64_t index = first; index < first + count; ++index) {
     const int32_t code = w.bits == 4 ? nibble_at(w.row(row), index) : w.row(row)[index];
     sum += (code - point) * x[place_of(index, w.bits)];
   }
@@ -40,12 +40,13 @@ int32_t sum_of_group(const RowMatrix& w, int64_t row, int64_t group, const int8_
 }
 
 void dot(const RowMatrix& w, const RowActivations& x, float* y, int64_t stride) {
+  const int64_t inputs = x.small_groups ? kLeastGroup : kGroupInputs;  // of a group of the activations
   for (int64_t token = 0; token < x.tokens; ++token) {
     for (int64_t row = 0; row < w.rows; ++row) {
       float total = 0.0f;
-      for (int64_t group = 0; group < w.columns / kGroupInputs; ++group) {
-        const float scale = scale_at(w, row, group * kGroupInputs / w.group) * x.scales_of(token)[group];
-        total = __builtin_fmaf(static_cast<float>(sum_of_group(w, row, group, x.codes_of(token))), scale, total);
+      for (int64_t first = 0; first < w.columns; first += inputs) {
+        const float scale = scale_at(w, row, first / w.group) * x.scales_of(token)[first / inputs];
+        total = __builtin_fmaf(static_cast<float>(sum_of(w, row, first, inputs, x.codes_of(token))), scale, total);
       }
       y[token * stride + row] = total;
     }

@@ -4,7 +4,7 @@
 // as its graph is read, and its weights are in memory once. With few tokens a row is one dot product, read front to
 // back; with many, 32 rows at a time are rearranged into a buffer in the second-level cache, which all tokens then use.
 //
-// Activations are int8 in groups of 32, whatever the weights' group size: value = codes * scale.
+// Activations are int8 in groups of 32, or of 16 where the weights are: value = codes * scale.
 
 #pragma once
 
@@ -15,7 +15,9 @@
 
 namespace lfm2 {
 
-constexpr int kGroupInputs = 32;  // inputs that share a scale in the activations
+constexpr int kGroupInputs = 32;  // widths are multiples; inputs that share a scale in the activations, unless
+constexpr int kLeastGroup = 16;   // the weights' groups are so small
+constexpr int kSmallShares = kGroupInputs / kLeastGroup;
 constexpr int kBlockRows = 32;    // rows that are rearranged together
 constexpr int kPadding = 512;     // rows of activations are that far apart, or a multiple; what lies between is not read
 constexpr int kShift = 128;       // what `shifted` activations have on top
@@ -27,11 +29,12 @@ struct RowMatrix {
   const uint8_t* zero_points;  // [rows, ceil(columns / group / 2)], two in a byte; null: 8 or 128. Only of 4-bit codes
   int64_t rows;
   int64_t columns;  // a multiple of 32
-  int64_t group;    // 32, 64, 128 or 256
+  int64_t group;    // 16, 32, 64, 128 or 256
   int bits;         // 4 or 8
   bool half_scales;
 
   LFM2_INLINE int64_t groups() const { return columns / group; }
+  LFM2_INLINE bool has_small_groups() const { return group < kGroupInputs; }
   LFM2_INLINE int64_t row_bytes() const { return columns * bits / 8; }
   LFM2_INLINE int64_t point_bytes() const { return (groups() + 1) / 2; }
   LFM2_INLINE int64_t scale_bytes() const { return groups() * (half_scales ? 2 : 4); }
@@ -58,17 +61,18 @@ struct RowMatrix {
 // then the 64 odd ones. For 8-bit weights they are in their own order.
 struct RowActivations {
   int8_t* codes;  // [tokens][padded]; + 128 where `shifted`, as uint8
-  float* scales;  // [tokens][padded / 32]; NaN where the group held a NaN or an infinity
-  float* sums;    // [tokens][padded / 32]: the sum of the group's codes, a whole number
+  float* scales;  // [tokens][groups]; NaN where the group held a NaN or an infinity
+  float* sums;    // [tokens][groups]: the sum of the group's codes, a whole number
   int64_t tokens;
   int64_t padded;
-  int bits;       // the weights'
+  int64_t groups;     // of `padded` inputs
+  int bits;           // the weights'
+  bool small_groups;  // of 16 inputs, not of 32
   bool shifted;
 
-  LFM2_INLINE int64_t scale_count() const { return padded / kGroupInputs; }
   LFM2_INLINE int8_t* codes_of(int64_t token) const { return codes + token * padded; }
-  LFM2_INLINE float* scales_of(int64_t token) const { return scales + token * scale_count(); }
-  LFM2_INLINE float* sums_of(int64_t token) const { return sums + token * scale_count(); }
+  LFM2_INLINE float* scales_of(int64_t token) const { return scales + token * groups; }
+  LFM2_INLINE float* sums_of(int64_t token) const { return sums + token * groups; }
 
   LFM2_INLINE RowActivations part(int64_t first, int64_t count) const {
     RowActivations found = *this;
@@ -104,9 +108,9 @@ struct RowInput {
 // such activations are `shifted`.
 constexpr int64_t kFewTokens = 8;
 
-// Bytes that `RowKernels::block` needs for a matrix of so many columns (in groups of at least 32), 64-byte aligned.
-constexpr int64_t block_scratch_bytes(int64_t columns) {  // of kMostSize at most
-  return kBlockRows * (columns + columns / kGroupInputs * 8);
+// Bytes that `RowKernels::block` needs for a matrix of so many columns, 64-byte aligned.
+constexpr int64_t block_scratch_bytes(int64_t columns, bool small_groups) {  // columns: kMostSize at most
+  return kBlockRows * (columns + columns / (small_groups ? kLeastGroup : kGroupInputs) * 8);
 }
 
 struct RowKernels {
@@ -118,7 +122,7 @@ struct RowKernels {
   // One token: `columns` floats.
   void (*quantize)(const float* x, int64_t columns, const RowActivations& to, int64_t token);
 
-  // silu(gate) * up of 32 neighbouring inputs, `step` (1 or 2) floats apart: group `group` of the token.
+  // silu(gate) * up of 32 neighbouring inputs, `step` (1 or 2) floats apart: inputs 32 * `group` and so on of the token.
   void (*swiglu)(const float* gate, const float* up, int step, const RowActivations& to, int64_t group, int64_t token);
 
   // y[token * stride + row] for all rows of w and all tokens of x, which is not `shifted`.

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 
 #include "elementwise.h"
@@ -39,14 +40,27 @@ inline void store_scale(float scale, int32_t sum, const RowActivations& to, int6
   to.sums_of(token)[group] = static_cast<float>(sum);
 }
 
-// Group `group` of a token. Groups come in any order, and several at once: nothing is shared between them.
+// 32 inputs of a token, `group` times 32 behind the first one: one group, or two of 16. They come in any order, and several
+// at once: nothing is shared between them.
 inline void quantize_row_group(const float* x, const RowActivations& to, int64_t group, int64_t token) {
   alignas(64) int8_t codes[kGroupInputs];
   float scale;
   int32_t offset;
-  quantize_group(x, {codes, &scale, &offset, 1}, 0, 0);
+  if (to.small_groups) {
+    for (int half = 0; half < 2; ++half) {
+      const float* from = x + half * kLeastGroup;
+      alignas(64) float padded[kGroupInputs] = {};
+      std::copy_n(from, kLeastGroup, padded);
+      alignas(64) int8_t its[kGroupInputs];
+      quantize_group(padded, {its, &scale, &offset, 1}, 0, 0);
+      std::copy_n(its, kLeastGroup, codes + half * kLeastGroup);
+      store_scale(scale, offset / -kZeroPoint, to, 2 * group + half, token);
+    }
+  } else {
+    quantize_group(x, {codes, &scale, &offset, 1}, 0, 0);
+    store_scale(scale, offset / -kZeroPoint, to, group, token);
+  }
   store_codes(codes, to, group, token);
-  store_scale(scale, offset / -kZeroPoint, to, group, token);
 }
 
 // Squares are summed in that many chains, whatever the lanes: the norm's bits are the same on every instruction set.

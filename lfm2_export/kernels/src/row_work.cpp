@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <memory>
 #include <new>
 
@@ -45,12 +46,14 @@ void* thread_scratch(Use use, int64_t bytes) {
 RowActivations take_activations(Arena& arena, int64_t tokens, const RowMatrix& w) {
   const int64_t padded = round_up(w.columns, kPadding);
   RowActivations found = {};
+  found.groups = padded / (w.has_small_groups() ? kLeastGroup : kGroupInputs);
   found.codes = arena.take<int8_t>(times(tokens, padded));
-  found.scales = arena.take<float>(times(tokens, padded / kGroupInputs));
-  found.sums = arena.take<float>(times(tokens, padded / kGroupInputs));
+  found.scales = arena.take<float>(times(tokens, found.groups));
+  found.sums = arena.take<float>(times(tokens, found.groups));
   found.tokens = tokens;
   found.padded = padded;
   found.bits = w.bits;
+  found.small_groups = w.has_small_groups();
   return found;
 }
 
@@ -67,15 +70,19 @@ void SharedInput::take(Arena& arena, int64_t tokens, const RowMatrix& w) {
 
 SharedInput SharedInput::first(int64_t tokens) const {
   SharedInput found = *this;
-  for (RowActivations& its : found.by_bits) {
+  for (RowActivations& its : found.by_kind) {
     its.tokens = tokens;
   }
   return found;
 }
 
+bool SharedInput::is_shifted() const {
+  return std::any_of(std::begin(by_kind), std::end(by_kind), [](const RowActivations& its) { return its.shifted; });
+}
+
 void SharedInput::quantize(const RowKernels& kernels, const ThreadPool& pool, const RowInput& in, int64_t columns) {
   int64_t tokens = 0;
-  for (RowActivations& its : by_bits) {
+  for (RowActivations& its : by_kind) {
     if (its.padded > 0) {
       its.shifted = is_worth_arranging(kernels, its.tokens);
       tokens = its.tokens;
@@ -96,7 +103,7 @@ void SharedInput::quantize_token(const RowKernels& kernels, const RowInput& in, 
     kernels.normalize(in, columns, token, normed);
     row = normed;
   }
-  for (const RowActivations& its : by_bits) {
+  for (const RowActivations& its : by_kind) {
     if (its.padded > 0) {
       kernels.quantize(row, columns, its, token);
     }
@@ -107,7 +114,7 @@ void multiply(const RowKernels& kernels, const RowMatrix& w, const RowActivation
   if (!x.shifted) {
     return kernels.dot(w, x, y, stride);
   }
-  void* scratch = thread_scratch(Use::kBlock, block_scratch_bytes(w.columns));
+  void* scratch = thread_scratch(Use::kBlock, block_scratch_bytes(w.columns, w.has_small_groups()));
   for (int64_t row = 0; row < w.rows; row += kBlockRows) {
     kernels.block(w.part(row, std::min<int64_t>(kBlockRows, w.rows - row)), x, y + row, stride, scratch);
   }

@@ -13,19 +13,21 @@ RowActivations take_activations(Arena& arena, int64_t tokens, const RowMatrix& w
 // Whether weights are rearranged for so many tokens; such activations are `shifted`.
 bool is_worth_arranging(const RowKernels& kernels, int64_t tokens);
 
-// An input that several matrices read: once for those of 4 bits and once for those of 8, whose order of codes differs, as
-// far as there are any.
+// An input that several matrices read: once for each kind of them that there is. The order of codes differs between 4 and 8
+// bits, and groups of 16 have scales of their own.
 struct SharedInput {
-  RowActivations by_bits[2] = {};  // without columns where no matrix has so many bits
+  static constexpr int kKinds = 4;
+  RowActivations by_kind[kKinds] = {};  // without columns where no matrix is of the kind
 
-  RowActivations& of(const RowMatrix& w) { return by_bits[w.bits == 8]; }
-  const RowActivations& of(const RowMatrix& w) const { return by_bits[w.bits == 8]; }
+  static int kind_of(const RowMatrix& w) { return 2 * w.has_small_groups() + (w.bits == 8); }
+  RowActivations& of(const RowMatrix& w) { return by_kind[kind_of(w)]; }
+  const RowActivations& of(const RowMatrix& w) const { return by_kind[kind_of(w)]; }
 
   // Makes room for w's; all matrices have one width.
   void take(Arena& arena, int64_t tokens, const RowMatrix& w);
 
   SharedInput first(int64_t tokens) const;
-  bool is_shifted() const { return by_bits[0].shifted || by_bits[1].shifted; }
+  bool is_shifted() const;
   // All tokens of `in`, by all workers; its sums are written.
   void quantize(const RowKernels& kernels, const ThreadPool& pool, const RowInput& in, int64_t columns);
 

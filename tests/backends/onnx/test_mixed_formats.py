@@ -48,7 +48,7 @@ def of_format(bits: int, group_size: int, symmetric: bool) -> IntFormat:
     )
 
 
-FORMATS = [of_format(bits, size, bits == 8 or size == 64) for size in (32, 64, 128) for bits in (4, 8)]
+FORMATS = [of_format(bits, size, bits == 8 or size == 64) for size in (16, 32, 64, 128) for bits in (4, 8)]
 
 
 def mixed() -> Choose:
@@ -95,7 +95,8 @@ def test_matrices_in_different_formats_are_fused_all_the_same(made: Path) -> Non
     assert several == own | {"down_bits", "down_block_size"}
     sizes = {(a.name, a.i) for node in nodes for a in node.attribute if a.name in ("bits", "block_size")}
     table = ("block_size", 256)  # the mixture's choice
-    assert sizes == {("bits", 4), ("bits", 8), ("block_size", 32), ("block_size", 64), ("block_size", 128), table}
+    groups = {("block_size", size) for size in (16, 32, 64, 128)}
+    assert sizes == {("bits", 4), ("bits", 8), *groups, table}
 
 
 def test_the_reader_of_weights_knows_each_matrixs_own_format(made: Path) -> None:
