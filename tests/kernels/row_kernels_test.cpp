@@ -179,7 +179,7 @@ void check_product(const RowKernels& kernels, const Weights& w, const Buffer<flo
   constexpr int64_t kGap = 3;
   const RowMatrix& matrix = w.matrix();
   const int64_t stride = matrix.rows + kGap;
-  const Inputs inputs(tokens, matrix.columns, matrix.bits, block);
+  const Inputs inputs(tokens, matrix.columns, matrix.bits, block && kernels.shifts);
   quantize(kernels, x, inputs);
   const Buffer<float> y((tokens - 1) * stride + matrix.rows, kUntouched);
   if (block) {
@@ -219,7 +219,7 @@ void check_products(const RowKernels& kernels, const Format& format, int64_t col
 void multiply(const RowKernels& kernels, const Weights& w, const Buffer<float>& x, int64_t tokens, bool block,
               const Buffer<float>& y) {
   const RowMatrix& matrix = w.matrix();
-  const Inputs inputs(tokens, matrix.columns, matrix.bits, block);
+  const Inputs inputs(tokens, matrix.columns, matrix.bits, block && kernels.shifts);
   quantize(kernels, x, inputs);
   if (block) {
     const Buffer<char> scratch(lfm2::block_scratch_bytes(matrix.columns));
@@ -428,7 +428,7 @@ void test_row_kernels(bool brief) {
     }
     for (const int bits : {4, 8}) {
       check_quantizing(kernels, bits, false);
-      if (kernels.block != nullptr) {
+      if (kernels.shifts) {
         check_quantizing(kernels, bits, true);
       }
     }

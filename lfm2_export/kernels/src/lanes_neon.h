@@ -33,6 +33,16 @@ LFM2_ALWAYS Floats keep(Mask mask, Floats x) {
 
 LFM2_ALWAYS Floats load(const float* at) { return vld1q_f32(at); }
 LFM2_ALWAYS void store(float* at, Floats x) { vst1q_f32(at, x); }
+LFM2_ALWAYS void store_first(float* at, Floats x, int64_t count) {
+  if (count >= kLanes) {
+    return store(at, x);
+  }
+  alignas(16) float few[kLanes];
+  store(few, x);
+  for (int64_t i = 0; i < count; ++i) {
+    at[i] = few[i];
+  }
+}
 LFM2_ALWAYS Floats broadcast(float x) { return vdupq_n_f32(x); }
 LFM2_ALWAYS Floats add(Floats a, Floats b) { return vaddq_f32(a, b); }
 LFM2_ALWAYS Floats sub(Floats a, Floats b) { return vsubq_f32(a, b); }

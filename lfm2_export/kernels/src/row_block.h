@@ -8,6 +8,8 @@
 namespace lfm2 {
 namespace {
 
+constexpr int64_t kFewTokens = 8;  // measured: a ninth one would be another pass of `dot`, which takes as long
+constexpr bool kShifts = true;
 constexpr int kChains = kBlocks;                   // of sums that are added up apart
 constexpr int kTileTokens = kLanes == 16 ? 6 : 4;  // of a pass: two registers of sums each
 

@@ -100,10 +100,6 @@ struct RowInput {
   }
 };
 
-// More tokens are worth rearranging weights (measured: a ninth one would be another pass of `dot`, which takes as long);
-// such activations are `shifted`.
-constexpr int64_t kFewTokens = 8;
-
 // Bytes that `RowKernels::block` needs for a matrix of so many columns (in groups of at least 32), 64-byte aligned.
 constexpr int64_t block_scratch_bytes(int64_t columns) {  // of kMostSize at most
   return kBlockRows * (columns + columns / kGroupInputs * 8);
@@ -124,11 +120,17 @@ struct RowKernels {
   // y[token * stride + row] for all rows of w and all tokens of x, which is not `shifted`.
   void (*dot)(const RowMatrix& w, const RowActivations& x, float* y, int64_t stride);
 
-  // The same for up to 32 rows, with x `shifted`; null where `dot` serves any number of tokens.
+  // The same for up to 32 rows; null where `dot` serves any number of tokens.
   void (*block)(const RowMatrix& w, const RowActivations& x, float* y, int64_t stride, void* scratch);
 
   // out[count] += weight * y[count]
   void (*accumulate)(float weight, const float* y, float* out, int64_t count);
+
+  int64_t few_tokens;  // more are worth `block`
+  bool shifts;         // whether it takes x `shifted`
+
+  LFM2_INLINE bool takes_block(int64_t tokens) const { return block != nullptr && tokens > few_tokens; }
+  LFM2_INLINE bool takes_shifted(int64_t tokens) const { return shifts && takes_block(tokens); }
 };
 
 }  // namespace lfm2

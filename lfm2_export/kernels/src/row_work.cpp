@@ -54,10 +54,6 @@ RowActivations take_activations(Arena& arena, int64_t tokens, const RowMatrix& w
   return found;
 }
 
-bool is_worth_arranging(const RowKernels& kernels, int64_t tokens) {
-  return kernels.block != nullptr && tokens > kFewTokens;
-}
-
 void SharedInput::take(Arena& arena, int64_t tokens, const RowMatrix& w) {
   RowActivations& its = of(w);
   if (its.padded == 0) {
@@ -77,7 +73,7 @@ void SharedInput::quantize(const RowKernels& kernels, const ThreadPool& pool, co
   int64_t tokens = 0;
   for (RowActivations& its : by_bits) {
     if (its.padded > 0) {
-      its.shifted = is_worth_arranging(kernels, its.tokens);
+      its.shifted = kernels.takes_shifted(its.tokens);
       tokens = its.tokens;
     }
   }
@@ -104,7 +100,7 @@ void SharedInput::quantize_token(const RowKernels& kernels, const RowInput& in, 
 }
 
 void multiply(const RowKernels& kernels, const RowMatrix& w, const RowActivations& x, float* y, int64_t stride) {
-  if (!x.shifted) {
+  if (!kernels.takes_block(x.tokens)) {
     return kernels.dot(w, x, y, stride);
   }
   void* scratch = thread_scratch(Use::kBlock, block_scratch_bytes(w.columns));

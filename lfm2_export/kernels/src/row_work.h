@@ -10,9 +10,6 @@ namespace lfm2 {
 // Room for `tokens` quantized inputs of w.
 RowActivations take_activations(Arena& arena, int64_t tokens, const RowMatrix& w);
 
-// Whether weights are rearranged for so many tokens; such activations are `shifted`.
-bool is_worth_arranging(const RowKernels& kernels, int64_t tokens);
-
 // An input that several matrices read: once for those of 4 bits and once for those of 8, whose order of codes differs, as
 // far as there are any.
 struct SharedInput {
@@ -25,7 +22,6 @@ struct SharedInput {
   void take(Arena& arena, int64_t tokens, const RowMatrix& w);
 
   SharedInput first(int64_t tokens) const;
-  bool is_shifted() const { return by_bits[0].shifted || by_bits[1].shifted; }
   // All tokens of `in`, by all workers; its sums are written.
   void quantize(const RowKernels& kernels, const ThreadPool& pool, const RowInput& in, int64_t columns);
 
