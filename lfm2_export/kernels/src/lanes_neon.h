@@ -92,6 +92,9 @@ LFM2_ALWAYS Floats load_first(const void* at, int64_t count) {
 
 // The same of IEEE halves.
 LFM2_ALWAYS Floats load_halves_first(const void* at, int64_t count) {
+  if (count >= kLanes) {
+    return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(static_cast<const uint8_t*>(at))));
+  }
   alignas(8) uint16_t halves[kLanes] = {};
   for (int64_t i = 0; i < kLanes && i < count; ++i) {
     std::memcpy(&halves[i], static_cast<const char*>(at) + i * 2, sizeof halves[i]);
