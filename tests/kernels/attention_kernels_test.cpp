@@ -145,7 +145,7 @@ void check_stores(const Target& target) {
 
 // Loops that add in one order: the same bits everywhere.
 void check_loops(const Target& target) {
-  constexpr int64_t kTokens = 5, kInputs = 43, kOutputs = 45, kTaps = 3;
+  constexpr int64_t kTokens = 5, kInputs = 40, kOutputs = 45, kTaps = 3;
   const Buffer<float> x(kTokens * kInputs), w(kInputs * kOutputs), got(kTokens * kOutputs), want(kTokens * kOutputs);
   fill_normal(x);
   fill_normal(w);
@@ -167,10 +167,9 @@ void check_loops(const Target& target) {
   expect(std::memcmp(one.data(), other.data(), kInputs * sizeof(float)) == 0,
          std::string(target.name) + ": a convolution differs");
   p.bias = taps.data();
-  for (const Target* its : {&target, lfm2::target_by_name("scalar")}) {
-    p.out = its == &target ? one.data() : other.data();
-    its->conv.convolve(p, 0, 0, window.data());
-  }
+  lfm2::scalar::kConvKernels.convolve(p, 0, 0, window.data());
+  p.out = one.data();
+  target.conv.convolve(p, 0, 0, window.data());
   expect(std::memcmp(one.data(), other.data(), kInputs * sizeof(float)) == 0,
          std::string(target.name) + ": a convolution with a bias differs");
   attended[0] = 0.5f;

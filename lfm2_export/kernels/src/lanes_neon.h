@@ -95,11 +95,17 @@ LFM2_ALWAYS Floats load_halves_first(const void* at, int64_t count) {
   if (count >= kLanes) {
     return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(static_cast<const uint8_t*>(at))));
   }
-  alignas(8) uint16_t halves[kLanes] = {};
-  for (int64_t i = 0; i < kLanes && i < count; ++i) {
-    std::memcpy(&halves[i], static_cast<const char*>(at) + i * 2, sizeof halves[i]);
+  uint64_t halves = 0;
+  if (count == 1) {
+    std::memcpy(&halves, at, 2);
+  } else if (count == 2) {
+    std::memcpy(&halves, at, 4);
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      std::memcpy(reinterpret_cast<char*>(&halves) + i * 2, static_cast<const char*>(at) + i * 2, 2);
+    }
   }
-  return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(halves)));
+  return vcvt_f32_f16(vreinterpret_f16_u64(vcreate_u64(halves)));
 }
 
 // The same of numbers of 4 bits, from number `first` (an even one where count > 1) on.
