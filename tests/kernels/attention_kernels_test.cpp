@@ -166,6 +166,17 @@ void check_loops(const Target& target) {
   lfm2::scalar::kConvKernels.convolve(p, 0, 0, window.data());
   expect(std::memcmp(one.data(), other.data(), kInputs * sizeof(float)) == 0,
          std::string(target.name) + ": a convolution differs");
+  p.bias = taps.data();
+  lfm2::scalar::kConvKernels.convolve(p, 0, 0, window.data());
+  p.out = one.data();
+  target.conv.convolve(p, 0, 0, window.data());
+  expect(std::memcmp(one.data(), other.data(), kInputs * sizeof(float)) == 0,
+         std::string(target.name) + ": a convolution with a bias differs");
+  attended[0] = 0.5f;
+  target.conv.gate(p, 0, 0, one.data());
+  lfm2::scalar::kConvKernels.gate(p, 0, 0, other.data());
+  expect(std::memcmp(one.data(), other.data(), kInputs * sizeof(float)) == 0,
+         std::string(target.name) + ": gated inputs differ");
 }
 
 }  // namespace

@@ -183,7 +183,7 @@ void check_product(const RowKernels& kernels, const Weights& w, const Buffer<flo
   constexpr int64_t kGap = 3;
   const RowMatrix& matrix = w.matrix();
   const int64_t stride = matrix.rows + kGap;
-  const Inputs inputs(tokens, matrix, block);
+  const Inputs inputs(tokens, matrix, block && kernels.shifts);
   quantize(kernels, x, inputs);
   const Buffer<float> y((tokens - 1) * stride + matrix.rows, kUntouched);
   if (block) {
@@ -212,7 +212,7 @@ void check_products(const RowKernels& kernels, const Format& format, int64_t col
       }
       const Weights w(format, rows, columns);
       check_product(kernels, w, x, tokens, false);
-      if (kernels.block != nullptr && rows <= lfm2::kBlockRows) {
+      if (kernels.has_block(w.matrix().has_small_groups()) && rows <= lfm2::kBlockRows) {
         check_product(kernels, w, x, tokens, true);
       }
     }
@@ -223,7 +223,7 @@ void check_products(const RowKernels& kernels, const Format& format, int64_t col
 void multiply(const RowKernels& kernels, const Weights& w, const Buffer<float>& x, int64_t tokens, bool block,
               const Buffer<float>& y) {
   const RowMatrix& matrix = w.matrix();
-  const Inputs inputs(tokens, matrix, block);
+  const Inputs inputs(tokens, matrix, block && kernels.shifts);
   quantize(kernels, x, inputs);
   if (block) {
     const Buffer<char> scratch(lfm2::block_scratch_bytes(matrix.columns, matrix.has_small_groups()));
@@ -248,7 +248,7 @@ void check_alone(const RowKernels& kernels, const Format& format, int64_t column
     expect(std::memcmp(alone.data(), all.data() + token * kRows, kRows * sizeof(float)) == 0,
            std::string(kernels.name) + ": a token depends on the others, " + format.described());
   }
-  if (kernels.block != nullptr) {
+  if (kernels.has_block(w.matrix().has_small_groups())) {
     multiply(kernels, w, x, kTokens, true, block);
     expect(std::memcmp(block.data(), all.data(), all.size() * sizeof(float)) == 0,
            std::string(kernels.name) + ": block and dot differ, " + format.described());
@@ -436,7 +436,7 @@ void test_row_kernels(bool brief) {
     for (const int bits : {4, 8}) {
       for (const bool small_groups : {false, true}) {
         check_quantizing(kernels, bits, small_groups, false);
-        if (kernels.block != nullptr) {
+        if (kernels.shifts) {
           check_quantizing(kernels, bits, small_groups, true);
         }
       }

@@ -33,6 +33,16 @@ LFM2_ALWAYS Floats keep(Mask mask, Floats x) {
 
 LFM2_ALWAYS Floats load(const float* at) { return vld1q_f32(at); }
 LFM2_ALWAYS void store(float* at, Floats x) { vst1q_f32(at, x); }
+LFM2_ALWAYS void store_first(float* at, Floats x, int64_t count) {
+  if (count >= kLanes) {
+    return store(at, x);
+  }
+  alignas(16) float few[kLanes];
+  store(few, x);
+  for (int64_t i = 0; i < count; ++i) {
+    at[i] = few[i];
+  }
+}
 LFM2_ALWAYS Floats broadcast(float x) { return vdupq_n_f32(x); }
 LFM2_ALWAYS Floats add(Floats a, Floats b) { return vaddq_f32(a, b); }
 LFM2_ALWAYS Floats sub(Floats a, Floats b) { return vsubq_f32(a, b); }
@@ -82,11 +92,20 @@ LFM2_ALWAYS Floats load_first(const void* at, int64_t count) {
 
 // The same of IEEE halves.
 LFM2_ALWAYS Floats load_halves_first(const void* at, int64_t count) {
-  alignas(8) uint16_t halves[kLanes] = {};
-  for (int64_t i = 0; i < kLanes && i < count; ++i) {
-    std::memcpy(&halves[i], static_cast<const char*>(at) + i * 2, sizeof halves[i]);
+  if (count >= kLanes) {
+    return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(static_cast<const uint8_t*>(at))));
   }
-  return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(halves)));
+  uint64_t halves = 0;
+  if (count == 1) {
+    std::memcpy(&halves, at, 2);
+  } else if (count == 2) {
+    std::memcpy(&halves, at, 4);
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      std::memcpy(reinterpret_cast<char*>(&halves) + i * 2, static_cast<const char*>(at) + i * 2, 2);
+    }
+  }
+  return vcvt_f32_f16(vreinterpret_f16_u64(vcreate_u64(halves)));
 }
 
 // The same of numbers of 4 bits, from number `first` (an even one where count > 1) on.

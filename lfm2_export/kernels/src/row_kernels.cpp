@@ -4,18 +4,15 @@
 #include "row_inputs.h"
 #include "target.h"
 
-#if defined(__AVX2__)
+#if defined(__ARM_NEON)
+#include "row_block_neon.h"
+#else
 #include "row_block.h"
 #endif
 
 namespace lfm2::LFM2_TARGET {
 
-#if defined(__AVX2__)
-constexpr auto kBlock = block;
-#else
-constexpr auto kBlock = nullptr;
-#endif
-
-const RowKernels kRowKernels = {LFM2_TARGET_NAME, normalize, quantize, swiglu, dot, kBlock, accumulate_row};
+const RowKernels kRowKernels = {LFM2_TARGET_NAME, normalize, quantize, swiglu, dot, block, accumulate_row, kFewTokens,
+                                kShifts, kTakesSmallGroups};
 
 }  // namespace lfm2::LFM2_TARGET

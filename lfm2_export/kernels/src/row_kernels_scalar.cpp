@@ -57,7 +57,8 @@ void dot(const RowMatrix& w, const RowActivations& x, float* y, int64_t stride) 
 
 namespace scalar {
 
-const RowKernels kRowKernels = {"scalar", normalize_row, quantize_row, swiglu_row, dot, nullptr, accumulate_row};
+const RowKernels kRowKernels = {"scalar", normalize_row, quantize_row, swiglu_row, dot, nullptr, accumulate_row, 0,
+                                false, false};
 
 }  // namespace scalar
 }  // namespace lfm2

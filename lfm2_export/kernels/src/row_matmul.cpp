@@ -76,10 +76,12 @@ void run_matmuls(const MatMulProblem* problems, int count, const RowKernels& ker
   SharedInput x = take_input(arena, problems, count);
   x.quantize(kernels, pool, problems->in, problems->w.columns);
   int64_t all_rows = 0;
+  bool takes_block = false;
   for (int i = 0; i < count; ++i) {
     all_rows += problems[i].w.rows;
+    takes_block |= kernels.takes_block(problems->tokens, problems[i].w.has_small_groups());
   }
-  const int64_t rows = rows_of_a_task(all_rows, x.is_shifted(), pool);
+  const int64_t rows = rows_of_a_task(all_rows, takes_block, pool);
   int64_t tasks = 0;
   for (int i = 0; i < count; ++i) {
     tasks += ceil_div(problems[i].w.rows, rows);
@@ -109,9 +111,9 @@ void run_feed_forward(const FeedForwardProblem& problem, const RowKernels& kerne
     SharedInput x = all.x.first(tokens);
     x.quantize(kernels, pool, problem.in.from(first, width), width);
     RowActivations inner = all.inner.part(0, tokens);
-    inner.shifted = is_worth_arranging(kernels, tokens);
+    inner.shifted = kernels.takes_shifted(tokens, inner.small_groups);
     share_out(pool, groups, [&](int64_t group) { gate_up(problem, kernels, x, inner, group); });
-    const int64_t rows = rows_of_a_task(width, inner.shifted, pool);
+    const int64_t rows = rows_of_a_task(width, kernels.takes_block(tokens, inner.small_groups), pool);
     share_out(pool, ceil_div(width, rows), [&](int64_t task) {
       const int64_t row = task * rows;
       float* out = problem.out + first * width + row;

@@ -104,10 +104,6 @@ struct RowInput {
   }
 };
 
-// More tokens are worth rearranging weights (measured: a ninth one would be another pass of `dot`, which takes as long);
-// such activations are `shifted`.
-constexpr int64_t kFewTokens = 8;
-
 // Bytes that `RowKernels::block` needs for a matrix of so many columns, 64-byte aligned.
 constexpr int64_t block_scratch_bytes(int64_t columns, bool small_groups) {  // columns: kMostSize at most
   return kBlockRows * (columns + columns / (small_groups ? kLeastGroup : kGroupInputs) * 8);
@@ -128,11 +124,23 @@ struct RowKernels {
   // y[token * stride + row] for all rows of w and all tokens of x, which is not `shifted`.
   void (*dot)(const RowMatrix& w, const RowActivations& x, float* y, int64_t stride);
 
-  // The same for up to 32 rows, with x `shifted`; null where `dot` serves any number of tokens.
+  // The same for up to 32 rows of what `takes_block` says; null where `dot` serves any number of tokens.
   void (*block)(const RowMatrix& w, const RowActivations& x, float* y, int64_t stride, void* scratch);
 
   // out[count] += weight * y[count]
   void (*accumulate)(float weight, const float* y, float* out, int64_t count);
+
+  int64_t few_tokens;  // more are worth `block`
+  bool shifts;         // whether it takes x `shifted`
+  bool small_groups;   // whether it takes weights in groups of 16
+
+  LFM2_INLINE bool has_block(bool of_small_groups) const { return block != nullptr && (small_groups || !of_small_groups); }
+  LFM2_INLINE bool takes_block(int64_t tokens, bool of_small_groups) const {
+    return has_block(of_small_groups) && tokens > few_tokens;
+  }
+  LFM2_INLINE bool takes_shifted(int64_t tokens, bool of_small_groups) const {
+    return shifts && takes_block(tokens, of_small_groups);
+  }
 };
 
 }  // namespace lfm2

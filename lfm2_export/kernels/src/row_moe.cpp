@@ -25,7 +25,7 @@ class RowExperts {
 
   Activations part(const Activations& all, int64_t first, int64_t count, int64_t) const {
     RowActivations found = all.part(first, count);
-    found.shifted = is_worth_arranging(kernels_, count);
+    found.shifted = kernels_.takes_shifted(count, all.small_groups);
     return found;
   }
 

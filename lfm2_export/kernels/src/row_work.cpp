@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <iterator>
 #include <memory>
 #include <new>
 
@@ -57,10 +56,6 @@ RowActivations take_activations(Arena& arena, int64_t tokens, const RowMatrix& w
   return found;
 }
 
-bool is_worth_arranging(const RowKernels& kernels, int64_t tokens) {
-  return kernels.block != nullptr && tokens > kFewTokens;
-}
-
 void SharedInput::take(Arena& arena, int64_t tokens, const RowMatrix& w) {
   RowActivations& its = of(w);
   if (its.padded == 0) {
@@ -76,15 +71,11 @@ SharedInput SharedInput::first(int64_t tokens) const {
   return found;
 }
 
-bool SharedInput::is_shifted() const {
-  return std::any_of(std::begin(by_kind), std::end(by_kind), [](const RowActivations& its) { return its.shifted; });
-}
-
 void SharedInput::quantize(const RowKernels& kernels, const ThreadPool& pool, const RowInput& in, int64_t columns) {
   int64_t tokens = 0;
   for (RowActivations& its : by_kind) {
     if (its.padded > 0) {
-      its.shifted = is_worth_arranging(kernels, its.tokens);
+      its.shifted = kernels.takes_shifted(its.tokens, its.small_groups);
       tokens = its.tokens;
     }
   }
@@ -111,7 +102,7 @@ void SharedInput::quantize_token(const RowKernels& kernels, const RowInput& in, 
 }
 
 void multiply(const RowKernels& kernels, const RowMatrix& w, const RowActivations& x, float* y, int64_t stride) {
-  if (!x.shifted) {
+  if (!kernels.takes_block(x.tokens, x.small_groups)) {
     return kernels.dot(w, x, y, stride);
   }
   void* scratch = thread_scratch(Use::kBlock, block_scratch_bytes(w.columns, w.has_small_groups()));

@@ -10,9 +10,6 @@ namespace lfm2 {
 // Room for `tokens` quantized inputs of w.
 RowActivations take_activations(Arena& arena, int64_t tokens, const RowMatrix& w);
 
-// Whether weights are rearranged for so many tokens; such activations are `shifted`.
-bool is_worth_arranging(const RowKernels& kernels, int64_t tokens);
-
 // An input that several matrices read: once for each kind of them that there is. The order of codes differs between 4 and 8
 // bits, and groups of 16 have scales of their own.
 struct SharedInput {
@@ -27,7 +24,6 @@ struct SharedInput {
   void take(Arena& arena, int64_t tokens, const RowMatrix& w);
 
   SharedInput first(int64_t tokens) const;
-  bool is_shifted() const;
   // All tokens of `in`, by all workers; its sums are written.
   void quantize(const RowKernels& kernels, const ThreadPool& pool, const RowInput& in, int64_t columns);
 
