@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from lfm2_export import chat_template, console
 from lfm2_export.artifact import Artifact
 from lfm2_export.commands.base import add_machine, add_program_choice, given, runner_options
+from lfm2_export.commands.speculate import Speculation, add_speculation
 from lfm2_export.commands.talk import generation_settings
 from lfm2_export.encoders import Encoder, load_encoder
 from lfm2_export.errors import ConfigError
 from lfm2_export.hub_artifacts import name_of, open_artifact
-from lfm2_export.manifest import ENCODER
+from lfm2_export.manifest import ENCODER, Program
 from lfm2_export.runners import open_runner
 from lfm2_export.server.embeddings import EncoderQueue
 from lfm2_export.server.limits import Limits
@@ -54,6 +56,7 @@ class ServeCommand:
             help="a web page's origin that may ask, such as http://localhost:3000, or * (default: none)",
         )
         add_limits(parser)
+        add_speculation(parser, several=True)
         add_machine(parser)
 
     def run(self, options: argparse.Namespace) -> int:
@@ -64,7 +67,9 @@ class ServeCommand:
         key = options.api_key or os.environ.get(KEY_VARIABLE) or None
         bound = bind(options.host, options.port)
         chat_template.prepare()
-        opened = [_open(folder, options) for folder in options.artifacts]
+        found = [_find(path, options) for path in options.artifacts]
+        speculation = Speculation.asked(options, [one.name for one in found if one.program.kind != ENCODER])
+        opened = [_open(one, options, speculation) for one in found]
         models = Models(
             [one for one in opened if isinstance(one, Model)],
             limits,
@@ -99,19 +104,34 @@ def _limits(options: argparse.Namespace) -> Limits:
     )
 
 
-def _open(path: str, options: argparse.Namespace) -> Model | tuple[str, Encoder]:
-    """A model that generates text, or an encoder with its name."""
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """What is to be opened, and the name to serve it by."""
+
+    name: str
+    artifact: Artifact
+    program: Program
+
+
+def _find(path: str, options: argparse.Namespace) -> _Found:
     artifact = open_artifact(path, backend=options.backend, scheme=options.scheme)
-    name = _name(path, artifact.path)
     program = artifact.program(options.backend, options.scheme)
+    return _Found(name=_name(path, artifact.path), artifact=artifact, program=program)
+
+
+def _open(found: _Found, options: argparse.Namespace, speculation: Speculation) -> Model | tuple[str, Encoder]:
+    """A model that generates text, or an encoder with its name."""
+    name, artifact, program = found.name, found.artifact, found.program
     with console.busy(f"loading {program}"):
         if program.kind == ENCODER:
             opened: Model | tuple[str, Encoder] = (name, _encoder(artifact, options))
         else:
+            tokenizer = Tokenizer.from_dir(artifact.path)
+            runner = open_runner(artifact, program, runner_options(options))
             opened = Model(
                 name=name,
-                runner=open_runner(artifact, program, runner_options(options)),
-                tokenizer=Tokenizer.from_dir(artifact.path),
+                runner=speculation.before(runner, artifact, tokenizer, name),
+                tokenizer=tokenizer,
                 settings=generation_settings(artifact.path),
             )
     console.note(f"{name}: {program}")
