@@ -151,6 +151,18 @@ def test_without_its_model_it_is_of_no_use(tmp_path: Path, capsys: pytest.Captur
     assert not out.exists()
 
 
+def test_a_target_that_gives_no_streams_is_refused(
+    refused: Refused, random_artifact: Callable[..., Exported], tmp_path: Path
+):
+    target = Path(shutil.copytree(random_artifact(TARGET, ("q4",)).artifact, tmp_path / "target"))
+    manifest = json.loads((target / MANIFEST).read_text())
+    (program,) = manifest["programs"]
+    program |= {"backend": "executorch", "scheme": "8da4w"}
+    (target / MANIFEST).write_text(json.dumps(manifest))
+    error = refused(write_drafter(tmp_path / "d"), target)
+    assert "executorch 8da4w gives no residual streams, which a drafter reads; export the model to onnx" in error
+
+
 def test_a_target_is_for_drafters(refused: Refused, tmp_path: Path, random_artifact: Callable[..., Exported]):
     made = random_artifact(TARGET, ("q4",))
     assert "is no drafter; leave --target out" in refused(made.checkpoint)
