@@ -23,8 +23,8 @@ def add_speculation(parser: argparse.ArgumentParser, *, several: bool = False) -
         "artifact of the same vocabulary or a drafter for this model; turns itself off where that does not pay"
     )
     if several:
-        metavar, more = "[MODEL=]lookup|DIR", "; MODEL=: for this one alone, may be given again; requests take turns"
-        parser.add_argument("--speculate", metavar=metavar, type=given, action="append", default=[], help=what + more)
+        what += "; MODEL=lookup or MODEL=DIR is for this one alone (may be given again); its requests take turns"
+        parser.add_argument("--speculate", metavar="lookup|DIR", type=given, action="append", default=[], help=what)
     else:
         parser.add_argument("--speculate", metavar="lookup|DIR", type=given, help=what)
     parser.add_argument(
