@@ -114,7 +114,8 @@ def test_text_is_that_of_plain_decoding(taught: Taught, cache: str):
         assert complete(ours, [prompt], config) == [plain]
         ours.release()
     print(report.summary())
-    assert report.accepted > report.tokens / 5
+    # With keys and values in int8 the text is soon another one than it was taught.
+    assert report.accepted > (report.tokens / 5 if cache == "float" else 10)
 
 
 Heard = tuple[list[int], list[int], np.ndarray, np.ndarray]
