@@ -20,6 +20,7 @@ from lfm2_export.runners import open_runner
 from lfm2_export.server.embeddings import EncoderQueue
 from lfm2_export.server.limits import Limits
 from lfm2_export.server.served import Model, Models
+from lfm2_export.speculation import SpeculativeRunner
 from lfm2_export.text import Tokenizer
 
 KEY_VARIABLE = "LFM2_EXPORT_API_KEY"
@@ -122,19 +123,23 @@ def _find(path: str, options: argparse.Namespace) -> _Found:
 def _open(found: _Found, options: argparse.Namespace, speculation: Speculation) -> Model | tuple[str, Encoder]:
     """A model that generates text, or an encoder with its name."""
     name, artifact, program = found.name, found.artifact, found.program
+    proposes = ""
     with console.busy(f"loading {program}"):
         if program.kind == ENCODER:
             opened: Model | tuple[str, Encoder] = (name, _encoder(artifact, options))
         else:
             tokenizer = Tokenizer.from_dir(artifact.path)
             runner = open_runner(artifact, program, runner_options(options))
+            runner = speculation.before(runner, artifact, tokenizer, name)
+            if isinstance(runner, SpeculativeRunner):
+                proposes = f", with proposals by {runner.report_so_far.drafter}"
             opened = Model(
                 name=name,
-                runner=speculation.before(runner, artifact, tokenizer, name),
+                runner=runner,
                 tokenizer=tokenizer,
                 settings=generation_settings(artifact.path),
             )
-    console.note(f"{name}: {program}")
+    console.note(f"{name}: {program}{proposes}")
     return opened
 
 
