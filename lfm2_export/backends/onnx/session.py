@@ -83,7 +83,8 @@ def check_program(session: ort.InferenceSession, path: Path, spec: CacheSpec) ->
 def _vocabulary(session: ort.InferenceSession, path: Path, spec: CacheSpec) -> int:
     inputs = {"input_ids", "attention_mask"} | {t.past_name for t in spec.tensors}
     outputs = {"logits"} | {t.present_name for t in spec.tensors}
-    _check_names(path, "inputs", {i.name for i in session.get_inputs()}, inputs)
+    optional = {i.name for i in session.get_overridable_initializers()} - {FIRST_SCORED}
+    _check_names(path, "inputs", optional | {i.name for i in session.get_inputs()}, inputs)
     found = {o.name for o in session.get_outputs()}
     _check_names(path, "outputs", found - windows(session, spec) - set(residuals(session, spec)), outputs)
     _check_state(path, {i.name: i for i in session.get_inputs()}, spec)
