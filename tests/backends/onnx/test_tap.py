@@ -104,7 +104,7 @@ def test_streams_are_the_eager_models(made: Exported, wanted: np.ndarray, scheme
 
 @pytest.mark.parametrize("family", ["lfm2_moe", "lfm3"])
 def test_streams_of_other_families_are_the_eager_models(random_artifact: Callable[..., Exported], family: str):
-    """Of mixtures, and where a norm stands behind each half of a layer."""
+    """Of mixtures, and where a norm stands behind each half of a layer. Measured: 6e-6 and 1.2e-5."""
     made = random_artifact(tiny_config(family), ("fp32",))
     found = streams_of(load_model(open_checkpoint(made.checkpoint)), IDS)
     wanted = np.concatenate([found[layer] for layer in LAYERS], axis=-1)
@@ -113,8 +113,8 @@ def test_streams_of_other_families_are_the_eager_models(random_artifact: Callabl
     passes(runner)
     error, control = (float(np.abs(a - b).max()) for a, b in ((heard.rows, wanted), (heard.rows[1:], wanted[:-1])))
     print(f"{family}: {error:.1e}; shifted by a token {control:.1e}")
-    assert error < 2e-5
-    assert control > 1.0
+    assert error < 5e-5
+    assert control > 5.0
 
 
 def prompted(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarray, list[tuple[int, int]], np.ndarray]:
