@@ -128,8 +128,8 @@ def _open(found: _Found, options: argparse.Namespace, speculation: Speculation) 
         if program.kind == ENCODER:
             opened: Model | tuple[str, Encoder] = (name, _encoder(artifact, options))
         else:
-            tokenizer = Tokenizer.from_dir(artifact.path)
             runner = open_runner(artifact, program, runner_options(options))
+            tokenizer = Tokenizer.from_dir(artifact.path)
             runner = speculation.before(runner, artifact, tokenizer, name)
             if isinstance(runner, SpeculativeRunner):
                 proposes = f", with proposals by {runner.report_so_far.drafter}"

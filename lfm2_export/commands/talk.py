@@ -81,8 +81,9 @@ def open_for_text(options: argparse.Namespace) -> Opened:
     )
     speculation = Speculation.asked(options)
     with console.busy(f"loading {program}"):
+        runner = open_runner(artifact, program, runner_options(options))  # first: says what has no tokenizer, and why
         tokenizer = Tokenizer.from_dir(artifact.path)
-        runner = speculation.before(open_runner(artifact, program, runner_options(options)), artifact, tokenizer)
+        runner = speculation.before(runner, artifact, tokenizer)
     return Opened(program=program, runner=runner, tokenizer=tokenizer, config=config)
 
 
