@@ -84,6 +84,15 @@ def disk_needed(folder: Path, raw_config: Mapping[str, Any], systems: Sequence[s
     return int(needed + (checkpoint if is_exported and not (folder / "checkpoint").exists() else 0))
 
 
+def round_disk_needed(
+    folder: Path, raw_config: Mapping[str, Any], drafter_config: Mapping[str, Any], group_size: int
+) -> int:
+    """The same of a model and its drafter."""
+    drafter = 0 if _drafter_path(folder, _onnx_path(folder, group_size)).exists() else stored_bytes(drafter_config)
+    table = 4 * raw_config["vocab_size"] * raw_config["hidden_size"]  # what is borrowed, at most
+    return disk_needed(folder, raw_config, [ONNX], [group_size]) + (2 * drafter + table if drafter else 0)
+
+
 def gguf_program(folder: Path, raw_config: Mapping[str, Any]) -> Program:
     path = _gguf_path(folder)
     if not path.exists():
@@ -116,6 +125,17 @@ def onnx_program(folder: Path, raw_config: Mapping[str, Any], group_size: int) -
             nbytes += weight.nbytes() * (_active(config) if weight.part is Part.EXPERTS else 1)
     bits = 8 * nbytes / active_weights(raw_config)
     return _artifact(ONNX, f"{ONNX_SCHEME} group {group_size}", path, bits)
+
+
+def drafter_folder(folder: Path, raw_config: Mapping[str, Any], target: Program) -> Path:
+    """The artifact of a drafter for one of our programs, of random weights."""
+    path = _drafter_path(folder, target.path)
+    if not path.exists():
+        _export(
+            folder, raw_config, path, "--target", str(target.path), "--scheme", ONNX_SCHEME, name="drafter-checkpoint"
+        )
+    Artifact.open(path)  # hashes its files once, so that no timed load has to
+    return path
 
 
 def pte_program(folder: Path, raw_config: Mapping[str, Any]) -> Program:
@@ -159,6 +179,10 @@ def _onnx_path(folder: Path, group_size: int) -> Path:
     return folder / f"onnx-{ONNX_SCHEME}-group{group_size}"
 
 
+def _drafter_path(folder: Path, target: Path) -> Path:
+    return folder / f"drafter-{ONNX_SCHEME}-for-{target.name}"
+
+
 def _pte_path(folder: Path) -> Path:
     return folder / f"executorch-{PTE_SCHEME}"
 
@@ -170,11 +194,12 @@ def _artifact(system: str, name: str, path: Path, bits_per_weight: float) -> Pro
     return Program(system=system, name=name, path=path, files=files, bits_per_weight=bits_per_weight)
 
 
-def _export(folder: Path, raw_config: Mapping[str, Any], output: Path, *options: str) -> None:
+def _export(folder: Path, raw_config: Mapping[str, Any], output: Path, *options: str, name: str = "checkpoint") -> None:
     """In a process of its own: its memory is gone before anything is timed."""
-    checkpoint, unfinished = folder / "checkpoint", folder / ".checkpoint"
+    checkpoint, unfinished = folder / name, folder / f".{name}"
     if not checkpoint.exists():
-        write_random_checkpoint(unfinished, raw_config, seed=0, tokenizer_from=_TOKENIZER, shards=4)
+        tokenizer = _TOKENIZER if name == "checkpoint" else None  # a drafter's is its target's
+        write_random_checkpoint(unfinished, raw_config, seed=0, tokenizer_from=tokenizer, shards=4)
         unfinished.rename(checkpoint)
     command = [sys.executable, "-m", "lfm2_export.cli", "export", str(checkpoint), "--algorithm", "round"]
     done = subprocess.run([*command, "--output", str(output), *options], stdout=subprocess.DEVNULL)

@@ -4,13 +4,14 @@
     python -m benchmarks.speculative texts ARTIFACT         prompt lookup along given answers, beside plain decoding
     python -m benchmarks.speculative differing ARTIFACT     greedy tokens that differ from plain decoding's
     python -m benchmarks.speculative round ARTIFACT --drafter DIR    a drafter's block and its pass beside a step
+    python -m benchmarks.speculative round 1.2b --keep FOLDER        the same, of random weights that it makes itself
 
 ``texts`` decodes answers that stand in speculative_texts.py, token by token, whatever the program makes of them: what
 is proposed and accepted is that of a model that gives these answers, the speed that of the program, random weights too.
 Everything alternates within one process, and figures are medians of rounds; on a machine that others use, too, only the
-ratios mean something. ``differing`` is for programs that need --speculate-inexact. ``round`` takes random weights as
-well (``benchmarks/synthetic.py``): what a round gains follows from the tokens that it gives, which trained drafters are
-published with.
+ratios mean something. ``differing`` is for programs that need --speculate-inexact. What a ``round`` gains follows from
+the tokens that it gives, which trained drafters are published with, so random weights will do: for the name of a shape
+it makes model and drafter under --keep, where they stay. The 350M's drafter is made up: none is published.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,12 +29,15 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import programs
 from benchmarks.speculative_texts import TEXTS, Text
+from benchmarks.synthetic import DRAFTER_SHAPES, REAL_SHAPES
 from lfm2_export.backends.base import Runner, TapsStreams
 from lfm2_export.drafters import load_drafter
 from lfm2_export.errors import Lfm2ExportError, RunnerError
 from lfm2_export.generation import complete
 from lfm2_export.generation_config import GenerationConfig
+from lfm2_export.resources import check_disk
 from lfm2_export.runners import load_runner
 from lfm2_export.source import ASSETS
 from lfm2_export.speculation import PromptLookup, Report, SpeculativeRunner
@@ -44,19 +49,24 @@ CONTEXT, NEW_TOKENS = 256, 128
 # Tokens of a round: as many positions of the target's go through the drafter with its block; and what is published of
 # the 1.2B's drafter.
 EMITTED, PUBLISHED = 4, 4.81
+# Of a round: shapes and their drafters', and the group size of both.
+_SHAPES, _GROUP = {shape.removesuffix("-dspark"): shape for shape in DRAFTER_SHAPES}, 32
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
-        runner = load_runner(
-            options.artifact,
-            backend=options.backend,
-            scheme=options.scheme,
-            kernels=options.kernels,
-            threads=options.threads,
-        )
-        found = MEASURES[options.measure](runner, options)
+        with tempfile.TemporaryDirectory(prefix="lfm2-export-") as scratch:
+            if options.measure == "round":
+                options.artifact, options.drafter = _programs(options, Path(scratch))
+            runner = load_runner(
+                options.artifact,
+                backend=options.backend,
+                scheme=options.scheme,
+                kernels=options.kernels,
+                threads=options.threads,
+            )
+            found = MEASURES[options.measure](runner, options)
     except Lfm2ExportError as error:
         print(f"speculative: {error}", file=sys.stderr)
         return error.exit_code
@@ -72,14 +82,31 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("measure", choices=sorted(MEASURES))
-    parser.add_argument("artifact", help="a folder that `lfm2-export export` wrote")
+    parser.add_argument(
+        "artifact", help=f"a folder that `lfm2-export export` wrote; of round also a shape: {', '.join(_SHAPES)}"
+    )
     parser.add_argument("--backend")
     parser.add_argument("--scheme")
     parser.add_argument("--kernels")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--drafter", help="of round: the folder of the model's drafter")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where round's files are looked for, and left")
     return parser
+
+
+def _programs(options: argparse.Namespace, scratch: Path) -> tuple[Path, Path]:
+    """The folders of a round's model and drafter; of a shape they are made where they are not there."""
+    shape = _SHAPES.get(options.artifact)
+    if shape is None or Path(options.artifact).exists():
+        if options.drafter is None:
+            raise RunnerError("round: names no drafter; pass --drafter and its folder")
+        return Path(options.artifact), Path(options.drafter)
+    folder = (options.keep or scratch) / options.artifact
+    model, drafter = REAL_SHAPES[options.artifact], DRAFTER_SHAPES[shape]
+    check_disk(folder, programs.round_disk_needed(folder, model, drafter, _GROUP), purpose="this measurement")
+    target = programs.onnx_program(folder, model, _GROUP)
+    return target.path, programs.drafter_folder(folder, drafter, target)
 
 
 def cost(runner: Runner, options: argparse.Namespace) -> dict[str, Any]:
@@ -107,34 +134,42 @@ def cost(runner: Runner, options: argparse.Namespace) -> dict[str, Any]:
 def round_(runner: Runner, options: argparse.Namespace) -> dict[str, Any]:
     """A drafter's block, and a round (block, pass, taking back what was wrong) with so many proposals, as shares of a
     step; and how many times plain decoding that is for each number of tokens that a round gives."""
-    if options.drafter is None:
-        raise RunnerError("round: names no drafter; pass --drafter and its folder")
     drafter = load_drafter(options.drafter, threads=options.threads, kernels=options.kernels)
     heard: list[np.ndarray] = []
     if not isinstance(runner, TapsStreams):
         raise RunnerError("round: this program gives no residual streams; export the model to onnx")
-    runner.tap(drafter.layers, lambda before, streams: heard.append(streams))
+    listen = lambda before, streams: heard.append(streams)  # noqa: E731
+    runner.tap(drafter.layers, listen)
     rng = np.random.default_rng(0)
     runner.prefill([rng.integers(0, runner.vocab_size, CONTEXT)])
     streams, mark = np.concatenate(heard), runner.mark()
+    heard.clear()
     drafter.propose(streams[:-EMITTED], 0)
     widths = [count for count in (3, 5, 7, 9) if count <= drafter.block_size]
-    steps, blocks, rounds = [], [], {count: [] for count in widths}
+    steps, blocks, passes, rounds = [], [], {count: [] for count in widths}, {count: [] for count in widths}
     for _ in range(options.rounds + 1):
         for count in widths:
-            steps.append(_timed(lambda: runner.decode([1])))
+            runner.tap((), None)  # a plain step is that of plain decoding
+            token = rng.integers(0, runner.vocab_size, 1)
+            steps.append(_timed(lambda token=token: runner.decode(token)))
             runner.rewind(mark)
+            runner.tap(drafter.layers, listen)
             drafter.cut(CONTEXT - EMITTED)
             blocks.append(_timed(lambda: drafter.propose(streams[-EMITTED:], 1)))
             tokens = rng.integers(0, runner.vocab_size, count + 1)
-            rounds[count].append(blocks[-1] + _timed(lambda tokens=tokens: _verified(runner, tokens)))
+            passes[count].append(_timed(lambda tokens=tokens: _verified(runner, tokens)))
+            rounds[count].append(blocks[-1] + passes[count][-1])
             runner.rewind(mark)
+            heard.clear()
     step = statistics.median(steps[len(widths) :])
     over = {count: statistics.median(times[1:]) / step for count, times in rounds.items()}
     most = max(widths)
     return {
         "step_ms": round(1e3 * step, 2),
         "draft_over_step": round(statistics.median(blocks[len(widths) :]) / step, 2),
+        "pass_over_step": {
+            f"{count + 1} rows": round(statistics.median(times[1:]) / step, 2) for count, times in passes.items()
+        },
         "round_over_step": {f"{count + 1} rows": round(share, 2) for count, share in over.items()},
         "times_plain_by_tokens_a_round": {
             str(tokens): round(tokens / over[most], 2) for tokens in (1, 2, 3, 4, PUBLISHED, 5, 6, 7, 8, 9)

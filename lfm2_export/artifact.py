@@ -24,8 +24,18 @@ from lfm2_export.folders import Folder, UnexpectedKindError, is_plain_name
 from lfm2_export.hashing import sha256_files
 from lfm2_export.journal import Index
 from lfm2_export.ledger import discard_unlisted
-from lfm2_export.manifest import CARD, MANIFEST, MANIFEST_LIMIT, MODEL, CheckpointRecord, FileEntry, Manifest, Program
-from lfm2_export.messages import one_line
+from lfm2_export.manifest import (
+    CARD,
+    DRAFTER,
+    MANIFEST,
+    MANIFEST_LIMIT,
+    MODEL,
+    CheckpointRecord,
+    FileEntry,
+    Manifest,
+    Program,
+)
+from lfm2_export.messages import one_line, shown
 from lfm2_export.preference import preference
 from lfm2_export.resources import human_bytes
 from lfm2_export.staging import Staging, alone, contents, unfinished
@@ -375,7 +385,8 @@ class ArtifactWriter:
 
     Files are written to ``path(name)``; ``add_program`` claims those that a program needs, the rest is shared.
     ``commit`` puts everything into place at once; without it nothing of this export remains. ``checkpoint`` may be a
-    function, called when the record is needed first: hashing takes its time.
+    function, called when the record is needed first: hashing takes its time. ``target``: the model that it drafts for,
+    where it is a drafter; its table and head are among the checkpoint's weights.
 
     ``key`` says what the files follow from: where a writer with the same one was killed, the files of which its
     ``ledgers`` speak are there again, and ``confirm`` tells whether they are of the same weights.
@@ -393,9 +404,10 @@ class ArtifactWriter:
         *,
         into: Sequence[str] = (),
         key: str | None = None,
+        target: CheckpointRecord | None = None,
     ):
         self._staging = Staging(Path(folder), index=_INDEX, into=into, key=key)
-        self._record = checkpoint
+        self._record, self._target = checkpoint, target
         self._added: dict[tuple[str, str], Program] = {}
         self.existing: Manifest | None = None
 
@@ -465,17 +477,31 @@ class ArtifactWriter:
         if not names:
             return None
         if MANIFEST not in names:
-            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             raise ArtifactError(
-                f"{self.folder}: exists and holds something else ({shown}); give another --output or an empty folder"
+                f"{self.folder}: exists and holds something else ({some}); give another --output or an empty folder"
             )
         manifest = _read_manifest(self.folder)
+        self._check_target(manifest)
         if not manifest.checkpoint.is_same_as(self._checkpoint):
             raise ArtifactError(
                 f"{self.folder}: is an artifact of another checkpoint ({manifest.checkpoint}, now "
                 f"{self._checkpoint}: config or weights differ); give another --output"
             )
         return manifest
+
+    def _check_target(self, manifest: Manifest) -> None:
+        """Refuses a drafter for another model than the one that is there, before its weights are hashed."""
+        made = [program.options["drafter"] for program in manifest.programs if program.kind == DRAFTER]
+        other = next(
+            (one["target_name"] for one in made if self._target and one["target"] != self._target.digest), None
+        )
+        if other is not None:
+            differs = "config or weights differ" if other == str(self._target) else "another model"
+            raise ArtifactError(
+                f"{self.folder}: holds a drafter for {shown(other, 60)}, and --target is {self._target} now "
+                f"({differs}); give another --output"
+            )
 
     def path(self, name: str) -> Path:
         """Where to write the file ``name`` (relative, forward slashes); its folders are made."""

@@ -23,6 +23,9 @@ from lfm2_export.messages import shown
 BATCH = "batch_size"
 PAST = "past_sequence_length"
 TOTAL = "total_sequence_length"
+# Of a graph that scores every position, an input that a run may leave out: only positions from it on are scored, int64
+# [1]. What else a pass gives, its states and residual streams, is of all positions.
+FIRST_SCORED = "first_scored"
 
 # Of a position's scale, in caches of int8: a float32 behind its codes.
 SCALE_BYTES = 4

@@ -8,6 +8,7 @@ before every assistant turn (to regenerate it, or to edit what the user said aft
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,8 +36,11 @@ from lfm2_export.text import StreamDecoder, Tokenizer
 
 # Of a rendered prompt, what a reply to it may be; None: anything.
 Constrain = Callable[[str], Constraint | None]
-# Two per turn. A mark holds one conv state (0.3 MB for the 8B); older turns are prefilled again if ever needed.
-_MAX_PLACES = 32
+# What places to come back to may take together, two a turn; older turns are prefilled again if ever needed. A mark
+# holds conv states (0.3 MB for the 8B) and the rings of sliding layers (7 MB for LFM3-1.7B), a place logits, too.
+_PLACES_BYTES, _LEAST_PLACES = 64 << 20, 2
+_MAX_TRANSCRIPTS = 32
+_TOKEN_BYTES = 8  # a pointer in a list
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,6 +50,11 @@ class _Place:
     tokens: list[int]
     mark: Mark
     logits: np.ndarray | None = field(default=None, repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        logits = 0 if self.logits is None else self.logits.nbytes
+        return self.mark.nbytes + logits + _TOKEN_BYTES * len(self.tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,12 +379,20 @@ class Chat:
         return known.tokens + self._tokenizer.encode(text[len(known.text) :], add_special_tokens=False)
 
     def _remember(self, tokens: list[int], text: str) -> None:
-        self._transcripts = [*self._transcripts, _Transcript(tokens=tokens, text=text)][-_MAX_PLACES:]
+        self._transcripts = [*self._transcripts, _Transcript(tokens=tokens, text=text)][-_MAX_TRANSCRIPTS:]
+
+    def _keep(self, place: _Place) -> _Place:
+        """A place to come back to; the oldest go where all take more memory than they may."""
+        places = [*self._places, place]
+        sizes = list(itertools.accumulate(one.nbytes for one in reversed(places)))
+        count = max(_LEAST_PLACES, bisect.bisect_right(sizes, _PLACES_BYTES))
+        self._places = places[-count:]
+        return place
 
     def _prefill(self, tokens: list[int]) -> tuple[_Place, np.ndarray]:
         """Brings the runner to the end of ``tokens`` by the shortest way; that place, with its logits."""
         check_fits(np.zeros(1, dtype=np.int64), [len(tokens)], self._runner.context_length)
-        self._places = [place for place in self._places if self._runner.is_valid(place.mark)][-_MAX_PLACES:]
+        self._places = [place for place in self._places if self._runner.is_valid(place.mark)]
         start = max((p for p in self._places if _leads_to(p, tokens)), key=lambda p: len(p.tokens), default=None)
         if start is None:
             self._runner.reset()
@@ -386,8 +403,7 @@ class Chat:
         if start and start.logits is not None and not new:
             return start, start.logits
         logits = self._runner.prefill([new])
-        self._places.append(_Place(tokens=tokens, mark=self._runner.mark(), logits=logits))
-        return self._places[-1], logits
+        return self._keep(_Place(tokens=tokens, mark=self._runner.mark(), logits=logits)), logits
 
     def _stream(
         self, prompt: _Place, logits: np.ndarray, text: str, turn: int, constraint: Constraint | None
@@ -441,7 +457,7 @@ class Chat:
         """Takes the reply, a cut short one too, into the conversation and marks its end."""
         if self._is_after(prompt, reply):
             held = prompt.tokens + reply[:-1]
-            self._places.append(_Place(tokens=held, mark=self._runner.mark()))
+            self._keep(_Place(tokens=held, mark=self._runner.mark()))
         # The template writes the end of a message itself.
         said = reply[:-1] if self._finish_reason == "stop" else reply
         content = self._tokenizer.decode(said)

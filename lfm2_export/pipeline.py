@@ -177,7 +177,13 @@ def _run(settings: ExportSettings, progress: Progress) -> Artifact:
     record = Background(lambda: writer.confirm(CheckpointRecord.of(opened)))
     # A backend's files lie in the folder of its name.
     backends = [choice.backend for choice in choices]
-    writer = ArtifactWriter(settings.output, record.result, into=backends, key=_key(choices, opened, calibration))
+    writer = ArtifactWriter(
+        settings.output,
+        record.result,
+        into=backends,
+        key=_key(choices, opened, calibration),
+        target=None if opened.target is None else opened.target.record,
+    )
     with interrupts.lasting(), swept(), writer:
         if (finished := writer.finished()) is not None:
             return finished

@@ -19,7 +19,7 @@ import numpy as np
 
 from lfm2_export import files, paths
 from lfm2_export.artifact import Artifact
-from lfm2_export.backends import get_backend
+from lfm2_export.backends import BACKENDS, get_backend
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import ArtifactError, CheckpointError
 from lfm2_export.families import find_family
@@ -91,6 +91,14 @@ class DraftTarget:
         program, place = artifact.program(), paths.shown(artifact.path)
         if program.kind != DECODER:
             raise ArtifactError(f"--target {place}: {program} is no decoder; give the artifact of the drafter's model")
+        known = [one.backend for one in artifact.programs if one.backend in BACKENDS]  # a later version may know more
+        backend = next((name for name in known if get_backend(name).DRAFTER_SCHEMES), None)
+        if backend is None:
+            raise ArtifactError(
+                f"--target {place}: {program} gives no residual streams, which a drafter reads; export the model to "
+                "onnx into this folder as well"
+            )
+        program = artifact.program(backend)
         artifact.verify(program)
         raw = files.read_json_object(artifact.path / "config.json", artifact.path, ArtifactError)
         config = find_family(raw, f"{place}/config.json").parse_config(raw)

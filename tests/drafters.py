@@ -7,7 +7,8 @@ complex numbers. Nothing of the package's nets is used.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import lfm2_export
 from examples import train_drafter
+from lfm2_export.artifact import Artifact
+from lfm2_export.backends import get_backend
 from lfm2_export.checkpoint import open_checkpoint
+from lfm2_export.families import find_family
+from lfm2_export.generation import complete
+from lfm2_export.generation_config import GenerationConfig
+from lfm2_export.models.decoder import DecoderForCausalLM
 from lfm2_export.models.loading import load_model
 from lfm2_export.text import Tokenizer
 from tests.checkpoints import tiny_config, write_random_checkpoint
@@ -66,17 +74,39 @@ def write_drafter(folder: Path, raw_config: Mapping[str, Any] | None = None, *, 
 
 def teach_drafter(folder: Path) -> None:
     """Writes a drafter for tiny-dense that was trained for some seconds on the very texts of ``PROMPTS``."""
+    checkpoint = open_checkpoint("tiny-dense")
+    tokenizer = Tokenizer.from_dir(checkpoint.path)
+    target = load_model(checkpoint).requires_grad_(False)
+    prompts = torch.tensor([tokenizer.encode(prompt)[:4] for prompt in PROMPTS])
+    with one_thread():
+        _teach(target, folder, train_drafter.greedy_texts(target, prompts, NEW))
+
+
+def teach_for(target: Path, folder: Path, prompts: Sequence[Sequence[int]]) -> None:
+    """The same for the model of an artifact, as its program has it: the texts are its own answers to ``prompts``."""
+    artifact = Artifact.open(target)
+    raw = json.loads((target / "config.json").read_text())
+    config = find_family(raw, "config.json").parse_config(raw)
+    source = get_backend("onnx").stored_weights(target, artifact.program("onnx", None), config)
+    runner, settings = lfm2_export.load_runner(artifact, threads=1), GenerationConfig(max_new_tokens=NEW)
+    texts = [[*prompt, *complete(runner, [prompt], settings)[0].tokens] for prompt in prompts]
+    with one_thread():
+        _teach(load_model(source).requires_grad_(False), folder, torch.tensor(texts))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    checkpoint = open_checkpoint("tiny-dense")
-    target, tokenizer = load_model(checkpoint).requires_grad_(False), Tokenizer.from_dir(checkpoint.path)
-    prompts = torch.tensor([tokenizer.encode(prompt)[:4] for prompt in PROMPTS])
-    texts = train_drafter.greedy_texts(target, prompts, NEW)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _teach(target: DecoderForCausalLM, folder: Path, texts: Tensor) -> None:
     raw = train_drafter.drafter_config(target, num_hidden_layers=1, block_size=5, markov_rank=32, intermediate_size=128)
     net = train_drafter.new_drafter(raw, target)
     train_drafter.train_(net, target, texts, steps=80, per_step=4, prompt=1, peak_lr=1e-2)
     train_drafter.write_checkpoint(folder, raw, net)
-    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+
+import numpy as np
 import pytest
 
 from lfm2_export import Chat, GenerationConfig
+from lfm2_export.backends.base import Mark
 from lfm2_export.errors import ContextLimitError, GenerationError
 from tests.hash_runner import TOKENIZER, HashRunner
 
@@ -53,6 +57,36 @@ def test_another_system_message_is_as_if_it_had_been_there() -> None:
     assert (loaded.system, "".join(loaded.send("two"))) == ("Be long.", reply)
     chat.system = None
     assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
+
+
+class Heavy(HashRunner):
+    """A runner whose marks hold what the rings of many layers do; ``held``: those that somebody still has."""
+
+    def __init__(self, mark_bytes: int):
+        super().__init__(TOKENIZER.vocab_size)
+        self.mark_bytes, self.held = mark_bytes, weakref.WeakSet[Mark]()
+
+    def mark(self) -> Mark:
+        self.marks.append(Mark(lengths=self.lengths, conv={}))  # for what is valid
+        mark = Mark(lengths=self.lengths, conv={"ring": np.zeros(self.mark_bytes, np.uint8)})
+        self.held.add(mark)
+        return mark
+
+    def is_valid(self, mark: Mark) -> bool:
+        return any((mark.lengths == known.lengths).all() for known in self.marks)
+
+
+@pytest.mark.parametrize(("megabytes", "least", "most"), [(7, 6, 9), (40, 2, 2), (1, 40, 63)])
+def test_places_to_come_back_to_are_as_many_as_there_is_memory_for(megabytes: int, least: int, most: int) -> None:
+    runner = Heavy(megabytes << 20)
+    chat = Chat(runner, TOKENIZER, SHORT)
+    for turn in range(40):
+        list(chat.send(f"turn {turn}"))
+    print(f"{megabytes} MB each: {len(runner.held)} places")
+    assert least <= len(runner.held) <= most
+    before = chat.messages
+    assert "".join(chat.regenerate()) == before[-1]["content"]
+    assert chat.prefilled_tokens < 20  # where the last turn began is never given up
 
 
 def test_the_oldest_turns_go_until_there_is_room() -> None:

@@ -109,6 +109,10 @@ class Mark:
     lengths: np.ndarray
     conv: Mapping[str, np.ndarray] = field(repr=False)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.conv.values())
+
     def __post_init__(self) -> None:
         for array in (self.lengths, *self.conv.values()):
             array.setflags(write=False)

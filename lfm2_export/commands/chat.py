@@ -8,11 +8,11 @@ from functools import partial
 from lfm2_export import console, states
 from lfm2_export.chat import Chat, Constrain
 from lfm2_export.commands.base import add_artifact, add_machine, given
+from lfm2_export.commands.speculate import add_speculation
 from lfm2_export.commands.talk import (
     STDIN_LIMIT,
     Opened,
     add_generation,
-    add_speculation,
     note_speculation,
     open_for_text,
     reading,

@@ -11,11 +11,11 @@ from lfm2_export import console, interrupts
 from lfm2_export.backends.arguments import check_threads
 from lfm2_export.backends.base import kernels_of
 from lfm2_export.commands.base import add_artifact, add_json, add_machine
+from lfm2_export.commands.speculate import add_speculation
 from lfm2_export.commands.talk import (
     STDIN_LIMIT,
     Opened,
     add_generation,
-    add_speculation,
     encode_prompt,
     note_speculation,
     open_for_text,

@@ -5,21 +5,24 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from lfm2_export import chat_template, console
 from lfm2_export.artifact import Artifact
 from lfm2_export.commands.base import add_machine, add_program_choice, given, runner_options
+from lfm2_export.commands.speculate import Speculation, add_speculation
 from lfm2_export.commands.talk import generation_settings
 from lfm2_export.encoders import Encoder, load_encoder
 from lfm2_export.errors import ConfigError
 from lfm2_export.hub_artifacts import name_of, open_artifact
-from lfm2_export.manifest import ENCODER
+from lfm2_export.manifest import ENCODER, Program
 from lfm2_export.runners import open_runner
 from lfm2_export.server.embeddings import EncoderQueue
 from lfm2_export.server.limits import Limits
 from lfm2_export.server.rows import why_alone
 from lfm2_export.server.served import Model, Models, Served
+from lfm2_export.speculation import SpeculativeRunner
 from lfm2_export.text import Tokenizer
 
 KEY_VARIABLE = "LFM2_EXPORT_API_KEY"
@@ -56,6 +59,7 @@ class ServeCommand:
             help="a web page's origin that may ask, such as http://localhost:3000, or * (default: none)",
         )
         add_limits(parser)
+        add_speculation(parser, several=True)
         add_machine(parser)
 
     def run(self, options: argparse.Namespace) -> int:
@@ -66,7 +70,9 @@ class ServeCommand:
         key = options.api_key or os.environ.get(KEY_VARIABLE) or None
         bound = bind(options.host, options.port)
         chat_template.prepare()
-        opened = [_open(folder, options) for folder in options.artifacts]
+        found = [_find(path, options) for path in options.artifacts]
+        speculation = Speculation.asked(options, [one.name for one in found if one.program.kind != ENCODER])
+        opened = [_open(one, options, speculation) for one in found]
         models = Models(
             [one for one in opened if isinstance(one, Model)],
             limits,
@@ -110,7 +116,7 @@ def _at_once(served: Served) -> str:
     runner, count = served.model.runner, served.engine.parallel
     megabytes = math.ceil(runner.cache.state_bytes(runner.context_length) / 1e6)
     if count == 1:
-        reason = why_alone(runner)
+        reason = "it speculates" if isinstance(runner, SpeculativeRunner) else why_alone(runner)
         return f"{served.model.name}: one request at a time{f' ({reason})' if reason else ''}"
     return (
         f"{served.model.name}: up to {count} requests at once; the state of one takes {megabytes} MB at the full "
@@ -118,22 +124,41 @@ def _at_once(served: Served) -> str:
     )
 
 
-def _open(path: str, options: argparse.Namespace) -> Model | tuple[str, Encoder]:
-    """A model that generates text, or an encoder with its name."""
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """What is to be opened, and the name to serve it by."""
+
+    name: str
+    artifact: Artifact
+    program: Program
+
+
+def _find(path: str, options: argparse.Namespace) -> _Found:
     artifact = open_artifact(path, backend=options.backend, scheme=options.scheme)
-    name = _name(path, artifact.path)
     program = artifact.program(options.backend, options.scheme)
+    return _Found(name=_name(path, artifact.path), artifact=artifact, program=program)
+
+
+def _open(found: _Found, options: argparse.Namespace, speculation: Speculation) -> Model | tuple[str, Encoder]:
+    """A model that generates text, or an encoder with its name."""
+    name, artifact, program = found.name, found.artifact, found.program
+    proposes = ""
     with console.busy(f"loading {program}"):
         if program.kind == ENCODER:
             opened: Model | tuple[str, Encoder] = (name, _encoder(artifact, options))
         else:
+            runner = open_runner(artifact, program, runner_options(options))
+            tokenizer = Tokenizer.from_dir(artifact.path)
+            runner = speculation.before(runner, artifact, tokenizer, name)
+            if isinstance(runner, SpeculativeRunner):
+                proposes = f", with proposals by {runner.report_so_far.drafter}"
             opened = Model(
                 name=name,
-                runner=open_runner(artifact, program, runner_options(options)),
-                tokenizer=Tokenizer.from_dir(artifact.path),
+                runner=runner,
+                tokenizer=tokenizer,
                 settings=generation_settings(artifact.path),
             )
-    console.note(f"{name}: {program}")
+    console.note(f"{name}: {program}{proposes}")
     return opened
 
 

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import TextIO
 
 from lfm2_export import chat_template, console
-from lfm2_export.backends.base import Runner, RunnerOptions
-from lfm2_export.commands.base import given, runner_options
+from lfm2_export.backends.base import Runner
+from lfm2_export.commands.base import runner_options
+from lfm2_export.commands.speculate import Speculation
 from lfm2_export.errors import GenerationError
 from lfm2_export.generation import TokenEvent
 from lfm2_export.generation_config import GenerationConfig
 from lfm2_export.hub_artifacts import open_artifact
 from lfm2_export.manifest import Program
 from lfm2_export.runners import open_runner
-from lfm2_export.speculation import DEFAULT_DRAFT_TOKENS, Report, SpeculativeRunner, speculating
+from lfm2_export.speculation import Report, SpeculativeRunner
 from lfm2_export.text import StreamDecoder, Tokenizer, check_text
 
 # What a model's context may hold many times over; a device as standard input has no end.
@@ -63,24 +64,6 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_speculation(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--speculate",
-        metavar="lookup|DIR",
-        type=given,
-        help="verify several tokens at once that are proposed by what stood in the text before (lookup), or by a "
-        "smaller artifact of the same vocabulary or a drafter for this model; turns itself off where that does not pay",
-    )
-    parser.add_argument(
-        "--draft-tokens", type=int, metavar="N", help=f"proposals at once, at most (default: {DEFAULT_DRAFT_TOKENS})"
-    )
-    parser.add_argument(
-        "--speculate-inexact",
-        action="store_true",
-        help="speculate too where tokens may differ from plain decoding's: all but q4 and q8 on our operators",
-    )
-
-
 def open_for_text(options: argparse.Namespace) -> Opened:
     """Loads program, tokenizer and the checkpoint's generation settings, overridden by the options."""
     if not getattr(options, "raw", False):
@@ -96,27 +79,12 @@ def open_for_text(options: argparse.Namespace) -> Opened:
         repetition_penalty=options.repetition_penalty,
         seed=options.seed,
     )
-    _check_speculation(options)
+    speculation = Speculation.asked(options)
     with console.busy(f"loading {program}"):
-        runner = open_runner(artifact, program, runner_options(options))
+        runner = open_runner(artifact, program, runner_options(options))  # first: says what has no tokenizer, and why
         tokenizer = Tokenizer.from_dir(artifact.path)
-        if options.speculate is not None:
-            runner = speculating(
-                runner,
-                options.speculate,
-                tokenizer=tokenizer,
-                options=RunnerOptions.parse(threads=options.threads),
-                draft_tokens=options.draft_tokens,
-                inexact=options.speculate_inexact,
-                target=artifact.manifest.checkpoint,
-            )
+        runner = speculation.before(runner, artifact, tokenizer)
     return Opened(program=program, runner=runner, tokenizer=tokenizer, config=config)
-
-
-def _check_speculation(options: argparse.Namespace) -> None:
-    for name, given_ in (("--draft-tokens", options.draft_tokens), ("--speculate-inexact", options.speculate_inexact)):
-        if given_ not in (None, False) and options.speculate is None:
-            raise GenerationError(f"{name}: is for --speculate; name what proposes tokens, or leave it out")
 
 
 def generation_settings(folder: Path) -> GenerationConfig:

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from lfm2_export import paths
+from lfm2_export.errors import CheckpointError
+from lfm2_export.messages import named
 from lfm2_export.quant.formats import FloatArray
 from lfm2_export.safetensors_file import ComputedTensor, Shard, TensorInfo
 
@@ -61,7 +64,8 @@ def merged(base: TensorInfo, a: TensorInfo, b: TensorInfo, scale: float) -> Merg
 
 
 class MergedWeights:
-    """Reads merged weights; what ``Shard`` is for others. Safe from several threads."""
+    """Reads merged weights; what ``Shard`` is for others. Safe from several threads. Reading raises CheckpointError
+    where a factor holds NaN or infinity."""
 
     def __init__(self, shards: Mapping[Path, Shard]):
         self._shards = shards
@@ -69,12 +73,12 @@ class MergedWeights:
     def row_blocks(self, info: TensorInfo, rows: int) -> Iterator[FloatArray]:
         """float32 values, in blocks of so many rows."""
         assert isinstance(info, MergedTensor)
-        a = self._numbers(info.a)
+        a = self._factor(info.a)
         for start in range(0, info.shape[0], max(1, rows)):
             stop = min(start + max(1, rows), info.shape[0])
             values = self._numbers(info.base.rows(slice(start, stop)))
-            b = self._numbers(info.b.rows(slice(info.first_row + start, info.first_row + stop)))
-            with np.errstate(all="ignore"):  # damaged factors may be anything: values are looked at where they are used
+            b = self._factor(info.b.rows(slice(info.first_row + start, info.first_row + stop)))
+            with np.errstate(all="ignore"):  # large factors overflow: values are looked at where they are used
                 yield values + (b @ a) * np.float32(info.scale)
 
     def float32(self, info: TensorInfo) -> FloatArray:
@@ -88,6 +92,16 @@ class MergedWeights:
     def stored(self, info: TensorInfo) -> FloatArray:
         """The same: there are no values of another dtype."""
         return self.float32(info)
+
+    def _factor(self, info: TensorInfo) -> FloatArray:
+        """Of an adapter: where it is no numbers, the base is not to blame."""
+        values = self._numbers(info)
+        if not np.isfinite(values).all():
+            raise CheckpointError(
+                f"{paths.shown(info.file)}: {named(info.name)} holds NaN or infinity; the adapter is damaged or its "
+                "training diverged, give another one"
+            )
+        return values
 
     def _numbers(self, info: TensorInfo) -> FloatArray:
         return self._shards[info.file].float32(info)

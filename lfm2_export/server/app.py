@@ -110,7 +110,7 @@ class _Paths:
 
     async def metrics(self, request: Request) -> Response:
         gauges = {served.model.name: served.engine.gauges() for served in self._models.all()}
-        text = self._models.metrics.text(gauges)
+        text = self._models.metrics.text(gauges, self._models.reports())
         return PlainTextResponse(text, headers={"Content-Type": metrics.CONTENT_TYPE})
 
     async def list_models(self, request: Request) -> Response:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterable, Mapping
 
 from lfm2_export import memory
+from lfm2_export.speculation import Report
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -23,6 +24,14 @@ _GAUGES = {
     "lfm2_running_state_bytes": "Bytes of the states of requests that are being answered",
     "lfm2_prefix_cache_bytes": "Bytes of states that are kept",
     "lfm2_prefix_cache_entries": "States that are kept",
+}
+# Of models that speculate, by the name in a ``Report``.
+_SPECULATION = {
+    "plain_steps": ("lfm2_speculation_plain_steps_total", "Steps without proposals", "counter"),
+    "verified_steps": ("lfm2_speculation_passes_total", "Passes that verified proposals", "counter"),
+    "drafted": ("lfm2_speculation_proposed_tokens_total", "Proposals that were verified", "counter"),
+    "accepted": ("lfm2_speculation_accepted_tokens_total", "Of these, those that were chosen", "counter"),
+    "gain": ("lfm2_speculation_gain", "How many times as fast as plain decoding, by the time of plain steps", "gauge"),
 }
 _RESPONSES = "lfm2_http_responses_total"
 _MEMORY = "process_resident_memory_bytes"
@@ -55,11 +64,11 @@ class Metrics:
         with self._lock:
             self._responses[path, status] = self._responses.get((path, status), 0) + 1
 
-    def text(self, gauges: Mapping[str, Mapping[str, float]]) -> str:
-        """All of it; ``gauges``: by model and name."""
+    def text(self, gauges: Mapping[str, Mapping[str, float]], reports: Mapping[str, Report] | None = None) -> str:
+        """All of it; ``gauges``: by model and name; ``reports``: of the models that speculate."""
         with self._lock:
             lines = [*self._counter_lines(), *_gauge_lines(gauges), *self._response_lines(), *self._first_lines()]
-            lines += _memory_lines()
+            lines += [*_speculation_lines(reports or {}), *_memory_lines()]
         return "\n".join(lines) + "\n"
 
     def _counter_lines(self) -> Iterable[str]:
@@ -86,6 +95,12 @@ def _gauge_lines(gauges: Mapping[str, Mapping[str, float]]) -> Iterable[str]:
     for name, what in _GAUGES.items():
         yield from _head(name, what, "gauge")
         yield from (_line(name, values[name], model=model) for model, values in gauges.items())
+
+
+def _speculation_lines(reports: Mapping[str, Report]) -> Iterable[str]:
+    for field, (name, what, kind) in _SPECULATION.items() if reports else ():
+        yield from _head(name, what, kind)
+        yield from (_line(name, getattr(report, field), model=model) for model, report in reports.items())
 
 
 def _memory_lines() -> Iterable[str]:

@@ -19,6 +19,7 @@ from lfm2_export.server.engine import Engine
 from lfm2_export.server.errors import ApiError
 from lfm2_export.server.limits import Limits
 from lfm2_export.server.metrics import Metrics
+from lfm2_export.speculation import Report, SpeculativeRunner
 from lfm2_export.text import Tokenizer
 
 Kind = TypeVar("Kind")
@@ -87,6 +88,11 @@ class Models:
     def all(self) -> list[Served]:
         """Those that generate text."""
         return list(self._served.values())
+
+    def reports(self) -> dict[str, Report]:
+        """What speculation did so far, of the models that have it."""
+        runners = {name: served.model.runner for name, served in self._served.items()}
+        return {name: one.report_so_far for name, one in runners.items() if isinstance(one, SpeculativeRunner)}
 
     def to_json(self) -> list[dict[str, Any]]:
         served = [served.to_json() for served in self._served.values()]

@@ -14,7 +14,7 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -131,6 +131,11 @@ class SpeculativeRunner:
         with guard_of(self).lock:
             self.settle()
         return self._controller.report
+
+    @property
+    def report_so_far(self) -> Report:
+        """The same without what is under way, for any thread: nothing waits for it and nothing is taken back."""
+        return replace(self._controller.report)
 
     @property
     def kernels(self) -> str:
@@ -291,8 +296,9 @@ class SpeculativeRunner:
     def restore(self, snapshot: Snapshot) -> None:
         self.settle()
         self._runner.restore(snapshot)
-        self._forget()
-        tokens = self._copied.get(snapshot)
+        tokens, known = self._copied.get(snapshot), self._tokens
+        if tokens is None or known is None or known[: len(tokens)] != tokens:
+            self._forget()  # else this is a place in the text that the drafter knows
         self._tokens = None if tokens is None else list(tokens)
 
     def restore_with(self, snapshot: Snapshot, tokens: Sequence[int]) -> None:

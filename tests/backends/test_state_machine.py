@@ -23,6 +23,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,8 +47,10 @@ from lfm2_export.errors import ContextLimitError, ResourceError, RunnerError
 from tests.checkpoints import tiny_config
 from tests.shows import of, shows
 
-CONTEXT = 40
+CONTEXT, LONG_CONTEXT = 40, 200
 MOST_ROWS = 3
+# More than a ring has room for (RING_ROOM): those are taken back another way.
+MOST_VERIFIED = 20
 EXAMPLES = int(os.environ.get("STATE_MACHINE_EXAMPLES", "0"))
 # Above: ten times what was seen for fp32, three times for int8 activations; wrong states are off by more (see the end).
 TOLERANCES = {"fp32": 1e-4, "q4": 0.3, "q8": 0.3, "8da4w": 1e-4}
@@ -55,11 +58,13 @@ TOLERANCES = {"fp32": 1e-4, "q4": 0.3, "q8": 0.3, "8da4w": 1e-4}
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A kind of runner. ``interrupted(runner, after)`` makes its program fail after so many runs."""
+    """A kind of runner. ``interrupted(runner, after)`` makes its program fail after so many runs. ``most_new``: tokens
+    that a row gets at once."""
 
     open: Callable[[], Runner]
     tolerance: float
     interrupted: Callable[[Any, int], Any]
+    most_new: int = 9
 
 
 @dataclass
@@ -119,6 +124,43 @@ class Sequences(RuleBasedStateMachine):
             new = [[data.draw(self.token(), label="token")] for _ in self.rows]
             self.append(new, self.runner.decode([token for (token,) in new]))
 
+    @rule(data=st.data(), count=st.integers(2, 7))
+    def follow(self, data: st.DataObject, count: int) -> None:
+        """Several tokens with nothing in between, most of them the likeliest: what a drafter proposes."""
+        found = self.runner.decode([1] * len(self.rows)) if min(map(self.room, self.rows)) > count else None
+        if found is None:
+            return
+        self.append([[1]] * len(self.rows), found)
+        for _ in range(count - 1):
+            new = [
+                [data.draw(self.token(), label="token") if data.draw(st.integers(0, 3)) == 0 else int(logits.argmax())]
+                for logits in found
+            ]
+            found = self.runner.decode([token for (token,) in new])
+            self.append(new, found)
+
+    @precondition(lambda self: self.runner.can_score and len(self.rows) == 1 and self.room(self.rows[0]) > 0)
+    @rule(data=st.data(), marked=st.booleans(), late=st.booleans())
+    def verify(self, data: st.DataObject, marked: bool, late: bool) -> None:
+        """Tokens of which a part stays: all where nobody says how many, or says it too late."""
+        (row,) = self.rows
+        most = min(MOST_VERIFIED, self.room(row))
+        tokens = data.draw(st.lists(self.token(), min_size=1, max_size=most), label="tokens")
+        found = self.runner.verify(tokens)
+        assert len(found) == len(tokens)
+        for index in {0, len(tokens) - 1}:
+            self.compare(found[index], (*row, *tokens[: index + 1]))
+        self.rows = [(*row, *tokens)]
+        if marked:
+            self.mark()
+        if late:
+            self.runner.rewind(self.runner.mark())
+            self.refused(lambda: self.runner.accept(len(tokens)))
+            return
+        kept = data.draw(st.integers(0, len(tokens)), label="kept")
+        self.runner.accept(kept)
+        self.went_back([(*row, *tokens[:kept])])
+
     @rule()
     def mark(self) -> None:
         self.marks.append((self.runner.mark(), list(self.rows)))
@@ -128,7 +170,11 @@ class Sequences(RuleBasedStateMachine):
     def rewind(self, data: st.DataObject) -> None:
         mark, rows = data.draw(st.sampled_from(self.marks), label="mark")
         self.runner.rewind(mark)
-        self.rows = list(rows)
+        self.went_back(list(rows))
+
+    def went_back(self, rows: list[tuple[int, ...]]) -> None:
+        """Marks of what came behind are void."""
+        self.rows = rows
         gone = [held for held, at in self.marks if any(map(longer, at, rows))]
         self.marks = [(held, at) for held, at in self.marks if not any(map(longer, at, rows))]
         self.dead += gone
@@ -194,16 +240,18 @@ class Sequences(RuleBasedStateMachine):
 
     @rule(
         bad=st.sampled_from([-1, 10**6, 2**70, 0.5, None]),
-        how=st.sampled_from(["prefill", "prefill_scored", "score", "decode"]),
+        how=st.sampled_from(["prefill", "prefill_scored", "score", "decode", "verify"]),
     )
     def bad_ids(self, bad: Any, how: str) -> None:
         last = [bad] if how == "decode" else [1, bad]
         rows = [last if index == len(self.rows) - 1 else [1] * len(last) for index in range(len(self.rows))]
-        given = [row[0] for row in rows] if how == "decode" else rows
+        given = {"decode": [row[0] for row in rows], "verify": rows[-1]}.get(how, rows)
         self.refused(lambda: getattr(self.runner, how)(given))
 
     @rule(
-        what=st.sampled_from(["rows", "empty row", "chunk", "2-d", "reset", "reorder", "None", "tampered", "dead mark"])
+        what=st.sampled_from(
+            ["rows", "empty row", "chunk", "2-d", "reset", "reorder", "None", "tampered", "dead mark", "no tokens"]
+        )
     )
     def bad_arguments(self, what: str) -> None:
         runner, count = self.runner, len(self.rows)
@@ -216,20 +264,24 @@ class Sequences(RuleBasedStateMachine):
             "reorder": lambda: runner.reorder([0, count]),
             "None": lambda: runner.restore(None),  # type: ignore[arg-type]
             "tampered": lambda: runner.restore(replace(runner.snapshot(), program_id="another")),
+            "no tokens": lambda: runner.verify([]),
             "dead mark": lambda: runner.rewind(self.dead[-1] if self.dead else None),  # type: ignore[arg-type]
         }
         self.refused(calls[what])
 
-    @rule(data=st.data(), after=st.integers(0, 4), chunk_size=st.sampled_from([1, 2, None]))
-    def fails_on_the_way(self, data: st.DataObject, after: int, chunk_size: int | None) -> None:
-        """The runtime does, in one of the runs that a prefill is made of."""
+    @rule(data=st.data(), after=st.integers(0, 4), chunk_size=st.sampled_from([1, 2, None]), verified=st.booleans())
+    def fails_on_the_way(self, data: st.DataObject, after: int, chunk_size: int | None, verified: bool) -> None:
+        """The runtime does, in one of the runs that a prefill is made of, or in the one of a pass."""
         new = [data.draw(self.tokens(self.room(row)), label="tokens") for row in self.rows]
         if not all(new):
             return
 
         def prefill() -> None:
             with self.subject.interrupted(self.runner, after):
-                self.runner.prefill(new, chunk_size=chunk_size)
+                if verified and len(new) == 1 and self.runner.can_score:
+                    self.runner.verify(new[0])
+                else:
+                    self.runner.prefill(new, chunk_size=chunk_size)
                 raise ResourceError("not so many runs")
 
         before = self.runner.lengths.tolist()
@@ -266,7 +318,7 @@ class Sequences(RuleBasedStateMachine):
 
     def tokens(self, room: int) -> st.SearchStrategy[list[int]]:
         """At least one, where there is room for one."""
-        return st.lists(self.token(), min_size=min(1, room), max_size=min(9, room))
+        return st.lists(self.token(), min_size=min(1, room), max_size=min(self.subject.most_new, room))
 
     def room(self, row: tuple[int, ...]) -> int:
         return self.runner.context_length - len(row)
@@ -411,15 +463,42 @@ def onnx_subject(
 ) -> tuple[Subject, Callable[[], OnnxRunner]]:
     """The subject, and what opens a runner of another class on its program."""
     name, scheme, kernels, kept = how.split()
-    folder = request.getfixturevalue("artifact")(name)
-    program = replace(Artifact.open(folder, verify=False).program("onnx", scheme), context_length=CONTEXT)
+    has_rings = name == "lfm3"
+    folder = random_lfm3(request) if has_rings else request.getfixturevalue("artifact")(name)
+    context = LONG_CONTEXT if has_rings else CONTEXT
+    program = replace(Artifact.open(folder, verify=False).program("onnx", scheme), context_length=context)
     options = RunnerOptions(threads=1, kernels=Kernels(kernels), kv_cache=KvCache(kept))
     subject = Subject(
         open=lambda: OnnxRunner.from_program(folder, program, options),
-        tolerance=TOLERANCES[scheme],
+        tolerance=TOLERANCES["fp32" if has_rings else scheme],  # on our kernels every way gives the same bits
         interrupted=onnx_interrupted,
+        most_new=60 if has_rings else 9,
     )
     return subject, lambda: kind.from_program(folder, program, options)
+
+
+def random_lfm3(request: pytest.FixtureRequest) -> Path:
+    """With sliding layers, whose rings have 64 positions."""
+    config = tiny_config("lfm3", sliding_window=24)
+    return Path(request.getfixturevalue("random_artifact")(config, ("q4",)).artifact)
+
+
+def speculative(request: pytest.FixtureRequest, how: str) -> Subject:
+    """A runner that proposes and verifies by itself, with a drafter that hears it."""
+    from lfm2_export.drafters import load_drafter
+    from lfm2_export.speculation import Report, SpeculativeRunner, StreamDrafter
+    from lfm2_export.speculation.controller import Always
+
+    inner, drafter = onnx(request, how), request.getfixturevalue("taught")
+
+    def opened() -> Runner:
+        controller = Always(most=5, report=Report(drafter="drafter"))
+        return SpeculativeRunner(inner.open(), StreamDrafter(load_drafter(drafter, threads=1)), controller=controller)
+
+    def interrupted(runner: SpeculativeRunner, after: int) -> Any:
+        return inner.interrupted(runner._runner, after)
+
+    return replace(inner, open=opened, interrupted=interrupted)
 
 
 def executorch(request: pytest.FixtureRequest, scheme: str) -> Subject:
@@ -441,6 +520,8 @@ SUBJECTS = {
     "stock kernels, q8": (onnx, "tiny-dense q8 stock float"),
     "own kernels, q4": (onnx, "tiny-dense q4 lfm2 float"),
     "own kernels, q8, keys and values in int8": (onnx, "tiny-dense q8 lfm2 int8"),
+    "own kernels, q4, rings": (onnx, "lfm3 q4 lfm2 float"),
+    "own kernels, q4, with a drafter": (speculative, "tiny-dense q4 lfm2 float"),
     "executorch, fp32": (executorch, "fp32"),
     # An export of a quarter of a minute, and no other code here.
     **({"executorch, 8da4w": (executorch, "8da4w")} if EXAMPLES else {}),
@@ -528,6 +609,13 @@ class KeepsMarks(OnnxRunner):
             self._marks[mark] = None
 
 
+class KeepsBlock(OnnxRunner):
+    """What was verified and not accepted stays in the conv states."""
+
+    def _accept(self, kept: np.ndarray, length: int, place: Any) -> None:
+        self._state.set_place(np.array([length + len(kept)]), {})
+
+
 class ChecksLate(OnnxRunner):
     """The first chunk is computed before the context's end is looked at."""
 
@@ -540,7 +628,7 @@ class ChecksLate(OnnxRunner):
             raise
 
 
-WRONG = [ForgetsConv, KeepsConv, KeepsHalf, MixesRows, LeavesOrder, KeepsMarks, ChecksLate]
+WRONG = [ForgetsConv, KeepsConv, KeepsHalf, MixesRows, LeavesOrder, KeepsMarks, KeepsBlock, ChecksLate]
 
 
 @pytest.mark.parametrize("kind", WRONG, ids=lambda kind: kind.__name__)

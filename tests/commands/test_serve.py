@@ -74,6 +74,11 @@ def test_a_signal_lets_an_answer_end_and_then_ends_the_server(folder: Path, numb
         (("--max-tokens", "0"), "limit tokens=0 is not usable"),
         (("--parallel", "0"), "limit parallel=0 is not usable"),
         (("--scheme", "q5"), "has no q5 program"),
+        (("--draft-tokens", "3"), "--draft-tokens: is for --speculate"),
+        (("--speculate", "big=lookup"), "there is no model 'big' that generates text, only tiny-dense; give lookup"),
+        (("--speculate", "lookup", "--speculate", "lookup"), "'lookup': is the second one for the same"),
+        (("--speculate", "nowhere"), "nowhere: no such directory"),
+        (("--speculate", "lookup", "--scheme", "fp32"), "pass --speculate-inexact"),
     ],
 )
 def test_what_it_cannot_do_is_one_line(folder: Path, arguments: tuple[str, ...], fault: str) -> None:
@@ -110,6 +115,21 @@ def test_a_port_that_is_taken_is_named_before_anything_is_loaded(folder: Path) -
     assert done.returncode == 2
     assert done.stderr.startswith(f"lfm2-export: --host 127.0.0.1 --port {port}: cannot be listened on")
     assert done.stderr.count("\n") == 1
+
+
+@needs_library
+def test_each_model_speculates_as_it_is_told(folder: Path, artifact: Callable[[str], Path]) -> None:
+    """lookup for one alone; the other has no figures of it."""
+    body = {"model": "tiny-dense", "prompt": "a b c d a b c d a b c", "max_tokens": 24}
+    other = str(artifact("tiny-moe"))
+    with running(str(folder), other, "--threads", "1", "--speculate", "tiny-dense=lookup") as (_, url):
+        texts = [httpx.post(f"{url}/completions", json=body, timeout=60).json()["choices"][0]["text"]]
+        figures = httpx.get(url.replace("/v1", "/metrics")).text
+    with running(str(folder), "--threads", "1") as (_, url):
+        texts.append(httpx.post(f"{url}/completions", json=body, timeout=60).json()["choices"][0]["text"])
+    assert texts[0] == texts[1] != ""
+    assert 'lfm2_speculation_plain_steps_total{model="tiny-dense"}' in figures
+    assert 'lfm2_speculation_plain_steps_total{model="tiny-moe"}' not in figures
 
 
 def test_two_folders_of_one_name_are_refused(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from lfm2_export.artifact import Artifact, ArtifactWriter
 from lfm2_export.cli import main
 from lfm2_export.errors import ConfigError
 from lfm2_export.families import find_family
+from lfm2_export.hashing import sha256_file
+from lfm2_export.manifest import MANIFEST
 from tests.checkpoints import tiny_config
 from tests.conftest import Exported
 from tests.drafters import TARGET, drafter_config, write_drafter
@@ -100,6 +104,32 @@ def test_a_drafter_of_another_model_is_refused(
     assert text in error
 
 
+def test_a_folder_is_for_the_drafter_of_one_target(
+    random_artifact: Callable[..., Exported],
+    random_drafter: Callable[..., Exported],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    """Another target of the same shapes: the line names both, and the folder stays as it is."""
+    target = random_artifact(TARGET, ("q4",)).artifact
+    made = random_drafter(target)
+    other, out = (Path(shutil.copytree(one, tmp_path / one.parent.name)) for one in (target, made.artifact))
+    manifest = json.loads((other / MANIFEST).read_text())
+    manifest["checkpoint"] |= {"name": "another", "config_sha256": "0" * 64}
+    (other / MANIFEST).write_text(json.dumps(manifest))
+    before = sha256_file(out / MANIFEST)
+    assert main(["export", str(made.checkpoint), "--output", str(out), "--target", str(other)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    print(line)
+    assert (
+        "holds a drafter for 'checkpoint', and --target is another now (another model); give another --output" in line
+    )
+    assert sha256_file(out / MANIFEST) == before
+    drafter, model = (Artifact.open(one, verify=False).manifest.checkpoint for one in (out, target))
+    with ArtifactWriter(out, drafter, target=model) as writer:  # the control: its own may have further schemes
+        assert writer.existing is not None
+
+
 def test_a_drafter_without_its_heads_is_refused(refused: Refused, tmp_path: Path):
     folder = write_drafter(tmp_path / "d")
     kept = load_file(folder / "model.safetensors")
@@ -119,6 +149,18 @@ def test_without_its_model_it_is_of_no_use(tmp_path: Path, capsys: pytest.Captur
         assert "is a drafter for speculative decoding, of no use without its model; export it with --target" in error
         assert error.count("\n") == 1
     assert not out.exists()
+
+
+def test_a_target_that_gives_no_streams_is_refused(
+    refused: Refused, random_artifact: Callable[..., Exported], tmp_path: Path
+):
+    target = Path(shutil.copytree(random_artifact(TARGET, ("q4",)).artifact, tmp_path / "target"))
+    manifest = json.loads((target / MANIFEST).read_text())
+    (program,) = manifest["programs"]
+    program |= {"backend": "executorch", "scheme": "8da4w"}
+    (target / MANIFEST).write_text(json.dumps(manifest))
+    error = refused(write_drafter(tmp_path / "d"), target)
+    assert "executorch 8da4w gives no residual streams, which a drafter reads; export the model to onnx" in error
 
 
 def test_a_target_is_for_drafters(refused: Refused, tmp_path: Path, random_artifact: Callable[..., Exported]):

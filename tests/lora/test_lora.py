@@ -208,6 +208,24 @@ def test_factors_of_nothing_are_refused_by_name(
     assert words in str(error.value)
 
 
+@pytest.mark.parametrize("factor", ["A", "B"])
+def test_an_adapter_of_no_numbers_is_blamed_itself(
+    bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], factor: str
+) -> None:
+    write_adapter(tmp_path / "adapter", bases["lfm2"], MODULES)
+    path = tmp_path / "adapter/adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if f"0.conv.in_proj.lora_{factor}" in name)
+    tensors[name].view(-1)[3] = float("nan" if factor == "A" else "inf")
+    save_file(tensors, path)
+    command = ["export", str(bases["lfm2"]), "--lora", str(tmp_path / "adapter"), "-o", str(tmp_path / "out")]
+    assert cli.main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    print(line)
+    assert f"adapter_model.safetensors: {name} holds NaN or infinity; the adapter is damaged" in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_folders_that_are_no_adapter(bases: dict[str, Path], tmp_path: Path) -> None:
     def said(**asked: Any) -> str:
         with pytest.raises(CheckpointError) as error:

@@ -176,7 +176,7 @@ class StateBuffers:
 
     def binding(self, session: ort.InferenceSession, others: Collection[str] = ()) -> ort.IOBinding:
         """An IOBinding of ``session`` with every state tensor bound; kept: most steps differ in three values only.
-        ``others``: further outputs that will be bound; each set of them has one of its own."""
+        ``others``: further outputs and inputs that will be bound; each set of them has one of its own."""
         key = (session, self._swapped, frozenset(others))
         if key not in self._bindings:
             self._bindings[key] = self._bind(session)

@@ -16,13 +16,13 @@ from onnxscript import optimizer
 from lfm2_export.backends.onnx.draft_graph import draft_inputs, draft_outputs
 from lfm2_export.backends.onnx.plan import ROPE_TABLES, Layout
 from lfm2_export.backends.weights.plan import WeightPlan
-from lfm2_export.cache import BATCH, TOTAL, CacheSpec, residual_name
+from lfm2_export.cache import BATCH, FIRST_SCORED, TOTAL, CacheSpec, residual_name
 from lfm2_export.config import ModelConfig
 from lfm2_export.errors import ExportError
 from lfm2_export.heads import SENTENCE
 from lfm2_export.quant.formats import IntFormat
 
-SEQUENCE = "sequence_length"
+SEQUENCE, SCORED = "sequence_length", "scored_length"
 ROOT = "net."  # the attribute of the traced wrapper, in front of every initializer's name
 
 # Outputs that we never read; left unnamed, so that the kernels need not compute them.
@@ -218,21 +218,37 @@ def _activations(model: ir.Model) -> ir.TypeProtocol:
 
 
 def score_every_position(model: ir.Model) -> int:
-    """Makes the head read all positions: removes the GatherND that picks each row's last one. Returns 1."""
+    """Makes the head read all positions, or those from ``FIRST_SCORED`` on where a run gives it: a Slice in the place
+    of the GatherND that picks each row's last one. Returns 1."""
     logits = model.graph.outputs[0]
     picks = [n for n in model.graph if n.op_type == "GatherND" and not any(o.is_graph_output() for o in n.outputs)]
     if logits.name != "logits" or len(picks) != 1:
         raise ExportError(f"found {len(picks)} places where the last position is picked; this is a defect, report it")
     (pick,) = picks
-    hidden = pick.inputs[0]
-    assert hidden is not None
-    pick.outputs[0].replace_all_uses_with(hidden)
+    scored = _from_first_scored(model, pick)
+    pick.outputs[0].replace_all_uses_with(scored)
     model.graph.remove(pick, safe=True)
-    _reshape_like(model, logits, hidden)
+    _reshape_like(model, logits, scored)
     assert logits.shape is not None
-    logits.shape = ir.Shape((BATCH, SEQUENCE, logits.shape[2]))
+    logits.shape = ir.Shape((BATCH, SCORED, logits.shape[2]))
     common_passes.RemoveUnusedNodesPass()(model)
     return len(picks)
+
+
+def _from_first_scored(model: ir.Model, pick: ir.Node) -> ir.Value:
+    """What ``pick`` reads, from an input's position on: an initializer too, which a run may leave as it is."""
+    hidden = pick.inputs[0]
+    assert hidden is not None
+    bounds = {FIRST_SCORED: 0, "last_scored": 2**63 - 1, "scored_axis": 1}
+    values = [ir.Value(name=name, const_value=ir.tensor([n], ir.DataType.INT64)) for name, n in bounds.items()]
+    for value in values:
+        value.type, value.shape = ir.TensorType(ir.DataType.INT64), ir.Shape((1,))
+        model.graph.register_initializer(value)
+    model.graph.inputs.append(values[0])
+    slice_ = ir.node("Slice", [hidden, *values], name="scored")
+    slice_.outputs[0].name = "scored_out0"
+    model.graph.insert_before(pick, slice_)
+    return slice_.outputs[0]
 
 
 def _reshape_like(model: ir.Model, logits: ir.Value, hidden: ir.Value) -> None:

@@ -32,15 +32,11 @@ from lfm2_export.backends.onnx.session import Sessions, check_program, has_indep
 from lfm2_export.backends.onnx.tap import Tap
 from lfm2_export.backends.onnx.variants import choose, own_kernels
 from lfm2_export.backends.runner_base import DEFAULT_CHUNK_SIZE, program_id_of
-from lfm2_export.cache import RING_ROOM, CacheSpec
+from lfm2_export.cache import FIRST_SCORED, RING_ROOM, CacheSpec
 from lfm2_export.errors import ResourceError, RunnerError
 
 if TYPE_CHECKING:
     from lfm2_export.manifest import Program
-
-
-# Of a prompt whose residual streams are wanted, and with them the logits of every position: 32 MB of them on the 1.2B.
-_TAPPED_CHUNK = 128
 
 
 class OnnxRunner(JoiningRunner):
@@ -148,7 +144,7 @@ class OnnxRunner(JoiningRunner):
         state = self._make_room(rows)
         logits_BV = np.empty((self.batch_size, self.vocab_size), dtype=np.float32)
         if self._tap is not None:
-            chunk_size = min(chunk_size, _TAPPED_CHUNK)
+            chunk_size = self._tap.tokens_at_once(chunk_size)
         with _Transaction(state, rows):
             self._append(rows, chunk_size, logits_BV)
         return logits_BV
@@ -171,8 +167,12 @@ class OnnxRunner(JoiningRunner):
         if self._tap is None or self.batch_size != 1:
             run(self._session, state, ids_BT, counts, logits_BV[:, None])
             return
+        session, tokens = self._scoring_session(), ids_BT.shape[1]
+        if tokens == 1 or self._tap.scores_last:
+            self._run(session, state, ids_BT, counts, logits_BV[:, None], first=tokens - 1)
+            return
         logits_BTV = np.empty((*ids_BT.shape, self.vocab_size), dtype=np.float32)
-        self._run(self._scoring_session(), state, ids_BT, counts, logits_BTV)
+        self._run(session, state, ids_BT, counts, logits_BTV)
         logits_BV[:] = logits_BTV[:, -1]
 
     def _run(
@@ -183,14 +183,16 @@ class OnnxRunner(JoiningRunner):
         counts: np.ndarray,
         logits: np.ndarray,
         others: Mapping[str, np.ndarray] | None = None,
+        *,
+        first: int = 0,
     ) -> None:
         """``run``, and the tap is told of it."""
         tap = self._tap if self.batch_size == 1 else None
         if tap is None:
-            run(session, state, ids_BT, counts, logits, others)
+            run(session, state, ids_BT, counts, logits, others, first=first)
             return
         before, streams = int(state.lengths[0]), tap.room(int(counts[0]))
-        run(session, state, ids_BT, counts, logits, {**(others or {}), **streams})
+        run(session, state, ids_BT, counts, logits, {**(others or {}), **streams}, first=first)
         tap.tell(before, streams)
 
     def _prefill_scored(self, rows: list[np.ndarray], chunk_size: int) -> list[np.ndarray]:
@@ -324,11 +326,15 @@ def run(
     counts: np.ndarray,
     logits: np.ndarray,
     others: Mapping[str, np.ndarray] | None = None,
+    *,
+    first: int = 0,
 ) -> None:
     """Appends ``counts[b]`` tokens (the rest of ``ids_BT`` is right padding) and fills ``logits`` [B, 1 or T, V], and
-    other outputs of the graph."""
+    other outputs of the graph. ``first``: where it has the logits of every position, the first that is wanted."""
     others = others or {}
-    binding = state.binding(session, others)
+    binding = state.binding(session, [*others, FIRST_SCORED] if first else others)
+    if first:
+        binding.bind_ortvalue_input(FIRST_SCORED, as_ortvalue(np.array([first], dtype=np.int64)))
     for name, array in others.items():
         binding.bind_ortvalue_output(name, as_ortvalue(array))
     binding.bind_ortvalue_input("input_ids", as_ortvalue(ids_BT))

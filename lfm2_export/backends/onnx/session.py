@@ -14,7 +14,7 @@ import onnxruntime as ort
 from lfm2_export import memory, paths
 from lfm2_export.backends.arguments import check_threads
 from lfm2_export.backends.onnx.variants import INDEPENDENT, ROWS
-from lfm2_export.cache import CacheSpec, residual_name
+from lfm2_export.cache import FIRST_SCORED, CacheSpec, residual_name
 from lfm2_export.errors import ArtifactError, ResourceError, RunnerError
 from lfm2_export.messages import listed, natural, shown
 
@@ -111,7 +111,8 @@ def check_program(session: ort.InferenceSession, path: Path, spec: CacheSpec) ->
 def _vocabulary(session: ort.InferenceSession, path: Path, spec: CacheSpec) -> int:
     inputs = {"input_ids", "attention_mask"} | {t.past_name for t in spec.tensors}
     outputs = {"logits"} | {t.present_name for t in spec.tensors}
-    _check_names(path, "inputs", {i.name for i in session.get_inputs()}, inputs)
+    optional = {i.name for i in session.get_overridable_initializers()} - {FIRST_SCORED}
+    _check_names(path, "inputs", optional | {i.name for i in session.get_inputs()}, inputs)
     found = {o.name for o in session.get_outputs()}
     _check_names(path, "outputs", found - windows(session, spec) - set(residuals(session, spec)), outputs)
     _check_state(path, {i.name: i for i in session.get_inputs()}, spec)
@@ -135,6 +136,11 @@ def residuals(session: ort.InferenceSession, spec: CacheSpec) -> dict[str, int]:
     wanted = {residual_name(tensor.layer) for tensor in spec.tensors}
     found = (output for output in session.get_outputs() if output.name in wanted and len(output.shape) == 3)
     return {one.name: one.shape[-1] if isinstance(one.shape[-1], int) else 0 for one in found}
+
+
+def scores_from(session: ort.InferenceSession) -> bool:
+    """Whether a run may say from which position on it wants logits; graphs of older exports give all of them."""
+    return (FIRST_SCORED, "tensor(int64)") in {(one.name, one.type) for one in session.get_overridable_initializers()}
 
 
 def has_independent_rows(session: ort.InferenceSession) -> bool:
