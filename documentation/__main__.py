@@ -1,4 +1,7 @@
-"""Builds the site into ``build/site`` and looks at its links: ``python -m documentation``. Exit codes: 0 done, 1 something is wrong."""
+"""Builds the site into ``build/site`` and looks at its links: ``python -m documentation``.
+
+Exit codes: 0 done, 1 something is wrong.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ import sys
 from pathlib import Path
 
 from documentation import links, pages
-
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 

@@ -1,5 +1,7 @@
-"""The page of the public names. In: ``lfm2_export.__all__``. Out: Markdown in which mkdocstrings writes each of them, from its
-signature and docstring."""
+"""The page of the public names.
+
+In: ``lfm2_export.__all__``. Out: Markdown in which mkdocstrings writes each of them, from its signature and docstring.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ import lfm2_export
 
 _HEAD = """# Python names
 
-All that `import lfm2_export` offers; each name is loaded when it is first used. How they work together: [In Python](../python.md).
+All that `import lfm2_export` offers; each name is loaded when it is first used.
+How they work together: [In Python](../python.md).
 """
 _GROUPS = ("Functions", "Classes", "Errors", "Choices")
 

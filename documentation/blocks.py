@@ -1,8 +1,8 @@
 """The code blocks of a page, and which of them run.
 
-A block of shell commands (``sh``) or Python runs as a reader would paste it, unless the line before it says why it cannot:
-``<!-- not run: needs a phone -->``. ``text`` is what a program printed. Blocks of other languages run where a test says so by name, or carry
-such a line; a language that nobody runs may not pass in silence.
+A block of shell commands (``sh``) or Python runs as a reader would paste it, unless the line before it says why it
+cannot: ``<!-- not run: needs a phone -->``. ``text`` is what a program printed. Blocks of other languages run where a
+test says so by name, or carry such a line; a language that nobody runs may not pass in silence.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NOT_RUN = re.compile(r"<!-- not run: (?P<reason>[^>]+?) -->\n\s*\Z")
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """``line`` is the first line of the code, counted from 1; ``not_run`` the reason why it does not run, None where it may."""
+    """``line`` is the code's first, counted from 1; ``not_run`` why it does not run, None where it may."""
 
     line: int
     language: str

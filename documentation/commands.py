@@ -10,7 +10,8 @@ from lfm2_export.commands.parser import PROGRAM, CommandLine
 
 _HEAD = """# Commands
 
-What `lfm2-export COMMAND --help` says. Every command also takes `--verbose`. Exit codes and habits: [On the command line](../command_line.md).
+What `lfm2-export COMMAND --help` says. Every command also takes `--verbose`.
+Exit codes and habits: [On the command line](../command_line.md).
 """
 
 

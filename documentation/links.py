@@ -1,5 +1,8 @@
-"""What is wrong with the links of a built site: pages, places in pages and files that are not there, and whatever a page would load
-from elsewhere. In: the folder of a site. Out: one line for each fault."""
+"""What is wrong with the links of a built site.
+
+In: its folder. Out: a line for each page, place in a page or file that is not there, and for whatever a page would load
+from elsewhere.
+"""
 
 from __future__ import annotations
 

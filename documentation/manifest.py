@@ -10,9 +10,10 @@ from lfm2_export.cache import StateTensor
 
 _HEAD = f"""# The manifest
 
-`{manifest.MANIFEST}` says what a folder holds: JSON, schema version {manifest.SCHEMA_VERSION}, at most {manifest.MANIFEST_LIMIT >> 20} MB. Every object below has exactly these fields: one
-that is unknown, missing or of another type is refused by name. It changes with the schema's version only; a field with a default may
-be absent, so that older manifests are read.
+`{manifest.MANIFEST}` says what a folder holds: JSON, schema version {manifest.SCHEMA_VERSION},
+at most {manifest.MANIFEST_LIMIT >> 20} MB. Every object below has exactly these fields: one that is unknown,
+missing or of another type is refused by name. They change with the schema's version only; a field with a default may be
+absent, so that older manifests are read.
 """
 
 

@@ -1,7 +1,7 @@
 """Which Markdown files the site is made of, and its navigation.
 
-In: ``docs/``, README.md, CONTRIBUTING.md and CHANGELOG.md, the program. Out: a folder of Markdown in which the program's own pages are
-written, and the settings for zensical, ``zensical.toml`` with what is only known now.
+In: ``docs/``, README.md, CONTRIBUTING.md and CHANGELOG.md, the program. Out: a folder of Markdown in which the program's
+own pages are written, and the settings for zensical: ``zensical.toml`` with what is only known now.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _moved(link: re.Match[str]) -> str:
 
 
 def settings(docs: Path = DOCS) -> dict[str, Any]:
-    """zensical's, for a file in the folder above the pages'. Pages of the navigation that are not there are left out of it."""
+    """zensical's, for a file in the folder above the pages'. The navigation's pages that are not there are left out."""
     project: dict[str, Any] = tomllib.loads(SETTINGS.read_text(encoding="utf-8"))["project"]
     there = sources(docs).keys() | GENERATED.keys()
     return project | {"docs_dir": "pages", "site_dir": "site", "nav": list(_there(project["nav"], there))}

@@ -1,6 +1,6 @@
 """What can be exported where: families × schemes × backends, as the tests export and run them.
 
-In: the registries. Out: rows for ``lfm2-export support`` and the documentation's tables, which are checked against this.
+In: the registries. Out: rows for ``lfm2-export support`` and the documentation's tables, which are checked.
 """
 
 from __future__ import annotations
