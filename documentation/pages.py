@@ -1,7 +1,7 @@
 """Which Markdown files the site is made of, and its navigation.
 
-In: ``docs/``, README.md, CONTRIBUTING.md and CHANGELOG.md, the program. Out: a folder of Markdown in which the program's
-own pages are written, and the settings for zensical: ``zensical.toml`` with what is only known now.
+In: ``docs/``, README.md, CONTRIBUTING.md and CHANGELOG.md, the program. Out: a folder of Markdown in which the
+program's own pages are written, and the settings for zensical: ``zensical.toml`` with what is only known now.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The code of every page runs as it stands there: shell commands and Python in order, as a reader would paste them, in a
-folder of the page's own with the artifact ``out`` (tiny-dense, q4)."""
+"""The code of every page runs as it stands there: shell commands and Python in order, as a reader would paste them, in
+a folder of the page's own with the artifact ``out`` (tiny-dense, q4)."""
 
 from __future__ import annotations
 
