@@ -10,8 +10,8 @@ import pytest
 import lfm2_export
 from documentation import api, commands, manifest, pages
 from lfm2_export.commands.parser import CommandLine
+from tests.readme import PARTS, render
 from tests.readme import pages as pages_with_parts
-from tests.readme import render
 
 NAMES = {str(path.relative_to(pages.ROOT)): path for path in pages_with_parts()}
 
@@ -25,8 +25,14 @@ def test_generated_parts_are_current(name: str) -> None:
 def test_control_a_part_that_is_not_current_is_seen() -> None:
     text = (pages.DOCS / "executorch.md").read_text(encoding="utf-8")
     assert render(text.replace("| Vulkan |", "| Volcano |")) == text
-    with pytest.raises(AssertionError, match="nobody makes the part weather"):
-        render("<!-- weather:begin -->\n<!-- weather:end -->\n")
+    with pytest.raises(AssertionError, match="a page has 0 parts named delegates"):
+        render("<!-- delegates:begin -->\nof which the end is lost\n")
+
+
+def test_every_part_that_is_made_is_on_a_page() -> None:
+    """Or its table would be lost with a slip in the comment's name."""
+    text = "".join(path.read_text(encoding="utf-8") for path in NAMES.values())
+    assert {name: len(re.findall(f"<!-- {name}:begin", text)) for name in PARTS} == dict.fromkeys(PARTS, 1)
 
 
 def test_no_placeholder_is_left() -> None:
