@@ -6,8 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import lfm2_export
 from documentation.blocks import OUTPUT, RUN, Block, blocks
 from documentation.pages import ROOT, sources
 from tests.conftest import Exported, Once
+from tests.documentation.forking import start
 
 PAGES = {name: blocks(path.read_text(encoding="utf-8")) for name, path in sources().items()}
 NODE_MODULES = ROOT / "examples" / "transformers_js" / "node_modules"
@@ -35,17 +35,22 @@ def out(once: Once) -> Path:
     return once("documentation", lambda folder: lfm2_export.export("tiny-dense", scheme="q4", output=folder))
 
 
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with this checkout's ``lfm2-export``."""
+    made = tmp_path_factory.mktemp("bin")
+    server = start(made)
+    yield made
+    server.kill()
+    server.communicate()
+
+
 @pytest.fixture
-def folder(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, out: Path, command: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where a page's code runs: ``out`` lies there, and ``lfm2-export`` is this checkout's."""
     work = tmp_path / "page"
     shutil.copytree(out, work / "out")
-    (tmp_path / "bin").mkdir()
-    command = tmp_path / "bin" / "lfm2-export"
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m lfm2_export "$@"\n')
-    command.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{command.parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PATH", f"{command}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(work)
     return work
