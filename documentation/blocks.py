@@ -48,4 +48,5 @@ def blocks(page: str) -> list[Block]:
 
 def with_reasons_shown(page: str) -> str:
     """A page whose readers see what does not run here, and why."""
-    return re.sub(r"<!-- not run: ([^>]+?) -->\n", r"Not run by the tests: \1.\n{ .not-run }\n\n", page)
+    shown = r"\1Not run by the tests: \2.\n\1{ .not-run }\n\n"
+    return re.sub(r"^( *)<!-- not run: ([^>]+?) -->\n(?= *```\w)", shown, page, flags=re.MULTILINE)
