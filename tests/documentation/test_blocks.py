@@ -83,7 +83,7 @@ def test_a_pages_code_runs(page: str, folder: Path, encoder: Callable[..., Expor
 def test_control_a_block_that_is_broken_fails(folder: Path) -> None:
     right = Block(line=1, language="sh", text="test -d out\n")
     run("page.md", [right])
-    with pytest.raises(AssertionError, match=r"page\.md:3: error: nowhere"):
+    with pytest.raises(AssertionError, match=r"page\.md:3: lfm2-export: nowhere"):
         run("page.md", [right, Block(line=3, language="sh", text="lfm2-export inspect nowhere\ntrue\n")])
     with pytest.raises(lfm2_export.ArtifactError):
         run(
