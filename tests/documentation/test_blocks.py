@@ -77,6 +77,8 @@ def test_a_pages_code_runs(page: str, folder: Path, encoder: Callable[..., Expor
             shutil.copytree(encoder(kind, ["fp32"]).artifact, folder / kind)
     if page == "genai.md":
         pytest.importorskip("onnxruntime_genai", reason="pip install onnxruntime-genai")
+    if page == "sweep.md":
+        pytest.importorskip("ray", reason="pip install 'lfm2-export[sweep]'")
     run(page, [block for block in PAGES[page] if runs(block)])
 
 
