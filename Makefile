@@ -5,12 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest wheels platform-wheels lint format golden sanitize sanitized fuzz fuzz-operators faults bench bench-8b clean
+.PHONY: help demo test test-oldest docs wheels sdist platform-wheels lint format golden sanitize sanitized fuzz fuzz-operators faults bench bench-8b clean
 
 help:
 	@echo "make demo      export the bundled checkpoint as fp32 and q4, prove it, generate text from both"
 	@echo "make test      run the tests"
 	@echo "make test-oldest  run them with the versions of oldest.txt, in .venv-oldest"
+	@echo "make docs      build the documentation's site into build/site, look at its links, run its code"
+	@echo "make sdist     build the source distribution into dist/"
 	@echo "make wheels    build the wheels into dist/: lfm2-export, the bundled checkpoints' own, and optimum-cli's command"
 	@echo "make platform-wheels  and those with the compiled operators for Linux on x86-64 and aarch64; prove this machine's"
 	@echo "make lint      ruff format and check, mypy"
@@ -50,6 +52,14 @@ $(OLDEST)/.installed: pyproject.toml oldest.txt
 
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest -n 2 --dist worksteal -q
+
+docs: $(STAMP)
+	$(BIN)/python -m documentation
+	$(BIN)/python -m pytest -q tests/documentation
+
+# MANIFEST.in says what is in it: all that a checkout has, so that the suite runs from it.
+sdist: $(STAMP)
+	$(BIN)/python -m build --sdist --outdir dist .
 
 # setuptools takes up what an earlier build left.
 wheels: $(STAMP)

@@ -1,50 +1,24 @@
-"""The parts of README.md that the program itself knows: commands with their options, support tables, measured speeds.
+"""The parts of README.md and of the pages in docs/ that the program itself knows: support tables, measured speeds.
 
-In: the argument parser, the registries, the results. Out: Markdown between a begin and an end comment. ``python -m
-tests.readme`` writes them; a test compares.
+In: the registries, the results. Out: Markdown between a begin and an end comment. ``python -m tests.readme`` writes
+them; a test compares. Pages that are nothing else are made with the site (``documentation/``).
 """
 
 from __future__ import annotations
 
-import argparse
 import re
-import textwrap
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from benchmarks.figures import Comparison, table
 from benchmarks.programs import active_weights
 from benchmarks.synthetic import REAL_SHAPES
-from lfm2_export.commands.parser import build_parser
 from lfm2_export.support import DELEGATES, supported
 
-README = Path(__file__).parent.parent / "README.md"
-RESULTS = README.parent / "benchmarks" / "results"
-
-
-def commands() -> str:
-    """Every verb with what it takes, as in a manual's synopsis."""
-    whole = build_parser()
-    verbs = next(a for a in whole._actions if isinstance(a, argparse._SubParsersAction))
-    everywhere = [option for action in whole._actions for option in action.option_strings]
-    lines = [line for name, parser in verbs.choices.items() for line in _synopsis(name, parser, everywhere)]
-    shown = " ".join(_word(a) for a in whole._actions if a.option_strings and "--help" not in a.option_strings)
-    return "\n".join(["```", f"lfm2-export {shown} COMMAND ...", *lines, "```"])
-
-
-def _synopsis(name: str, parser: argparse.ArgumentParser, everywhere: list[str]) -> list[str]:
-    """Without the options that every verb takes."""
-    own = [action for action in parser._actions if not set(action.option_strings) & set(everywhere)]
-    words = [f"lfm2-export\0{name}", *map(_word, own)]
-    lines = textwrap.wrap(" ".join(words), 112, subsequent_indent="    ", break_on_hyphens=False)
-    return [line.replace("\0", " ") for line in lines]
-
-
-def _word(action: argparse.Action) -> str:
-    if not action.option_strings:
-        return str(action.metavar)
-    value = "" if action.nargs == 0 else f"\0{action.metavar or action.dest.upper()}"
-    word = action.option_strings[0] + value
-    return word if action.required else f"[{word}]"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+SHAPES = ("350m", "1.2b", "8b-a1b")
 
 
 def support() -> str:
@@ -62,7 +36,7 @@ def delegates() -> str:
 def speed() -> str:
     """The tables of ``benchmarks/compare.py``'s last run."""
     parts = []
-    for shape in ("350m", "1.2b", "8b-a1b"):
+    for shape in SHAPES:
         found = Comparison.read(RESULTS / f"{shape}.json")
         machine = f"{found.cpu}, {found.threads} threads, reading {found.read_gb_per_s:.0f} GB/s, {found.date[:10]}"
         rows = table(found, active_weights(REAL_SHAPES[shape])).splitlines()
@@ -70,19 +44,43 @@ def speed() -> str:
     return "\n\n".join(parts)
 
 
+def speed_summary() -> str:
+    """Of these tables what a first look wants: llama.cpp, and q4 in groups of 64."""
+    lines = ["| | system | load | prefill 512 | decode 128 |", "|---|---|---:|---:|---:|"]
+    for shape in SHAPES:
+        rows = table(Comparison.read(RESULTS / f"{shape}.json"), active_weights(REAL_SHAPES[shape])).splitlines()
+        names, *cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+        shown = [names.index(name) for name in ("load", "prefill 512", "decode 128")]
+        for system in SUMMARIZED:
+            (row,) = (row for row in cells if row[0] == system)
+            lines.append(" | ".join([f"| {shape}", system, *(row[column] for column in shown)]) + " |")
+    return "\n".join(lines)
+
+
+SUMMARIZED = ("llama.cpp Q4_0", "onnx q4 group 64")
+PARTS: Mapping[str, Callable[[], str]] = {
+    "support": support,
+    "delegates": delegates,
+    "speed": speed,
+    "speed_summary": speed_summary,
+}
+
+
+def pages() -> list[Path]:
+    """Every file that may have such parts."""
+    return [README, *sorted((ROOT / "docs").rglob("*.md"))]
+
+
 def render(text: str) -> str:
-    """The README with its generated parts made anew."""
-    for name, part in (
-        ("help", commands()),
-        ("support", support()),
-        ("delegates", delegates()),
-        ("speed", speed()),
-    ):
-        begin, end = rf"<!-- {name}:begin[^>]*-->\n", rf"\n<!-- {name}:end -->"
-        text, count = re.subn(f"({begin}).*?({end})", lambda m, part=part: m[1] + part + m[2], text, flags=re.DOTALL)
-        assert count == 1, f"README.md has {count} parts named {name}"
+    """A page with those of its parts made anew that are made here."""
+    for name in PARTS.keys() & set(re.findall(r"<!-- (\w+):begin", text)):
+        begin, end = rf"<!-- {name}:begin[^>]*-->\n", rf"(?:(?<=\n)|\n)<!-- {name}:end -->"
+        made = f"{PARTS[name]()}\n<!-- {name}:end -->"
+        text, count = re.subn(f"({begin}).*?{end}", lambda m, made=made: m[1] + made, text, flags=re.DOTALL)
+        assert count == 1, f"a page has {count} parts named {name}"
     return text
 
 
 if __name__ == "__main__":
-    README.write_text(render(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in pages():
+        page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")

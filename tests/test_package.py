@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
+import tomllib
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -102,7 +104,9 @@ def test_the_wheel_is_pure_and_small_and_holds_what_is_no_python(wheels: dict[st
     carried = {path for name in BUNDLED for path in (package / "assets" / name).iterdir()}
     assert {str(path.relative_to(ROOT)) for path in files - carried} <= held
     assert not {str(path.relative_to(ROOT)) for path in carried} & held
-    assert not [name for name in held if name.startswith(("tests/", "benchmarks/", "examples/"))]
+    assert not [
+        name for name in held if name.startswith(("tests/", "benchmarks/", "examples/", "docs/", "documentation/"))
+    ]
 
 
 def test_the_bundled_checkpoints_come_with_a_distribution_of_their_own(wheels: dict[str, Path], tmp_path: Path) -> None:
@@ -113,6 +117,57 @@ def test_the_bundled_checkpoints_come_with_a_distribution_of_their_own(wheels: d
     for name in BUNDLED:
         assert (tmp_path / "lfm2_export_demo" / name / "LICENSE").is_file()
     assert json.loads(inspected(tmp_path, 0).stdout)["parameters"] == 2_875_904
+
+
+def tracked() -> set[str]:
+    """The files of the checkout, of which a source distribution itself has no list."""
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("this is no checkout, whose files git could list")
+    return set(filter(None, done.stdout.split("\0")))
+
+
+def test_the_source_distribution_has_all_that_a_checkout_has(tmp_path: Path) -> None:
+    """So that the suite runs from it; and nothing that was built beside the sources."""
+    pytest.importorskip("build", reason="pip install build")
+    wanted = tracked()
+    for name in wanted:
+        (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "source" / name, follow_symlinks=False)
+    for built in ("build/site/index.html", "examples/web/node_modules/a.js", "tests/__pycache__/a.pyc"):
+        (tmp_path / "source" / built).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "source" / built).write_bytes(b"")
+    command = [sys.executable, "-m", "build", "--sdist", "--outdir", str(tmp_path / "dist"), str(tmp_path / "source")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if "No matching distribution found for setuptools" in done.stdout + done.stderr:
+        pytest.skip("setuptools, which builds it, cannot be had here")
+    assert done.returncode == 0, done.stderr
+    (made,) = (tmp_path / "dist").iterdir()
+    assert made.name == f"lfm2_export-{lfm2_export.__version__}.tar.gz"
+    with tarfile.open(made) as archive:
+        held = {member.name.partition("/")[2] for member in archive.getmembers() if not member.isdir()}
+    print(f"{made.name}: {made.stat().st_size:,} bytes, {len(held)} files")
+    assert not wanted - held
+    made_by_setuptools = {"PKG-INFO", "setup.cfg"}
+    assert {name for name in held - wanted if not name.startswith("lfm2_export.egg-info/")} == made_by_setuptools
+
+
+def test_every_distribution_has_the_same_version() -> None:
+    """Those of integrations/ too, with the bounds that they put on each other."""
+    found = {
+        name: tomllib.loads((ROOT / name / "pyproject.toml").read_text())["project"] for name in (".", *COMPANIONS)
+    }
+    assert {project["version"] for project in found.values()} == {lfm2_export.__version__}
+    asked = [
+        line
+        for project in found.values()
+        for line in (*project.get("dependencies", ()), *project.get("optional-dependencies", {}).get("demo", ()))
+    ]
+    bounds = [line for line in asked if line.startswith("lfm2-export") and "," in line]
+    major, minor, _ = lfm2_export.__version__.split(".")
+    wanted = f">={major}.{minor},<{major}.{int(minor) + 1}"
+    assert [bound for bound in bounds if bound.endswith(wanted)] == bounds
+    assert len(bounds) == 2
 
 
 def inspected(folder: Path, code: int) -> subprocess.CompletedProcess[str]:

@@ -77,7 +77,7 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
         "--group-size",
         type=int,
         metavar="N",
-        help="weights that share a scale, in every tensor that is quantized (default: the scheme's sizes, README; "
+        help="weights that share a scale, in every tensor that is quantized (default: the scheme's sizes; "
         "q4 and q4f16 mix them, see --target-bits)",
     )
     add_budget(parser)

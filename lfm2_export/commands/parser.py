@@ -103,5 +103,5 @@ def _epilog(examples: Iterable[str], rest: str = "") -> str:
 
 
 def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
-    """For what lists the options of every verb: the README's synopsis, completion."""
+    """For what lists the options of every verb: the page of commands, completion."""
     return CommandLine(program).parser

@@ -75,7 +75,7 @@ def test_same_greedy_tokens(artifact: Callable[[str], Path], tmp_path, checkpoin
 @shows("genai-own", "greedy", family=of("checkpoint"), scheme="q4")
 @pytest.mark.parametrize("checkpoint", FAMILIES)
 def test_our_operators_run_inside_genai(artifact: Callable[[str], Path], tmp_path: Path, checkpoint: str):
-    """As the README says: the library lies in the folder, and genai_config.json names it and the graph for it."""
+    """As docs/genai.md says: the library lies in the folder, and genai_config.json names it and the graph for it."""
     library = own_library()
     if library is None:
         pytest.skip("our operators cannot be built here: no compiler, or a processor without fast kernels")

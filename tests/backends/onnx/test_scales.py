@@ -142,7 +142,7 @@ def test_every_optimization_level_gives_the_same_logits(found: Exported, scheme:
 
 def test_without_any_optimization_the_graph_is_right_at_full_precision(found: Exported, tmp_path: Path) -> None:
     """With int8 activations onnxruntime 1.31's MatMulNBits then gives zeros on x86-64: it packs the scales with the
-    codes before it runs, and here they are made by a node. README says so."""
+    codes before it runs, and here they are made by a node. docs/folder.md says so."""
     model = onnx.load(graphs_of(found, "q4")["model"])
     for node in model.graph.node:
         kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
