@@ -156,7 +156,7 @@ def _run(settings: ExportSettings, progress: Progress) -> Artifact:
 def _with_widths(settings: ExportSettings, choice: ExportChoice, checkpoint: Checkpoint) -> tuple[Scheme, ...]:
     """The schemes with a format for every tensor: taken over from a file that is quantized already, or mixed."""
     if not checkpoint.exact_formats:
-        return tuple(mixed(checkpoint, choice.schemes, choice.lowering.make_plan, choice.widths))
+        return tuple(mixed(checkpoint, choice.schemes, choice.make_plan, choice.widths))
     check_nothing_chosen(checkpoint, choice.widths)
     again = settings.requantize_table
     return tuple(taken_over(checkpoint, scheme, requantize_table=again) for scheme in choice.schemes)
@@ -193,7 +193,7 @@ class _Export:
         for choice in self.choices:
             schemes: Sequence[Scheme] = choice.schemes
             if statistics is not None and not self.checkpoint.exact_formats:
-                schemes = mixed(self.checkpoint, schemes, choice.lowering.make_plan, choice.widths, statistics)
+                schemes = mixed(self.checkpoint, schemes, choice.make_plan, choice.widths, statistics)
             found += [(choice, self._request(choice, scheme, statistics)) for scheme in schemes]
         return found
 
