@@ -68,7 +68,8 @@ def check_mixable(schemes: Sequence[Scheme], request: MixRequest, group_size: in
     if not any(scheme.can_mix for scheme in schemes):
         names = ", ".join(scheme.name for scheme in schemes)
         raise QuantizationError(
-            f"{budget}: scheme {names} has one width for its linear layers; pass --scheme q4 (onnx) or 8da4w (executorch)"
+            f"{budget}: scheme {names} has one width for its linear layers; pass --scheme q4 (onnx) or 8da4w "
+            "(executorch)"
         )
     if group_size is not None:
         raise QuantizationError(f"{budget}: chooses the group sizes, too; leave --group-size {group_size} out")

@@ -105,9 +105,7 @@ class _Rows:
         self.error_NR[columns] = self.weight_NR[columns] - scale_R * steps_GR
         slope_GR -= change_R * felt_GR
 
-    def _fit_codes(
-        self, group: int, columns: slice, block: slice, slope_GR: FloatArray, inner_GG: FloatArray
-    ) -> None:
+    def _fit_codes(self, group: int, columns: slice, block: slice, slope_GR: FloatArray, inner_GG: FloatArray) -> None:
         """Coordinate descent on a block of the group: each column's best codes, all else being as it is. Of
         ``slope_GR`` only what is still needed is kept up: the block's column by column, what is behind it at once."""
         scale_R, least_R, greatest_R = self.scale_SR[group], self.least_SR[group], self.greatest_SR[group]

@@ -31,8 +31,9 @@ class StoredPart:
     """Rows ``first_row`` to ``stop_row`` of a tensor [rows, ...], by the SHA-256 of the bytes that they are stored as.
 
     ``kind`` says how: numbers ("float"; "conv" with its axes turned about), codes with a scale for each ``group_size``
-    columns ("int8" for a whole row), or ("stock", "lfm2") rows of one ``expert`` in a blob uint8 ``blob_shape`` [experts, ...] of a whole layer:
-    ``blob_rows`` of a stock one, every ``step``-th block of 32 from ``first`` on of ours.
+    columns ("int8": for a whole row), or ("stock", "lfm2") rows of one ``expert`` in a blob uint8 ``blob_shape``
+    [experts, ...] of a whole layer: ``blob_rows`` of a stock one, every ``step``-th block of 32 from ``first`` on of
+    ours.
     """
 
     kind: str

@@ -191,8 +191,8 @@ def _with_embedding_bits(scheme: Scheme, bits: int) -> Scheme:
 def _check_linear(name: str, form: IntFormat) -> None:
     if form.bits == 8 and form.group_size is not None:
         raise QuantizationError(
-            f"{name}: 8 bits in groups of {form.group_size}, but XNNPACK takes 8 bits with a scale for a whole row; pass "
-            "--backend onnx"
+            f"{name}: 8 bits in groups of {form.group_size}, but XNNPACK takes 8 bits with a scale for a whole row; "
+            "pass --backend onnx"
         )
     if form.bits == 4 and (form.group_size is None or form.group_size % XNNPACK_GROUP):
         raise QuantizationError(

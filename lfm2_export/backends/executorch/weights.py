@@ -29,8 +29,8 @@ FLOAT, CONV, INT4, INT8, EMBEDDING_BYTE, EMBEDDING_4BIT = "float", "conv", "int4
 
 @dataclass(frozen=True, kw_only=True)
 class Codes:
-    """A quantized matrix: ``qdata`` int8 [rows, columns], signed; ``scale`` float32 [rows, groups]; ``group_size`` None:
-    [rows, 1]."""
+    """A quantized matrix: ``qdata`` int8 [rows, columns], signed; ``scale`` float32 [rows, groups], a row being one
+    where ``group_size`` is None."""
 
     qdata: Tensor
     scale: Tensor
