@@ -79,7 +79,8 @@ def export(
             without.
         target_bits: mixes 4 and 8 bits and groups of 32 to 256 (``mixing``) within so many bits a weight, scales and
             token table included; q4 does so by itself, in the bytes of llama.cpp's Q4_K_M, and q4f16 in those of its
-            own widths, unless ``group_size`` or ``exclude`` is given.
+            own widths, unless ``group_size`` or ``exclude`` is given. In 8da4w 8 bits have a scale for each row, and
+            experts keep 4.
         target_size: the same within so many bytes of data, or "700MB", "1.2GB", "650MiB".
         measure: a file of text on which is measured what each tensor's width costs, with the model in memory as
             float32; None estimates it by the statistics of ``calibrate``, else without data.

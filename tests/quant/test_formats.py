@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from lfm2_export.errors import QuantizationError
 from lfm2_export.quant import formats
+from lfm2_export.quant.algorithms import get_algorithm
 from lfm2_export.quant.formats import (
     FloatFormat,
     IntFormat,
