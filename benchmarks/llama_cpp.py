@@ -1,8 +1,8 @@
-"""llama.cpp as a rival: builds its ``llama-bench`` and the tools that quantize, and runs them.
+"""llama.cpp as a rival: builds its ``llama-bench``, its server and the tools that quantize, and runs them.
 
 In: a version of llama-cpp-python, whose source distribution on the package index contains llama.cpp. Out: a
-``LlamaBench`` or ``LlamaTools``, kept in the user's cache folder by version, compiler and flags, so that each is built
-once.
+``LlamaBench``, a ``LlamaServer`` or ``LlamaTools``, kept in the user's cache folder by version, compiler and flags, so
+that each is built once.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from lfm2_export.hashing import cache_folder
 PACKAGE, VERSION = "llama-cpp-python", "0.3.36"
 _BINARY, _RECORD = "llama-bench", "build.json"
 _TOOLS = ("llama-quantize", "llama-imatrix")
+_SERVER = "llama-server"
 _OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DGGML_NATIVE=ON",
@@ -39,6 +40,8 @@ _OPTIONS = (
     "-DLLAMA_BUILD_SERVER=OFF",
     "-DLLAMA_BUILD_APP=OFF",
 )
+# Behind the others, of which it replaces one; a page that it would fetch has no part in a measurement.
+_SERVER_OPTIONS = ("-DLLAMA_BUILD_SERVER=ON", "-DLLAMA_USE_PREBUILT_UI=OFF")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,12 +154,45 @@ def get_llama_tools(compiler: Compiler, version: str = VERSION) -> LlamaTools:
     return LlamaTools(folder=folder)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LlamaServer:
+    """A built ``llama-server``."""
+
+    path: Path
+    package: str
+
+    def command(self, model: Path, *, port: int, threads: int, parallel: int, context: int) -> list[str]:
+        """What starts it: ``parallel`` requests at once, each of ``context`` tokens."""
+        command = [str(self.path), "-m", str(model), "--host", "127.0.0.1", "--port", str(port)]
+        command += ["-t", str(threads), "-tb", str(threads), "-np", str(parallel), "-c", str(parallel * context)]
+        return [*command, "--offline", "--no-ui"]
+
+
+def get_llama_server(compiler: Compiler, version: str = VERSION) -> LlamaServer:
+    """The cached program, or a new one, as ``get_llama_bench``: a quarter of an hour on two cores.
+
+    Raises:
+        BenchmarkError: the index, cmake or the compiler is missing or fails.
+    """
+    built = LlamaServer(path=_cached(compiler, version, _SERVER) / _SERVER, package=f"{PACKAGE} {version}")
+    if not built.path.is_file():
+        _build(built.path.parent, [_SERVER], find_cmake(), compiler, version, _SERVER_OPTIONS)
+    return built
+
+
 def _cached(compiler: Compiler, version: str, *programs: str) -> Path:
     key = json.dumps([version, compiler.name, compiler.cxx, compiler.flags, _OPTIONS, *programs])
     return cache_folder() / "llama.cpp" / f"{version}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
-def _build(target: Path, programs: Sequence[str], cmake: str, compiler: Compiler, version: str) -> None:
+def _build(
+    target: Path,
+    programs: Sequence[str],
+    cmake: str,
+    compiler: Compiler,
+    version: str,
+    options: Sequence[str] = (),
+) -> None:
     package = f"{PACKAGE} {version}"
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="building-") as name:
@@ -166,7 +202,10 @@ def _build(target: Path, programs: Sequence[str], cmake: str, compiler: Compiler
         languages = {"C": compiler.c, "CXX": compiler.cxx}
         chosen = [f"-DCMAKE_{language}_COMPILER={one}" for language, one in languages.items()]
         chosen += [f"-DCMAKE_{language}_FLAGS={flags}" for language in languages]
-        _run([cmake, "-S", str(source), "-B", str(scratch / "build"), *_OPTIONS, *chosen], "configuring llama.cpp")
+        _run(
+            [cmake, "-S", str(source), "-B", str(scratch / "build"), *_OPTIONS, *options, *chosen],
+            "configuring llama.cpp",
+        )
         jobs = str(os.cpu_count() or 1)
         _run(
             [cmake, "--build", str(scratch / "build"), "--target", *programs, "--config", "Release", "-j", jobs],

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,13 +85,23 @@ def _type(tensor: ModelTensor) -> Type:
     return Type.Q4_0 if tensor.kind in (TensorClass.LINEAR, TensorClass.EXPERTS) else Type.F32
 
 
-def write_random_gguf(path: Path, raw_config: Mapping[str, Any], *, seed: int) -> Path:
-    """Writes the file, or leaves none."""
+def _no_vocabulary(writer: gguf.GGUFWriter) -> None:
+    writer.add_tokenizer_model("no_vocab")
+
+
+def write_random_gguf(
+    path: Path,
+    raw_config: Mapping[str, Any],
+    *,
+    seed: int,
+    vocabulary: Callable[[gguf.GGUFWriter], None] = _no_vocabulary,
+) -> Path:
+    """Writes the file, or leaves none. ``vocabulary`` adds the tokenizer's keys."""
     config = get_family(raw_config["model_type"]).parse_config(raw_config)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     writer = gguf.GGUFWriter(unfinished, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type]])
     add_settings(writer, config)
-    writer.add_tokenizer_model("no_vocab")
+    vocabulary(writer)
     chosen = tensors(raw_config)
     for tensor in chosen:
         shape = tensor.shape if tensor.type is Type.F32 else gguf.quant_shape_to_byte_shape(tensor.shape, tensor.type)

@@ -1,9 +1,12 @@
 """A server under load: clients with prompts and answers of mixed lengths, a third of them going away in mid-stream.
 
-In: an artifact's folder. Out: answers, requests a second, time to the first token, memory, on stdout; exit code 1
-where an answer that ended is not what the same request gives alone (greedy), or an answer ended in an error.
+In: an artifact's folder. Out: answers, requests a second, time to the first token, how many requests shared a pass,
+memory, on stdout; exit code 1 where an answer that ended is not what the same request gives alone (greedy), or an
+answer ended in an error.
 
     python -m benchmarks.server_load DIR --clients 16 --seconds 300
+
+``server_compare.py`` measures the server beside llama.cpp's.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +97,28 @@ def main() -> int:
     assert server.stderr is not None
     url = next(found[0] for line in server.stderr if (found := re.search(r"http://\S+/v1", line)))
     load = Load(url, options.folder.resolve().name, options.seconds)
+    threading.Thread(target=server.stderr.read, daemon=True).start()  # a full pipe would stop the server
     memory = measured(load, options.clients, psutil.Process(server.pid), options.seconds)
+    shared = tokens_a_pass(url)
     server.terminate()
     server.wait()
+    print(f"{shared:.1f} requests shared a pass over the program (mean)")
     return told(load, memory, options)
+
+
+def tokens_a_pass(url: str) -> float:
+    """Tokens that a decode step brought: one for each request that shared it. A request's first token needs none."""
+    with urllib.request.urlopen(f"{url.removesuffix('/v1')}/metrics") as response:
+        lines = response.read().decode().splitlines()
+    tokens, firsts, steps = (
+        sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name}{{"))
+        for name in (
+            "lfm2_generated_tokens_total",
+            "lfm2_time_to_first_token_seconds_count",
+            "lfm2_decode_steps_total",
+        )
+    )
+    return (tokens - firsts) / steps
 
 
 def told(load: Load, memory: list[int], options: argparse.Namespace) -> int:

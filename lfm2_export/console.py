@@ -129,7 +129,7 @@ def print_line(text: str) -> None:
 
 
 def _cell(cell: object) -> Text:
-    styles = {"ok": "green", "FELL SHORT": "bold red"}
+    styles = {"ok": "green", "FELL SHORT": "bold red", "failed": "bold red"}
     text = str(cell)
     return Text(printable(text, _CELL_LIMIT), style=styles.get(text, ""))
 

@@ -146,7 +146,7 @@ def _steps(
             lengths = runner.lengths
         tokens = [samplers[row].choose(logits) for row, logits in zip(active, logits_BV, strict=True)]
         reasons = [
-            _finish_reason(token, step, int(held), runner.context_length, config)
+            finish_reason_of(token, step, int(held), runner.context_length, config)
             for token, held in zip(tokens, lengths, strict=True)
         ]
         for row, token, reason, logits in zip(active, tokens, reasons, logits_BV, strict=True):
@@ -161,9 +161,10 @@ def _steps(
             logits_BV = runner.decode([tokens[i] for i in going_on])
 
 
-def _finish_reason(
+def finish_reason_of(
     token: int, step: int, held: int, context_length: int, config: GenerationConfig
 ) -> FinishReason | None:
+    """Whether ``token``, a row's ``step``-th, is its last one; the row holds ``held`` tokens, this one left out."""
     if token in config.stop_tokens:
         return "stop"
     if step == config.max_new_tokens:

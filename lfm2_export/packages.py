@@ -50,6 +50,8 @@ PACKAGES = (
     Package(name="starlette", module="starlette", extra="serve"),
     Package(name="uvicorn", module="uvicorn", extra="serve"),
     Package(name="llguidance", module="llguidance", extra="serve"),
+    Package(name="ray", module="ray", extra="sweep"),
+    Package(name="pyyaml", module="yaml", extra="sweep"),
     Package(name="shtab", module="shtab", extra="completion"),
 )
 

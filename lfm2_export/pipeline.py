@@ -128,6 +128,44 @@ def export(
     return _run(settings, progress or Progress())
 
 
+def estimate_export(settings: ExportSettings, checkpoint: Checkpoint) -> Estimate:
+    """What an export would need, for whoever plans several; ``checkpoint`` is the one that the settings name. Mixed
+    widths, which take long to choose, count as the scheme's own.
+
+    Raises:
+        Lfm2ExportError: as ``export``, for all that can be refused without reading weights or looking at the output.
+    """
+    choices = settings.choices()
+    if checkpoint.config.drafter is not None:
+        choices = tuple(settings.for_drafter(choice) for choice in choices)
+    companions.check(checkpoint)
+    if checkpoint.exact_formats:
+        for choice in choices:
+            check_nothing_chosen(checkpoint, choice.widths)
+    calibration = Calibration.asked(checkpoint, settings.calibrate, settings.statistics)
+    estimates = [
+        choice.lowering.estimate(
+            ExportRequest(
+                checkpoint=checkpoint,
+                scheme=scheme,
+                file_name=choice.lowering.SCHEMES[scheme.name],
+                folder=Path(settings.output),
+                algorithm=choice.algorithm,
+                progress=lambda nbytes: None,
+                options=choice.options,
+            )
+        )
+        for choice in choices
+        for scheme in choice.schemes
+    ]
+    memory = max(one.memory_bytes for one in estimates)
+    if calibration is not None:
+        memory += calibration.quantizing_memory()
+        if settings.calibrate is not None:
+            memory = max(memory, calibration.estimate().memory_bytes)
+    return Estimate(disk_bytes=disk_needed(one.disk_bytes for one in estimates), memory_bytes=memory)
+
+
 def _run(settings: ExportSettings, progress: Progress) -> Artifact:
     asked = settings.choices()
     opened = settings.source.open()

@@ -13,6 +13,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lfm2_export.errors import ResourceError
@@ -32,6 +33,8 @@ _MORE_MEMORY = "close other programs, raise the container's limit, or use a larg
 # No machine has it: it was computed from a number that somebody made up, and may be beyond a float.
 _BEYOND = 10**18
 
+_most_cores: int | None = None
+
 
 def disk_needed(program_bytes: Iterable[int]) -> int:
     """Bytes of disk for programs whose data files have these sizes."""
@@ -44,10 +47,28 @@ def export_memory_needed(largest_piece: int, *, at_once: int = 1) -> int:
 
 
 def usable_cores(topology: Path = Path("/sys/devices/system/cpu")) -> int:
-    """The cores that this process may run on: in a container often fewer than the machine has.
+    """The cores that this process may run on: in a container often fewer than the machine has, and no more than
+    ``at_most_cores`` allows.
 
     Linux says which hardware threads share a core; they would only compete for its memory and vector units.
     """
+    there = _cores(topology)
+    return there if _most_cores is None else min(there, _most_cores)
+
+
+@contextmanager
+def at_most_cores(count: int) -> Iterator[None]:
+    """Within it this process works in at most so many threads, where several share a machine; estimates of memory
+    count with them. For a whole process: two threads with different bounds would have each other's."""
+    global _most_cores
+    before, _most_cores = _most_cores, count
+    try:
+        yield
+    finally:
+        _most_cores = before
+
+
+def _cores(topology: Path) -> int:
     affinity = getattr(os, "sched_getaffinity", None)
     cpus = affinity(0) if affinity else range(os.cpu_count() or 1)
     siblings = [topology / f"cpu{cpu}" / "topology" / "thread_siblings_list" for cpu in cpus]

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import jinja2
 
 _TEMPLATES = Path(__file__).parent / "templates"
-# Of a cell that holds a verdict (parity/figures.py), and of one with a number in it.
-_KINDS = {"ok": "verdict good", "FELL SHORT": "verdict bad"}
+# Of a cell that holds a verdict (parity/figures.py, sweep/report.py), and of one with a number in it.
+_KINDS = {"ok": "verdict good", "FELL SHORT": "verdict bad", "failed": "verdict bad"}
 _NUMBER = "number"
 
 

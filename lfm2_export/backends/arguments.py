@@ -228,6 +228,14 @@ def check_indices(indices: Sequence[int] | np.ndarray, batch_size: int) -> np.nd
     return rows.astype(np.int64)
 
 
+def check_row_number(row: int, batch_size: int) -> int:
+    """The number of a row; a RunnerError where there is none of that number."""
+    found = as_integer(row)
+    if found is None or not 0 <= found < batch_size:
+        raise RunnerError(f"row {shown(row, 40)} of a state that has {batch_size}; count from 0")
+    return found
+
+
 def check_chunk_size(chunk_size: int | None, default: int) -> int:
     """The tokens that a prefill takes at a time; a RunnerError where they are none."""
     if chunk_size is None:

@@ -103,7 +103,7 @@ class Mark:
 
     It holds the states of fixed size only: conv states, and keys and values of bounded layers. Those that grow stay in
     the runner, where later tokens never touch earlier ones. It therefore dies with that state (``reset``, ``restore``,
-    ``reorder``, or a ``rewind`` to an earlier place).
+    ``reorder``, ``join``, ``leave``, or a ``rewind`` to an earlier place).
     """
 
     lengths: np.ndarray
@@ -235,6 +235,29 @@ class Runner(Protocol):
 
     def reorder(self, indices: Sequence[int] | np.ndarray) -> None:
         """New row i becomes a copy of old row ``indices[i]``: beam search, repeated or dropped rows."""
+
+
+@runtime_checkable
+class JoinsRows(Runner, Protocol):
+    """A runner whose rows come and go while the others are decoded: what a server needs to answer several at once."""
+
+    @property
+    def rows_are_independent(self) -> bool:
+        """Whether each row gets the bits that it gets alone, whatever other rows there are, and however its tokens were
+        cut into calls."""
+
+    def beside(self) -> JoinsRows:
+        """Another runner of this program on the same weights in memory, with one empty row of its own."""
+
+    def copy_row(self, row: int) -> Snapshot:
+        """A copy of one row: a state of one row."""
+
+    def join(self, snapshot: Snapshot) -> None:
+        """Copies of the rows of ``snapshot`` come behind the present ones."""
+
+    def leave(self, row: int) -> None:
+        """One of several rows goes, and the last one takes its place and number. Where this is interrupted (Ctrl-C),
+        what that row holds is undefined; all others are as they were."""
 
 
 def check_snapshot(

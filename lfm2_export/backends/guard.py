@@ -14,8 +14,11 @@ from typing import Any, TypeVar
 
 Kind = TypeVar("Kind", bound=type)
 
-_CHANGING = ("reset", "prefill", "prefill_scored", "verify", "accept", "decode", "restore", "rewind", "reorder")
-_LOOKING = ("score", "snapshot", "mark", "is_valid")
+_CHANGING = (
+    *("reset", "prefill", "prefill_scored", "verify", "accept", "decode", "restore", "rewind", "reorder"),
+    *("join", "leave"),
+)
+_LOOKING = ("score", "snapshot", "mark", "is_valid", "copy_row")
 
 
 class Guard:
@@ -27,9 +30,9 @@ class Guard:
 
 
 def guarded(kind: Kind) -> Kind:
-    """Makes the calls of a runner's class wait for each other."""
+    """Makes the calls that a runner's class defines wait for each other."""
     for name in (*_CHANGING, *_LOOKING):
-        if hasattr(kind, name):
+        if name in vars(kind):
             setattr(kind, name, _waiting(getattr(kind, name), changes=name in _CHANGING))
     return kind
 

@@ -15,6 +15,7 @@ from lfm2_export.commands.quality import QualityCommand
 from lfm2_export.commands.run import RunCommand
 from lfm2_export.commands.serve import ServeCommand
 from lfm2_export.commands.show import InspectCommand, SupportCommand
+from lfm2_export.commands.sweep import SweepCommand
 
 COMMANDS: tuple[Command, ...] = (
     ExportCommand(),
@@ -24,6 +25,7 @@ COMMANDS: tuple[Command, ...] = (
     ServeCommand(),
     ParityCommand(),
     QualityCommand(),
+    SweepCommand(),
     BenchCommand(),
     AdoptCommand(),
     PushCommand(),

@@ -31,6 +31,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "parity lfm2-1.2b LiquidAI/LFM2-1.2B -s q4 --record --report parity.html",
     ),
     "quality": ("quality lfm2-1.2b LFM2-1.2B-Q4_K_M.gguf --checkpoint LiquidAI/LFM2-1.2B --text held-out.txt",),
+    "sweep": ("sweep fleet.yaml --dry-run", "sweep fleet.yaml", "sweep fleet.yaml --address auto --json"),
     "bench": ("bench lfm2-1.2b", "bench lfm2-1.2b -p 512 -n 128 -t 4 --profile"),
     "adopt": ("adopt lfm2-1.2b",),
     "push": ("push lfm2-1.2b my-org/lfm2-1.2b-q4 --dry-run", "push lfm2-1.2b my-org/lfm2-1.2b-q4 --private"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from lfm2_export.manifest import ENCODER
 from lfm2_export.runners import open_runner
 from lfm2_export.server.embeddings import EncoderQueue
 from lfm2_export.server.limits import Limits
-from lfm2_export.server.served import Model, Models
+from lfm2_export.server.rows import why_alone
+from lfm2_export.server.served import Model, Models, Served
 from lfm2_export.text import Tokenizer
 
 KEY_VARIABLE = "LFM2_EXPORT_API_KEY"
@@ -70,6 +72,8 @@ class ServeCommand:
             limits,
             [EncoderQueue(*one, queue_limit=limits.queue) for one in opened if not isinstance(one, Model)],
         )
+        for served in models.all():
+            console.note(_at_once(served))
         access = Access(key=key, origins=tuple(options.allow_origin), local=is_loopback(bound))
         if not access.local and key is None:
             console.note(f"{options.host}: anyone who reaches this machine can ask; --api-key KEY lets only some")
@@ -84,6 +88,7 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
     for name, metavar, default, what in (
         ("--max-body", "MB", _DEFAULTS.body // _MB, "the largest request"),
         ("--max-tokens", "N", _DEFAULTS.tokens, "the longest answer"),
+        ("--parallel", "N", _DEFAULTS.parallel, "requests that a program answers at once, where it can do so exactly"),
         ("--max-queue", "N", _DEFAULTS.queue, "requests that may wait for a program"),
         ("--cache-memory", "MB", _DEFAULTS.cache_bytes // _MB, "kept states of prompts, for each program; 0: none"),
     ):
@@ -94,8 +99,22 @@ def _limits(options: argparse.Namespace) -> Limits:
     return Limits(
         body=options.max_body * _MB,
         tokens=options.max_tokens,
+        parallel=options.parallel,
         queue=options.max_queue,
         cache_bytes=options.cache_memory * _MB,
+    )
+
+
+def _at_once(served: Served) -> str:
+    """How many requests a model answers at once, and the memory that their states may take."""
+    runner, count = served.model.runner, served.engine.parallel
+    megabytes = math.ceil(runner.cache.state_bytes(runner.context_length) / 1e6)
+    if count == 1:
+        reason = why_alone(runner)
+        return f"{served.model.name}: one request at a time{f' ({reason})' if reason else ''}"
+    return (
+        f"{served.model.name}: up to {count} requests at once; the state of one takes {megabytes} MB at the full "
+        f"context of {runner.context_length} tokens"
     )
 
 

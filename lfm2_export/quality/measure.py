@@ -104,13 +104,16 @@ def _same_experts(reference: _Reference, subject: Subject) -> dict[int, float]:
     return agreement(reference.experts, chosen_experts(load_model(subject.weights()), reference.windows))
 
 
-def _check_memory(checkpoint: Checkpoint, max_tokens: int, subjects: Sequence[Subject]) -> None:
-    """The model in fp32 beside a program, or a GGUF file's model alone, and the logits of the text."""
+def memory_needed(checkpoint: Checkpoint, max_tokens: int, largest: int = 0) -> int:
+    """Bytes of memory: the model in fp32, or the largest of what is compared with it, and the logits of the text."""
     fp32 = 4 * checkpoint.parameter_count
-    largest = max(subject.size.file_bytes for subject in subjects)
     logits = 4 * max_tokens * checkpoint.config.vocab_size
+    return _MEMORY_BASE + max(fp32, largest) + logits
+
+
+def _check_memory(checkpoint: Checkpoint, max_tokens: int, subjects: Sequence[Subject]) -> None:
     check_memory(
-        _MEMORY_BASE + max(fp32, largest) + logits,
+        memory_needed(checkpoint, max_tokens, max(subject.size.file_bytes for subject in subjects)),
         purpose="comparing models",
         remedy="pass a smaller --max-tokens, or use a larger machine",
     )

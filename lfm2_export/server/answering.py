@@ -16,9 +16,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from lfm2_export import json_values
 from lfm2_export.server.answer import Answer, Json
-from lfm2_export.server.engine import Engine, Job, Output
+from lfm2_export.server.engine import Engine
 from lfm2_export.server.errors import translated
 from lfm2_export.server.generating import Asked, Done, Piece
+from lfm2_export.server.job import Job, Output
 
 # Some proxies hold back what is not marked so.
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

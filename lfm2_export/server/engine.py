@@ -1,49 +1,33 @@
 """The queue of one program, and the thread that works it off.
 
-In: jobs, from any thread. Out: what they bring, in the order in which they came, by a callback of each. One job runs
-at a time, since a runner has one state. A job that was cancelled stops at its next token, or is never begun.
+In: jobs, from any thread. Out: what they bring, by a callback of each. Jobs begin in the order in which they came, as
+many at a time as are decoded together (``rows``). A job that was cancelled stops at its next token, or is never begun.
+
+Memory: beside the weights, the state of as many requests as run, each as long as the longest of them, rounded up
+(at most twice its tokens, and no more than the context); that of one prompt; and what ``prefixes`` may keep.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
-import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from lfm2_export.backends.base import Runner
+from lfm2_export.server.batching import Batch
 from lfm2_export.server.errors import ApiError
-from lfm2_export.server.generating import Asked, Done, Piece, answer
+from lfm2_export.server.job import Job
 from lfm2_export.server.metrics import Metrics
 from lfm2_export.server.prefixes import PrefixCache
+from lfm2_export.server.rows import rows_of
 from lfm2_export.text import Tokenizer
-
-logger = logging.getLogger(__name__)
-
-Output = Piece | Done | Exception
-_END = object()
-
-
-@dataclass(eq=False, kw_only=True)
-class Job:
-    """``deliver`` is called in the engine's thread with pieces, and at the end with Done or what went wrong."""
-
-    asked: Asked
-    deliver: Callable[[Output], None]
-    submitted: float = field(default_factory=time.monotonic)
-    cancelled: threading.Event = field(default_factory=threading.Event)
-
-    def cancel(self) -> None:
-        self.cancelled.set()
 
 
 class Engine:
     """Args:
     name: the model's, in metrics.
     runner: belongs to the engine's thread from here on.
-    queue_limit: jobs that may wait beside the one that runs.
+    parallel: jobs that may run at once, where the runner's rows can be joined.
+    queue_limit: jobs that may wait beside those that run.
     cache_bytes: what snapshots of prompts may take.
     """
 
@@ -54,14 +38,16 @@ class Engine:
         tokenizer: Tokenizer,
         metrics: Metrics,
         *,
+        parallel: int,
         queue_limit: int,
         cache_bytes: int,
     ):
-        self._name, self._runner, self._tokenizer, self._metrics = name, runner, tokenizer, metrics
-        self._queue_limit = queue_limit
+        self._name, self._queue_limit = name, queue_limit
         self._prefixes = PrefixCache(cache_bytes)
+        rows = rows_of(runner, parallel)
+        self.parallel = rows.limit
+        self._batch = Batch(name, rows, tokenizer, self._prefixes, metrics)
         self._jobs: deque[Job] = deque()
-        self._running: Job | None = None
         self._closing = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name=f"lfm2-export serve {name}", daemon=True)
@@ -70,10 +56,10 @@ class Engine:
     def submit(self, job: Job) -> None:
         """Raises: ApiError 429 where the queue is full, 503 where the server is about to end."""
         with self._changed:
-            ahead = sum(not waiting.cancelled.is_set() for waiting in self._jobs) + (self._running is not None)
+            ahead = sum(not waiting.cancelled.is_set() for waiting in self._jobs) + len(self._batch.jobs)
             if self._closing:
                 raise ApiError(503, "the server is about to end; ask another one")
-            if ahead > self._queue_limit:
+            if ahead >= self._queue_limit + self.parallel:
                 raise ApiError(429, f"{ahead} requests for {self._name} come first; try again later", code="queue_full")
             self._jobs.append(job)
             self._changed.notify()
@@ -82,7 +68,7 @@ class Engine:
         """Takes no more, and cancels what runs and what waits."""
         with self._changed:
             self._closing = True
-            for job in (*self._jobs, *([self._running] if self._running else [])):
+            for job in (*self._jobs, *self._batch.jobs):
                 job.cancel()
             self._changed.notify()
 
@@ -94,58 +80,27 @@ class Engine:
     def gauges(self) -> dict[str, float]:
         """What is so now, for the metrics."""
         with self._changed:
-            waiting, running = len(self._jobs), self._running is not None
+            waiting, running = len(self._jobs), len(self._batch.jobs)
         return {
             "lfm2_requests_waiting": waiting,
-            "lfm2_requests_running": int(running),
+            "lfm2_requests_running": running,
+            "lfm2_requests_parallel_limit": self.parallel,
+            "lfm2_running_state_bytes": self._batch.state_bytes,
             "lfm2_prefix_cache_bytes": self._prefixes.nbytes,
             "lfm2_prefix_cache_entries": len(self._prefixes),
         }
 
     def _work(self) -> None:
-        while (job := self._next()) is not None:
-            try:
-                self._run(job)
-            except Exception as error:
-                logger.error("%s: a request failed (%s: %s)", self._name, type(error).__name__, error, exc_info=True)
-                job.deliver(error)
+        while self._begin():
+            self._batch.work()
 
-    def _next(self) -> Job | None:
-        """The oldest job; None at the end."""
+    def _begin(self) -> bool:
+        """The oldest job may begin, if there is room for it; waits while there is nothing to do. False at the end."""
         with self._changed:
-            self._running = None
-            while True:
-                if self._jobs:
-                    self._running = self._jobs.popleft()
-                    return self._running
+            while not self._jobs and not self._batch.jobs:
                 if self._closing:
-                    return None
+                    return False
                 self._changed.wait()
-
-    def _run(self, job: Job) -> None:
-        outputs = answer(self._runner, self._tokenizer, self._prefixes, job.asked)
-        is_first = True
-        while not self._gone(job) and (output := next(outputs, _END)) is not _END:
-            if isinstance(output, Piece) and is_first:
-                self._metrics.observe(self._name, time.monotonic() - job.submitted)
-                is_first = False
-            self._count(output)
-            if isinstance(output, Piece | Done):
-                job.deliver(output)
-            if isinstance(output, Done):  # whoever has all of it goes, too
-                return
-
-    def _count(self, output: object) -> None:
-        if isinstance(output, Piece):
-            self._metrics.add("lfm2_generated_tokens_total", self._name, output.tokens)
-        if isinstance(output, Done):
-            self._metrics.add("lfm2_prompt_tokens_total", self._name, output.prompt_tokens)
-            self._metrics.add("lfm2_cached_tokens_total", self._name, output.cached_tokens)
-
-    def _gone(self, job: Job) -> bool:
-        """Whether nobody waits for it any more; counted once, where its work ends."""
-        if not job.cancelled.is_set():
-            return False
-        self._metrics.add("lfm2_abandoned_requests_total", self._name)
-        job.deliver(ApiError(503, "the server is about to end; ask another one"))
-        return True
+            if self._jobs and self._batch.takes:
+                self._batch.begin(self._jobs.popleft())
+            return True

@@ -1,8 +1,7 @@
-"""One answer on a runner: the shortest prefill, then text as it is certain.
+"""One answer while it is generated: its sampler, its text as far as it is certain, its end.
 
-In: a prompt's tokens, settings, stop strings. Out: pieces of text, then how it ended. Whoever iterates may stop at any
-token. States on the way are kept for later prompts: after the prompt, after the answer, and where the prompt parts from
-another one.
+In: what is asked for, then logits, step by step. Out: pieces of text, then how it ended. Nothing here knows the runner,
+or other answers: a step of several rows gives each its logits.
 """
 
 from __future__ import annotations
@@ -13,18 +12,13 @@ from typing import Literal
 
 import numpy as np
 
-from lfm2_export.backends.base import Runner
-from lfm2_export.backends.runner_base import DEFAULT_CHUNK_SIZE
 from lfm2_export.constraints import Constraint
-from lfm2_export.generation import continue_from
+from lfm2_export.generation import finish_reason_of
 from lfm2_export.generation_config import GenerationConfig
 from lfm2_export.logprobs import Choice, choice_of
 from lfm2_export.replies import StopStrings
-from lfm2_export.server.prefixes import PrefixCache
+from lfm2_export.sampling import Sampler
 from lfm2_export.text import StreamDecoder, Tokenizer
-
-# Tokens that two prompts must share before a state between them is worth its memory.
-_WORTH_KEEPING = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,74 +53,66 @@ class Done:
     completion_tokens: int
 
 
-def answer(runner: Runner, tokenizer: Tokenizer, prefixes: PrefixCache, asked: Asked) -> Iterator[Piece | Done | None]:
-    """Pieces, then Done; None after each part of a prefill, a place to stop as well."""
-    prefill = _Prefill(runner, prefixes, asked.prompt)
-    for _ in prefill.steps():
-        yield None
-    count, reason = 0, "length"
-    decoder = StreamDecoder(tokenizer, stop_tokens=asked.config.stop_tokens)
-    stops, reply = StopStrings(asked.stops), list[int]()
-    for event in continue_from(runner, prefill.logits, [asked.prompt], asked.config, constraint=asked.constraint):
-        count += 1
-        reply.append(event.token)
-        logprobs = _logprobs(event.token, event.logits, asked, tokenizer)
-        yield Piece(text=stops.push(decoder.push(event.token)), logprobs=logprobs)
-        if event.finish_reason == "stop" or stops.found is not None:
-            reason = "stop"
-            break
-    _keep(runner, prefixes, [*asked.prompt, *reply[:-1]])
-    if rest := stops.push(decoder.finish()) + stops.finish():
-        yield Piece(text=rest, tokens=0)
-    yield Done(
-        finish_reason="stop" if reason == "stop" or stops.found is not None else "length",
-        prompt_tokens=len(asked.prompt),
-        cached_tokens=prefill.cached,
-        completion_tokens=count,
-    )
+class Generation:
+    """Args:
+    vocab_size, context_length: the runner's.
+    cached: tokens of the prompt that were not computed.
+    """
 
+    def __init__(self, asked: Asked, tokenizer: Tokenizer, *, vocab_size: int, context_length: int, cached: int):
+        self._asked, self._tokenizer, self._context_length, self._cached = asked, tokenizer, context_length, cached
+        self._sampler = Sampler(asked.config, vocab_size, asked.prompt, constraint=asked.constraint)
+        self._decoder = StreamDecoder(tokenizer, stop_tokens=asked.config.stop_tokens)
+        self._stops = StopStrings(asked.stops)
+        self._reply: list[int] = []
+        self._reason: str | None = None
 
-def _logprobs(token: int, logits: np.ndarray | None, asked: Asked, tokenizer: Tokenizer) -> tuple[Choice, ...]:
-    if asked.top_logprobs is None or logits is None or token in asked.config.stop_tokens:
-        return ()
-    return (choice_of(token, logits, asked.top_logprobs, tokenizer),)
+    @property
+    def token(self) -> int:
+        """The one that was chosen last, which the row does not hold yet."""
+        return self._reply[-1]
 
+    @property
+    def held(self) -> list[int]:
+        """The tokens that the row holds: all but the last one."""
+        return [*self._asked.prompt, *self._reply[:-1]]
 
-class _Prefill:
-    """Brings a runner to the end of a prompt. ``cached``: tokens that were not computed; ``logits`` float32 [1, V]."""
+    @property
+    def length(self) -> int:
+        """How many these are."""
+        return len(self._asked.prompt) + len(self._reply) - 1
 
-    def __init__(self, runner: Runner, prefixes: PrefixCache, prompt: Sequence[int]):
-        self._runner, self._prefixes, self._prompt = runner, prefixes, list(prompt)
-        self.cached = 0
-        self.logits = np.empty(0, dtype=np.float32)
+    @property
+    def has_ended(self) -> bool:
+        return self._reason is not None
 
-    def steps(self) -> Iterator[None]:
-        """One after each part of the work."""
-        start = self._prefixes.longest(self._prompt)
-        if start is None:
-            self._runner.reset()
-        else:
-            self._runner.restore(start.snapshot)
-            self.cached = start.length
-            if start.logits is not None and start.length == len(self._prompt):
-                self.logits = start.logits
-                return
-        fork = self._prefixes.shared(self._prompt)
-        if self.cached + _WORTH_KEEPING <= fork < len(self._prompt):
-            yield from self._append(self.cached, fork)
-            _keep(self._runner, self._prefixes, self._prompt[:fork])
-            yield from self._append(fork, len(self._prompt))
-        else:
-            yield from self._append(self.cached, len(self._prompt))
-        _keep(self._runner, self._prefixes, self._prompt, self.logits)
+    def choose(self, logits_V: np.ndarray) -> Piece:
+        """The next token, from the logits after all that the row holds.
 
-    def _append(self, start: int, end: int) -> Iterator[None]:
-        for at in range(start, end, DEFAULT_CHUNK_SIZE):
-            self.logits = self._runner.prefill([self._prompt[at : min(at + DEFAULT_CHUNK_SIZE, end)]])
-            yield None
+        Raises: GenerationError: nothing can be chosen.
+        """
+        token = self._sampler.choose(logits_V)
+        held = len(self._asked.prompt) + len(self._reply)
+        self._reply.append(token)
+        logprobs = self._logprobs(token, logits_V)
+        piece = Piece(text=self._stops.push(self._decoder.push(token)), logprobs=logprobs)
+        self._reason = finish_reason_of(token, len(self._reply), held, self._context_length, self._asked.config)
+        if self._stops.found is not None:
+            self._reason = "stop"
+        return piece
 
+    def _logprobs(self, token: int, logits_V: np.ndarray) -> tuple[Choice, ...]:
+        if self._asked.top_logprobs is None or token in self._asked.config.stop_tokens:
+            return ()
+        return (choice_of(token, logits_V, self._asked.top_logprobs, self._tokenizer),)
 
-def _keep(runner: Runner, prefixes: PrefixCache, tokens: Sequence[int], logits: np.ndarray | None = None) -> None:
-    """A copy of the state, unless it alone is more than there is room for."""
-    if prefixes.takes(runner.cache.state_bytes(len(tokens))) and prefixes.takes(1):
-        prefixes.put(tokens, runner.snapshot(), logits)
+    def rest(self) -> Iterator[Piece | Done]:
+        """What was held back, if anything, and how it ended."""
+        if text := self._stops.push(self._decoder.finish()) + self._stops.finish():
+            yield Piece(text=text, tokens=0)
+        yield Done(
+            finish_reason="stop" if self._reason == "stop" or self._stops.found is not None else "length",
+            prompt_tokens=len(self._asked.prompt),
+            cached_tokens=self._cached,
+            completion_tokens=len(self._reply),
+        )

@@ -13,11 +13,14 @@ _COUNTERS = {
     "lfm2_prompt_tokens_total": "Tokens of prompts that were answered",
     "lfm2_cached_tokens_total": "Of these, tokens whose state was kept from before",
     "lfm2_generated_tokens_total": "Steps of generation that brought a token",
+    "lfm2_decode_steps_total": "Passes over the program that brought each running request a token",
     "lfm2_abandoned_requests_total": "Requests whose client went away before their answer ended",
 }
 _GAUGES = {
     "lfm2_requests_waiting": "Requests in the queue",
     "lfm2_requests_running": "Requests that are being answered",
+    "lfm2_requests_parallel_limit": "Requests that may be answered at once; 1 where rows cannot be joined",
+    "lfm2_running_state_bytes": "Bytes of the states of requests that are being answered",
     "lfm2_prefix_cache_bytes": "Bytes of states that are kept",
     "lfm2_prefix_cache_entries": "States that are kept",
 }

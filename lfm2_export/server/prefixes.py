@@ -8,12 +8,13 @@ begins with all of its tokens, and nothing else.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from lfm2_export.backends.base import Snapshot
+from lfm2_export.cache import CacheSpec
 
 _TOKEN = np.dtype(np.int32)
 
@@ -76,6 +77,17 @@ class PrefixCache:
             self._drop(next(iter(self._prefixes)))
         self._prefixes[key] = prefix
         self.nbytes += prefix.nbytes
+
+    def keep(
+        self, tokens: Sequence[int], spec: CacheSpec, copy: Callable[[], Snapshot], logits: np.ndarray | None = None
+    ) -> Snapshot | None:
+        """``put`` of what ``copy`` returns, which is not called where a state after ``tokens`` is too large by itself;
+        None then."""
+        if not self.takes(max(1, spec.state_bytes(len(tokens)))):
+            return None
+        snapshot = copy()
+        self.put(tokens, snapshot, logits)
+        return snapshot
 
     def _drop(self, key: bytes) -> None:
         if (prefix := self._prefixes.pop(key, None)) is not None:

@@ -79,6 +79,7 @@ class Models:
             model.runner,
             model.tokenizer,
             self.metrics,
+            parallel=limits.parallel,
             queue_limit=limits.queue,
             cache_bytes=limits.cache_bytes,
         )

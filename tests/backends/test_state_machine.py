@@ -39,7 +39,7 @@ from hypothesis.stateful import (
 )
 
 from lfm2_export.artifact import Artifact
-from lfm2_export.backends.base import Kernels, KvCache, Mark, Runner, RunnerOptions, Snapshot
+from lfm2_export.backends.base import JoinsRows, Kernels, KvCache, Mark, Runner, RunnerOptions, Snapshot
 from lfm2_export.backends.onnx import runner as onnx_module
 from lfm2_export.backends.onnx.runner import OnnxRunner
 from lfm2_export.errors import ContextLimitError, ResourceError, RunnerError
@@ -153,6 +153,29 @@ class Sequences(RuleBasedStateMachine):
         self.runner.reorder(indices)
         if indices != list(range(len(self.rows))):
             self.replaced([self.rows[index] for index in indices])
+
+    @precondition(lambda self: isinstance(self.runner, JoinsRows) and self.snapshots)
+    @rule(data=st.data())
+    def join(self, data: st.DataObject) -> None:
+        snapshot, rows = data.draw(st.sampled_from(self.snapshots), label="snapshot")
+        if len(self.rows) + len(rows) <= self.most_rows + 1:
+            self.runner.join(snapshot)
+            self.replaced([*self.rows, *rows])
+
+    @precondition(lambda self: isinstance(self.runner, JoinsRows) and len(self.rows) > 1)
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        row = data.draw(st.integers(0, len(self.rows) - 1), label="row")
+        self.runner.leave(row)
+        rows = [*self.rows]
+        rows[row] = rows[-1]
+        self.replaced(rows[:-1])
+
+    @precondition(lambda self: isinstance(self.runner, JoinsRows))
+    @rule(data=st.data())
+    def copy_row(self, data: st.DataObject) -> None:
+        row = data.draw(st.integers(0, len(self.rows) - 1), label="row")
+        self.snapshots = [*self.snapshots[-3:], (self.runner.copy_row(row), [self.rows[row]])]
 
     @rule(data=st.data())
     def score(self, data: st.DataObject) -> None:
@@ -471,6 +494,13 @@ class MixesRows(OnnxRunner):
             self._state.lengths[:] = lengths
 
 
+class LeavesOrder(OnnxRunner):
+    """Rows keep their order where one leaves, as nobody counts on."""
+
+    def leave(self, row: int) -> None:
+        super().reorder([index for index in range(self.batch_size) if index != row])
+
+
 class KeepsMarks(OnnxRunner):
     def restore(self, snapshot: Snapshot) -> None:
         marks = list(self._marks)
@@ -491,7 +521,7 @@ class ChecksLate(OnnxRunner):
             raise
 
 
-WRONG = [ForgetsConv, KeepsConv, KeepsHalf, MixesRows, KeepsMarks, ChecksLate]
+WRONG = [ForgetsConv, KeepsConv, KeepsHalf, MixesRows, LeavesOrder, KeepsMarks, ChecksLate]
 
 
 @pytest.mark.parametrize("kind", WRONG, ids=lambda kind: kind.__name__)

@@ -15,6 +15,9 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 
+from lfm2_export.backends.onnx.variants import own_library
+
+needs_library = pytest.mark.skipif(own_library() is None, reason="no compiler for our operators")
 COMMAND = [sys.executable, "-m", "lfm2_export.cli", "serve"]
 
 
@@ -24,15 +27,23 @@ def folder(artifact: Callable[[str], Path]) -> Path:
 
 
 @contextmanager
-def running(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The process and its URL, once it answers."""
+def running(
+    *arguments: str, said: list[str] | None = None, **environment: str
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process and its URL, once it answers; ``said`` gets the lines before."""
     process = subprocess.Popen(
         [*COMMAND, *arguments, "--port", "0"], stderr=subprocess.PIPE, text=True, env=os.environ | environment
     )
     try:
         assert process.stderr is not None
-        lines = iter(process.stderr.readline, "")
-        url = next(found[0] for line in lines if (found := re.search(r"http://\S+/v1", line)))
+        lines, url = iter(process.stderr.readline, ""), None
+        for line in lines:
+            if found := re.search(r"http://\S+/v1", line):
+                url = found[0]
+                break
+            if said is not None:
+                said.append(line)
+        assert url is not None
         yield process, url
     finally:
         process.kill()
@@ -61,6 +72,7 @@ def test_a_signal_lets_an_answer_end_and_then_ends_the_server(folder: Path, numb
         (("--port", "99999"), "--port 99999: is no port"),
         (("--host", "203.0.113.1"), "cannot be listened on"),
         (("--max-tokens", "0"), "limit tokens=0 is not usable"),
+        (("--parallel", "0"), "limit parallel=0 is not usable"),
         (("--scheme", "q5"), "has no q5 program"),
     ],
 )
@@ -71,6 +83,24 @@ def test_what_it_cannot_do_is_one_line(folder: Path, arguments: tuple[str, ...],
     assert done.returncode == 2
     assert fault in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told", "limit"),
+    [
+        (("--kernels", "stock"), "one request at a time (these kernels give other bits", 1),
+        (("--parallel", "1"), "tiny-dense: one request at a time\n", 1),
+        pytest.param(("--parallel", "3"), "up to 3 requests at once; the state of one takes", 3, marks=needs_library),
+    ],
+)
+def test_it_says_how_many_requests_it_answers_at_once(
+    folder: Path, arguments: tuple[str, ...], told: str, limit: int
+) -> None:
+    said: list[str] = []
+    with running(str(folder), "--scheme", "q4", "--threads", "1", *arguments, said=said) as (_, url):
+        metrics = httpx.get(f"{url.removesuffix('/v1')}/metrics").text
+    assert told in "".join(said)
+    assert f'lfm2_requests_parallel_limit{{model="tiny-dense"}} {limit}\n' in metrics
 
 
 def test_a_port_that_is_taken_is_named_before_anything_is_loaded(folder: Path) -> None:

@@ -6,6 +6,9 @@ instead of copying everything (measured: half its time). So are the rings of sli
 grow. Conv states are small and replaced as a whole, so each has a front (read) and a back (written) that swap once the
 run has succeeded: a failed run changes nothing, nor does one of up to RING_ROOM tokens change what a ring holds of
 those before them.
+
+There may be room for more rows than there are: the state is the first of them, which is contiguous in every buffer.
+So a row comes or goes by copying that row, or the last one, and nothing else.
 """
 
 from __future__ import annotations
@@ -33,13 +36,19 @@ class StateBuffers:
     def __init__(self, spec: CacheSpec, batch_size: int, capacity: int):
         self.spec = spec
         self.lengths = np.zeros(batch_size, dtype=np.int64)
-        self.kv = {t.past_name: t.zeros(batch_size, capacity) for t in spec.growing}
-        self.rings = {t.past_name: t.zeros(batch_size) for t in spec.bounded}
-        self.conv = {t.past_name: t.zeros(batch_size) for t in spec.conv}
-        self._back = {name: np.zeros_like(front) for name, front in self.conv.items()}
         self._capacity = capacity
         self._bindings: dict[tuple[ort.InferenceSession, bool, frozenset[str]], ort.IOBinding] = {}
         self._swapped = False
+        self._room = _Room(spec, batch_size, capacity)
+        self._show()
+
+    def _show(self) -> None:
+        """The rows that there are, of all that there is room for."""
+        rows, room = len(self.lengths), self._room
+        front, back = reversed(room.conv) if self._swapped else room.conv
+        self.kv, self.rings = _first(room.kv, rows), _first(room.rings, rows)
+        self.conv, self._back = _first(front, rows), _first(back, rows)
+        self._bindings.clear()
 
     @property
     def batch_size(self) -> int:
@@ -51,7 +60,8 @@ class StateBuffers:
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for part in (self.kv, self.rings, self.conv, self._back) for array in part.values())
+        """Of all that there is room for."""
+        return self._room.nbytes
 
     def row(self, index: int) -> StateBuffers:
         """Row ``index`` as a state of one row on the same memory, but with a length of its own (see ``take_row``)."""
@@ -78,17 +88,38 @@ class StateBuffers:
         if positions <= self._capacity or not self.kv:
             return
         wanted = max(positions, 2 * self._capacity, CAPACITY_STEP)
-        self._resize(min(-(-wanted // CAPACITY_STEP) * CAPACITY_STEP, limit))
+        self._resize(self._room.rows, min(-(-wanted // CAPACITY_STEP) * CAPACITY_STEP, limit))
 
-    def _resize(self, capacity: int) -> None:
-        """All buffers or none: a run has to find them of one size."""
-        check_state_fits(self.spec, self.batch_size, capacity)
-        grown = {tensor.past_name: tensor.zeros(self.batch_size, capacity) for tensor in self.spec.growing}
-        used = int(self.lengths.max())
-        for name, array in grown.items():
-            array[:, :, :used] = self.kv[name][:, :, :used]
-        self._bindings.clear()
-        self.kv, self._capacity = grown, capacity
+    def _resize(self, rows: int, capacity: int) -> None:
+        """Room for so many rows and positions. All buffers or none: a run has to find them of one size."""
+        check_state_fits(self.spec, rows, capacity)
+        room = _Room(self.spec, rows, capacity)
+        for index, length in enumerate(self.lengths.tolist()):
+            room.take(index, {**self.kv, **self.rings, **self.conv}, index, length)
+        self._room, self._capacity, self._swapped = room, capacity, False
+        self._show()
+
+    def join(self, tensors: Mapping[str, np.ndarray], lengths: np.ndarray, limit: int) -> None:
+        """Copies of the rows of ``tensors``, which hold ``lengths`` tokens, come behind the present ones. Where there
+        is no room for them, there is for at least twice as many rows from then on."""
+        before, rows = self.batch_size, self.batch_size + len(lengths)
+        self.ensure(int(lengths.max()), limit)
+        if rows > self._room.rows:
+            self._resize(max(rows, 2 * self._room.rows), self._capacity)
+        for index, length in enumerate(lengths.tolist()):
+            self._room.take(before + index, tensors, index, length, swapped=self._swapped)
+        self.lengths = np.concatenate([self.lengths, lengths])
+        self._show()
+
+    def leave(self, row: int) -> None:
+        """A row goes, and the last one takes its place."""
+        last = self.batch_size - 1
+        if row != last:
+            tensors = {**self.kv, **self.rings, **self.conv}
+            self._room.take(row, tensors, last, int(self.lengths[last]), swapped=self._swapped)
+            self.lengths[row] = self.lengths[last]
+        self.lengths = self.lengths[:last].copy()
+        self._show()
 
     def clear(self) -> None:
         """Empty rows; keys and values that grow need no clearing, since nothing reads past ``lengths``. Of a ring the
@@ -116,6 +147,12 @@ class StateBuffers:
         for name, array in fixed.items():
             (self.rings if name in self.rings else self.conv)[name][:] = array
 
+    def copy_row(self, row: int) -> dict[str, np.ndarray]:
+        """Copies of one row's tensors, keys and values trimmed to it."""
+        used, rows = int(self.lengths[row]), slice(row, row + 1)
+        fixed = {name: array[rows].copy() for name, array in (*self.conv.items(), *self.rings.items())}
+        return {**fixed, **{name: array[rows, :, :used].copy() for name, array in self.kv.items()}}
+
     def copy_used(self) -> dict[str, np.ndarray]:
         """Copies of all tensors, keys and values trimmed to the longest row."""
         used = int(self.lengths.max())
@@ -133,11 +170,8 @@ class StateBuffers:
         """A state whose row i is a copy of row ``rows[i]`` of ``tensors``."""
         state = cls(spec, len(rows), capacity)
         state.lengths[:] = lengths[rows]
-        used = int(state.lengths.max())
-        for name, array in (*state.conv.items(), *state.rings.items()):
-            np.take(tensors[name], rows, axis=0, out=array)
-        for name, array in state.kv.items():
-            array[:, :, :used] = tensors[name][rows, :, :used]
+        for index, row in enumerate(rows.tolist()):
+            state._room.take(index, tensors, row, int(lengths[row]))
         return state
 
     def binding(self, session: ort.InferenceSession, others: Collection[str] = ()) -> ort.IOBinding:
@@ -159,6 +193,32 @@ class StateBuffers:
             binding.bind_ortvalue_input(tensor.past_name, as_ortvalue(self.conv[tensor.past_name]))
             binding.bind_ortvalue_output(tensor.present_name, as_ortvalue(self._back[tensor.past_name]))
         return binding
+
+
+class _Room:
+    """Buffers of so many rows and positions, zeros, of which memory is taken when they are written to. ``conv``: two
+    alike."""
+
+    def __init__(self, spec: CacheSpec, rows: int, capacity: int):
+        self.rows = rows
+        self.kv = {t.past_name: t.zeros(rows, capacity) for t in spec.growing}
+        self.rings = {t.past_name: t.zeros(rows) for t in spec.bounded}
+        self.conv = tuple({t.past_name: t.zeros(rows) for t in spec.conv} for _ in range(2))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for part in (self.kv, self.rings, *self.conv) for array in part.values())
+
+    def take(self, to: int, tensors: Mapping[str, np.ndarray], row: int, length: int, *, swapped: bool = False) -> None:
+        """Row ``to`` becomes a copy of a row of ``tensors`` that holds ``length`` tokens."""
+        for name, array in self.kv.items():
+            array[to, :, :length] = tensors[name][row, :, :length]
+        for name, array in (*self.rings.items(), *self.conv[swapped].items()):
+            array[to] = tensors[name][row]
+
+
+def _first(arrays: Mapping[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
+    return {name: array[:rows] for name, array in arrays.items()}
 
 
 def as_ortvalue(array: np.ndarray) -> Any:

@@ -23,15 +23,15 @@ from lfm2_export.backends.arguments import (
     check_chunk_size,
     check_context_length,
     check_state_fits,
-    check_threads,
 )
 from lfm2_export.backends.base import KvCache, Mark, RunnerOptions, StreamSink
 from lfm2_export.backends.guard import guard_of
+from lfm2_export.backends.joining import JoiningRunner
 from lfm2_export.backends.onnx.buffers import StateBuffers, as_ortvalue
-from lfm2_export.backends.onnx.session import check_program, has_independent_rows, open_session, windows
+from lfm2_export.backends.onnx.session import Sessions, check_program, has_independent_rows, windows
 from lfm2_export.backends.onnx.tap import Tap
 from lfm2_export.backends.onnx.variants import choose, own_kernels
-from lfm2_export.backends.runner_base import DEFAULT_CHUNK_SIZE, RunnerBase, program_id_of
+from lfm2_export.backends.runner_base import DEFAULT_CHUNK_SIZE, program_id_of
 from lfm2_export.cache import RING_ROOM, CacheSpec
 from lfm2_export.errors import ResourceError, RunnerError
 
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 _TAPPED_CHUNK = 128
 
 
-class OnnxRunner(RunnerBase):
-    """The Runner protocol (backends/base.py) for ``onnx/*.onnx``.
+class OnnxRunner(JoiningRunner):
+    """The Runner protocol (backends/base.py) for ``onnx/*.onnx``, and ``JoinsRows``.
 
     Args:
         path: the graph; its external data lies beside it.
@@ -54,6 +54,7 @@ class OnnxRunner(RunnerBase):
         scoring_path: the graph with the logits of every position, loaded on first use.
         library: our operators, for graphs that have them.
         program_id: names the program in snapshots; default: a hash of the graph's bytes and place.
+        sessions: of another runner of this program, with which threads, scoring_path and library are known.
     """
 
     def __init__(
@@ -67,15 +68,14 @@ class OnnxRunner(RunnerBase):
         library: Path | None = None,
         program_id: str | None = None,
         chunk_size: int = DEFAULT_CHUNK_SIZE,
+        sessions: Sessions | None = None,
     ):
         context_length = check_context_length(context_length)
         chunk_size = check_chunk_size(chunk_size, DEFAULT_CHUNK_SIZE)
         self._path = Path(path)
-        self._threads = check_threads(threads)
-        self._library = library
-        self._session = open_session(self._path, threads=threads, library=library)
-        self._scoring_path = None if scoring_path is None else Path(scoring_path)
-        self._scoring: ort.InferenceSession | None = None
+        scoring_path = None if scoring_path is None else Path(scoring_path)
+        self._sessions = sessions or Sessions(self._path, scoring_path, threads=threads, library=library)
+        self._session = self._sessions.main
         super().__init__(
             vocab_size=check_program(self._session, self._path, cache),
             cache=cache,
@@ -110,11 +110,11 @@ class OnnxRunner(RunnerBase):
 
     @property
     def can_score(self) -> bool:
-        return self._scoring_path is not None
+        return self._sessions.scoring_path is not None
 
     @property
     def kernels(self) -> str:
-        return "onnxruntime" if self._library is None else f"lfm2 {own_kernels().name}".strip()
+        return "onnxruntime" if self._sessions.library is None else f"lfm2 {own_kernels().name}".strip()
 
     @property
     def threads(self) -> int:
@@ -200,7 +200,21 @@ class OnnxRunner(RunnerBase):
 
     @property
     def verifies_exactly(self) -> bool:
-        return self.can_score and has_independent_rows(self._session)
+        return self.can_score and self.rows_are_independent
+
+    @property
+    def rows_are_independent(self) -> bool:
+        return has_independent_rows(self._session)
+
+    def beside(self) -> OnnxRunner:
+        return OnnxRunner(
+            self._path,
+            cache=self.cache,
+            context_length=self.context_length,
+            program_id=self.program_id,
+            chunk_size=self._chunk_size,
+            sessions=self._sessions,
+        )
 
     def _verify(self, tokens: np.ndarray) -> tuple[np.ndarray, Any]:
         """With a graph that returns the conv states of every position, what they are kept in; unless so many tokens
@@ -264,6 +278,15 @@ class OnnxRunner(RunnerBase):
         state = self._state
         self._replace({**state.conv, **state.rings, **state.kv}, state.lengths, rows)
 
+    def _copy_row(self, row: int) -> dict[str, np.ndarray]:
+        return self._state.copy_row(row)
+
+    def _join(self, tensors: Mapping[str, np.ndarray], lengths: np.ndarray) -> None:
+        self._state.join(tensors, lengths, self._context_length)
+
+    def _leave(self, row: int) -> None:
+        self._state.leave(row)
+
     def _replace(self, tensors: Mapping[str, np.ndarray], lengths: np.ndarray, rows: np.ndarray) -> None:
         capacity = max(self._state.capacity, int(lengths.max(initial=0)))
         check_state_fits(self._cache, len(rows), capacity)
@@ -274,13 +297,7 @@ class OnnxRunner(RunnerBase):
         return self._state
 
     def _scoring_session(self) -> ort.InferenceSession:
-        if self._scoring_path is None:
-            raise RunnerError(f"{self._path}: the artifact has no scoring graph for this scheme; export it again")
-        if self._scoring is None:
-            session = open_session(self._scoring_path, threads=self._threads, library=self._library)
-            check_program(session, self._scoring_path, self._cache)
-            self._scoring = session
-        return self._scoring
+        return self._sessions.scoring(self._cache)
 
 
 class _Transaction:

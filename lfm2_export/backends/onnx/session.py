@@ -46,6 +46,34 @@ def open_session(path: Path, *, threads: int | None = None, library: Path | None
         raise _load_error(path, error) from error
 
 
+class Sessions:
+    """What runners of one program share: its graph, and the one with the logits of every position, loaded on first use.
+
+    Args:
+        path: the graph.
+        scoring_path: the other one; None: there is none.
+        threads: as ``open_session`` takes them.
+        library: our operators.
+    """
+
+    def __init__(self, path: Path, scoring_path: Path | None, *, threads: int | None, library: Path | None):
+        check_threads(threads)
+        self.path, self.scoring_path, self.library = path, scoring_path, library
+        self._threads = threads
+        self.main = open_session(path, threads=threads, library=library)
+        self._scoring: ort.InferenceSession | None = None
+
+    def scoring(self, cache: CacheSpec) -> ort.InferenceSession:
+        """Raises: RunnerError: there is none, or it is not of that state."""
+        if self.scoring_path is None:
+            raise RunnerError(f"{self.path}: the artifact has no scoring graph for this scheme; export it again")
+        if self._scoring is None:
+            session = open_session(self.scoring_path, threads=self._threads, library=self.library)
+            check_program(session, self.scoring_path, cache)
+            self._scoring = session
+        return self._scoring
+
+
 def new_session(model: Path | bytes, options: ort.SessionOptions) -> ort.InferenceSession:
     """A session on the CPU: raises whatever onnxruntime does, which else prints it and tries the same again."""
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
