@@ -148,7 +148,7 @@ def pte_program(folder: Path, raw_config: Mapping[str, Any]) -> Program:
     bits = 0.0
     for tensor, count in _used(config):
         form = plan[HEAD if tensor.kind is TensorClass.EMBEDDING else tensor.name].format
-        bits += count * form.bits_per_weight
+        bits += count * form.bits_per_weight(tensor.shape[-1])
     return _artifact(EXECUTORCH, PTE_SCHEME, path, bits / active_weights(raw_config))
 
 

@@ -91,13 +91,15 @@ def plan_weights(
 ) -> dict[str, FloatArray]:
     """What a program computes with, by published name."""
 
-    def algorithm(source: str) -> Algorithm:
+    def algorithm(multiplied: str) -> Algorithm:
         if statistics is None:
             return get_algorithm(DEFAULT_ALGORITHM)
-        return get_algorithm(CALIBRATED).fitted(statistics.of(source))
+        return get_algorithm(CALIBRATED).fitted(statistics.of(multiplied))
 
     return {
-        source: algorithm(source)(checkpoint.read(source), weight.format, fqn=source).dequantize()
+        (name := weight.multiplied(source)): algorithm(name)(
+            checkpoint.read(source), weight.format, fqn=name
+        ).dequantize()
         for weight in plan.values()
         if weight.same_bytes_as is None and isinstance(weight.format, IntFormat)
         for source in weight.sources

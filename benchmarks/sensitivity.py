@@ -24,15 +24,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from lfm2_export.backends.executorch import plan as executorch_plan
 from lfm2_export.backends.onnx.plan import make_plan
 from lfm2_export.backends.weights.widths import Counted
 from lfm2_export.calibration.request import Calibration
 from lfm2_export.calibration.statistics import Statistics
 from lfm2_export.calibration.text import DEFAULT
 from lfm2_export.checkpoint import Checkpoint, open_checkpoint
+from lfm2_export.families.tensors import HEAD
 from lfm2_export.mixing.estimate import relative_errors, share_of
 from lfm2_export.mixing.informed import Informed
-from lfm2_export.mixing.measured import Meter
+from lfm2_export.mixing.measured import Meter, read_published
 from lfm2_export.mixing.prior import class_of
 from lfm2_export.mixing.shares import block_shares
 from lfm2_export.mixing.units import UnitShape, make_space
@@ -67,10 +69,10 @@ def measure(name: str, *, tokens: int = TOKENS) -> list[dict[str, Any]]:
 
 
 def records_of(checkpoint: Checkpoint, statistics: Statistics, meter: Meter) -> Iterator[dict[str, Any]]:
-    space = make_space(checkpoint.config, get_scheme("q4"), make_plan, Counted.FILE)
+    units = [*make_space(checkpoint.config, get_scheme("q4"), make_plan, Counted.FILE).units, *_heads(checkpoint)]
     informed, refit = Informed(checkpoint, statistics), get_algorithm(DEFAULT_ALGORITHM)
     guessed, measured = block_shares(checkpoint), block_shares(checkpoint, statistics)
-    for unit in space.units:
+    for unit in units:
         errors = [relative_errors(checkpoint, unit, weight, refit)[unit.formats[0]] for weight in unit.weights]
         growths = [informed.growth_of(weight) for weight in unit.weights]
         first = unit.weights[0]
@@ -87,11 +89,19 @@ def records_of(checkpoint: Checkpoint, statistics: Statistics, meter: Meter) -> 
         }
 
 
+def _heads(checkpoint: Checkpoint) -> list[UnitShape]:
+    """A head that is a copy of the token table, which a .pte has: its width is a choice of its own."""
+    if not checkpoint.config.tie_word_embeddings:
+        return []
+    space = make_space(checkpoint.config, get_scheme("8da4w"), executorch_plan.make_plan, Counted.FILE)
+    return [unit for unit in space.units if HEAD in unit.tensors]
+
+
 def _kl(meter: Meter, unit: UnitShape, statistics: Statistics | None = None) -> float:
     def quantized(source: str) -> FloatArray:
         name = DEFAULT_ALGORITHM if statistics is None else CALIBRATED_ALGORITHM
         algorithm = get_algorithm(name).fitted(None if statistics is None else statistics.of(source))
-        return algorithm(meter.checkpoint.read(source), unit.formats[0]).dequantize()
+        return algorithm(read_published(meter.checkpoint, source), unit.formats[0]).dequantize()
 
     return meter.kl({source: quantized(source) for source in unit.tensors}, first_layer=unit.weights[0].layer)
 

@@ -292,7 +292,7 @@ class Checkpoint:
         assert not isinstance(reader, Shard | MergedWeights | BorrowedTables)
         for block in reader.code_blocks(info, block_rows):
             check_finite(f"{name}: scales", block.scale)
-            yield block.in_groups_of(form.group_size)
+            yield block.in_groups_of(form.group_of(info.shape[-1]))
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         """A tensor, or a range of its first axis, as float32.

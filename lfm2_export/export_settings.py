@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import NoneType
+from typing import TYPE_CHECKING
 
 from lfm2_export.backends import BACKENDS, Backend, get_backend, option_flag
 from lfm2_export.calibration.request import choose_algorithm
@@ -19,6 +20,10 @@ from lfm2_export.errors import ExportError
 from lfm2_export.messages import shown
 from lfm2_export.mixing import MixRequest, check_mixable, make_budget
 from lfm2_export.quant.schemes import Scheme, get_scheme
+
+if TYPE_CHECKING:
+    from lfm2_export.backends.weights.plan import WeightPlan
+    from lfm2_export.config import ModelConfig
 
 _PATH = (str, os.PathLike)
 _KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
@@ -151,6 +156,10 @@ class ExportChoice:
     algorithm: str
     widths: MixRequest
     options: Mapping[str, int | str]
+
+    def make_plan(self, config: ModelConfig, scheme: Scheme) -> WeightPlan:
+        """How the backend stores every weight under these settings."""
+        return self.lowering.make_plan(config, scheme, self.options)
 
 
 def _names(what: str, value: str | Sequence[str]) -> list[str]:

@@ -79,7 +79,8 @@ def export(
             without.
         target_bits: mixes 4 and 8 bits and groups of 32 to 256 (``mixing``) within so many bits a weight, scales and
             token table included; q4 does so by itself, in the bytes of llama.cpp's Q4_K_M, and q4f16 in those of its
-            own widths, unless ``group_size`` or ``exclude`` is given.
+            own widths, unless ``group_size`` or ``exclude`` is given. In 8da4w 8 bits have a scale for each row, and
+            experts keep 4.
         target_size: the same within so many bytes of data, or "700MB", "1.2GB", "650MiB".
         measure: a file of text on which is measured what each tensor's width costs, with the model in memory as
             float32; None estimates it by the statistics of ``calibrate``, else without data.
@@ -200,7 +201,7 @@ def _run(settings: ExportSettings, progress: Progress) -> Artifact:
 def _with_widths(settings: ExportSettings, choice: ExportChoice, checkpoint: Checkpoint) -> tuple[Scheme, ...]:
     """The schemes with a format for every tensor: taken over from a file that is quantized already, or mixed."""
     if not checkpoint.exact_formats:
-        return tuple(mixed(checkpoint, choice.schemes, choice.lowering.make_plan, choice.widths))
+        return tuple(mixed(checkpoint, choice.schemes, choice.make_plan, choice.widths))
     check_nothing_chosen(checkpoint, choice.widths)
     again = settings.requantize_table
     return tuple(taken_over(checkpoint, scheme, requantize_table=again) for scheme in choice.schemes)
@@ -237,7 +238,7 @@ class _Export:
         for choice in self.choices:
             schemes: Sequence[Scheme] = choice.schemes
             if statistics is not None and not self.checkpoint.exact_formats:
-                schemes = mixed(self.checkpoint, schemes, choice.lowering.make_plan, choice.widths, statistics)
+                schemes = mixed(self.checkpoint, schemes, choice.make_plan, choice.widths, statistics)
             found += [(choice, self._request(choice, scheme, statistics)) for scheme in schemes]
         return found
 

@@ -105,7 +105,7 @@ class Copying:
     TESTED_WITH: dict[str, str] = {}  # noqa: RUF012
     KL_TOLERANCE = 0.0
 
-    def make_plan(self, config, scheme):
+    def make_plan(self, config, scheme, options):
         raise AssertionError("no scheme of this backend mixes widths")
 
     def estimate(self, request: ExportRequest) -> Estimate:

@@ -72,8 +72,9 @@ class Backend(Protocol):
     TESTED_WITH: Mapping[str, str]
     KL_TOLERANCE: float
 
-    def make_plan(self, config: ModelConfig, scheme: Scheme) -> WeightPlan:
-        """How every weight is stored; called for schemes whose widths can be mixed (``Scheme.can_mix``)."""
+    def make_plan(self, config: ModelConfig, scheme: Scheme, options: Mapping[str, int | str]) -> WeightPlan:
+        """How every weight is stored, under the settings of ``OPTIONS`` that were given; called for schemes whose
+        widths can be mixed (``Scheme.can_mix``)."""
 
     def estimate(self, request: ExportRequest) -> Estimate:
         """What the export will need; refuses what cannot be lowered, before any work."""

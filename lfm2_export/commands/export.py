@@ -139,8 +139,8 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
         "--target-bits",
         type=float,
         metavar="N",
-        help="mix 4 and 8 bits within N bits a weight, scales and token table included (q4's default: the bytes of "
-        "llama.cpp's Q4_K_M)",
+        help="mix 4 and 8 bits within N bits a weight, scales and table included (q4, q4f16, 8da4w; q4's default: "
+        "the bytes of llama.cpp's Q4_K_M)",
     )
     parser.add_argument(
         "--target-size", metavar="SIZE", help="the same within so many bytes of weights and tables (700MB, 1.2GB)"

@@ -67,9 +67,9 @@ def check_mixable(schemes: Sequence[Scheme], request: MixRequest, group_size: in
         return
     if not any(scheme.can_mix for scheme in schemes):
         names = ", ".join(scheme.name for scheme in schemes)
-        because = "".join(f" ({why})" for why in dict.fromkeys(scheme.one_width for scheme in schemes) if why)
         raise QuantizationError(
-            f"{budget}: scheme {names} has one width for its linear layers{because}; pass --scheme q4 (onnx)"
+            f"{budget}: scheme {names} has one width for its linear layers; pass --scheme q4 (onnx) or 8da4w "
+            "(executorch)"
         )
     if group_size is not None:
         raise QuantizationError(f"{budget}: chooses the group sizes, too; leave --group-size {group_size} out")

@@ -45,14 +45,14 @@ class Informed:
     def growth_of(self, weight: StoredWeight) -> float:
         """The relative squared error of a weight's outputs over that of its values."""
         sources = sources_to_look_at(self._checkpoint, weight)
-        return sum(map(self._growth, sources)) / len(sources)
+        return sum(self._growth(source, weight.multiplied(source)) for source in sources) / len(sources)
 
-    def _growth(self, source: str) -> float:
-        if not self._statistics.has(source):
+    def _growth(self, source: str, multiplied: str) -> float:
+        if not self._statistics.has(multiplied):
             return 1.0  # it is looked up
-        rows_RN, hessian = some_rows(self._checkpoint, source, _ROWS), self._statistics.hessian(source)
+        rows_RN, hessian = some_rows(self._checkpoint, source, _ROWS), self._statistics.hessian(multiplied)
         outputs = energy(rows_RN, hessian)
-        rounding = self._rounding(source, hessian)
+        rounding = self._rounding(multiplied, hessian)
         return float(np.square(rows_RN, dtype=np.float64).sum()) * rounding / outputs if outputs else 1.0
 
     def _rounding(self, source: str, hessian: np.ndarray) -> float:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lfm2_export.checkpoint import Checkpoint
+from lfm2_export.families.tensors import EMBEDDING, HEAD
 from lfm2_export.mixing.estimate import Damages, relative_errors
 from lfm2_export.mixing.units import Space, UnitShape
 from lfm2_export.models.decoder import DecoderForCausalLM, empty_cache
@@ -46,6 +47,7 @@ class Meter:
     def __init__(self, checkpoint: Checkpoint, rows: Sequence[np.ndarray]):
         self.checkpoint = checkpoint
         self.model: DecoderForCausalLM = load_model(checkpoint)
+        self._head = self.model.lm_head.weight
         self._places = {
             name: (fused_name, part)
             for fused_name, fused in checkpoint.family.fused_tensors(checkpoint.config).items()
@@ -56,7 +58,8 @@ class Meter:
 
     def kl(self, weights: Mapping[str, FloatArray], *, first_layer: int | None = None) -> float:
         """Mean KL divergence from the model with ``weights`` (by published name) in the place of its own; all of them
-        are in ``first_layer`` or behind it, None: anywhere."""
+        are in ``first_layer`` or behind it, None: anywhere. A tied head is what the token table is, unless it is named
+        itself."""
         with torch.inference_mode(), self._replaced(weights):
             found = [self._row_kl(row, first_layer) for row in self._rows]
         return float(torch.cat(found).mean())
@@ -102,6 +105,8 @@ class Meter:
 
     @contextmanager
     def _replaced(self, weights: Mapping[str, FloatArray]) -> Iterator[None]:
+        if HEAD in weights:
+            self.model.lm_head.weight = torch.nn.Parameter(self._head.clone(), requires_grad=False)
         before = {name: self._values(name).clone() for name in weights}
         for name, values in weights.items():
             self._values(name).copy_(torch.from_numpy(values))
@@ -110,6 +115,7 @@ class Meter:
         finally:
             for name, kept in before.items():
                 self._values(name).copy_(kept)
+            self.model.lm_head.weight = self._head
 
     def _values(self, name: str) -> Tensor:
         """The model's own values of a published tensor."""
@@ -123,7 +129,12 @@ def quantized(
     checkpoint: Checkpoint, tensors: Sequence[str], form: IntFormat, algorithm: Algorithm
 ) -> dict[str, FloatArray]:
     """The values that a program computes with."""
-    return {name: algorithm(checkpoint.read(name), form, fqn=name).dequantize() for name in tensors}
+    return {name: algorithm(read_published(checkpoint, name), form, fqn=name).dequantize() for name in tensors}
+
+
+def read_published(checkpoint: Checkpoint, name: str) -> FloatArray:
+    """A tensor by its published name; a tied head's values are the token table's."""
+    return checkpoint.read(name if name in checkpoint.model_tensors else EMBEDDING)
 
 
 def measured_damages(
@@ -133,9 +144,12 @@ def measured_damages(
     more or less in the others as their relative errors are (on tiny-dense most matrices do 0.0060 to 0.0069 of the
     damage at 8 bits in groups of 128, with 0.0066 of the error)."""
     found: Damages = {}
+    copied = any(HEAD in unit.tensors for unit in space.units)
     for unit in space.units:
         first = unit.formats[0]
         values = quantized(meter.checkpoint, unit.tensors, first, algorithm)
+        if copied and EMBEDDING in values:
+            values[HEAD] = read_published(meter.checkpoint, HEAD)
         damage = meter.kl(values, first_layer=unit.weights[0].layer)
         errors = [relative_errors(meter.checkpoint, unit, weight, algorithm) for weight in unit.weights]
         sums = {form: sum(one[form] for one in errors) for form in unit.formats}

@@ -23,7 +23,6 @@ from lfm2_export.quant.formats import IntFormat
 from lfm2_export.quant.schemes import Scheme
 
 _TOGETHER = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "w1": "w1 w3", "w3": "w1 w3"}
-_TABLES = (Part.EMBEDDING, Part.HEAD)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +35,8 @@ class UnitShape:
 
     @property
     def tensors(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(source for weight in self.weights for source in weight.sources))
+        """Published names; a head that is a copy of the token table goes by its own."""
+        return tuple(dict.fromkeys(weight.multiplied(source) for weight in self.weights for source in weight.sources))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ def make_space(
     for weight in owners(plan):
         if isinstance(weight.format, IntFormat):
             groups.setdefault(_unit_name(weight), []).append(weight)
-    units = (_unit(name, weights, free, tensors) for name, weights in groups.items())
+    units = (_unit(name, weights, plan, tensors) for name, weights in groups.items())
     own_bytes, _ = counted_bytes(make_plan(config, replace(scheme, choices={})), counted)
     return Space(units=tuple(unit for unit in units if unit.formats), plan=plan, counted=counted, own_bytes=own_bytes)
 
@@ -96,22 +96,25 @@ def _unit_name(weight: StoredWeight) -> str:
     return f"layer {weight.layer} {weight.part} {matrix}"
 
 
-def _unit(name: str, weights: Iterable[StoredWeight], scheme: Scheme, tensors: Tensors) -> UnitShape:
-    found = tuple(weights)
-    base = scheme.format_for(tensors[found[0].sources[0]]).format
+def _unit(name: str, weights: Iterable[StoredWeight], plan: WeightPlan, tensors: Tensors) -> UnitShape:
+    found, scheme = tuple(weights), plan.scheme
+    first = found[0]
+    base = first.format if first.part is Part.HEAD else scheme.format_for(tensors[first.sources[0]]).format
     assert isinstance(base, IntFormat)
-    widths = {weight.shape[-1] for weight in found}
-    formats = (
-        replace(form, group_size=size) for form in _bases(base, scheme, found[0].part) for size in scheme.group_sizes
+    formats = dict.fromkeys(
+        form if form.group_size is None else replace(form, group_size=size)
+        for form in _bases(base, scheme, first.part)
+        for size in scheme.group_sizes
     )
-    fitting = tuple(form for form in formats if not any(width % form.group_size for width in widths))
+    fitting = tuple(form for form in formats if all(plan.takes(replace(weight, format=form)) for weight in found))
     return UnitShape(name=name, weights=found, formats=fitting)
 
 
 def _bases(base: IntFormat, scheme: Scheme, part: Part) -> list[IntFormat]:
-    """Of a matrix: its own format, the same without zero points, which cost bits, and 8 bits; of a table its own."""
-    if part in _TABLES:
+    """Of a matrix of 4 bits: its own format, the same without zero points, which cost bits, and 8 bits; of a token
+    table, and of a head that has 8 by itself, its own."""
+    if base.bits == 8 or part is Part.EMBEDDING:
         return [base]
     wide = scheme.sensitive if isinstance(scheme.sensitive, IntFormat) else base
-    without_points = replace(base, symmetric=True, signed_scale=True)
-    return list(dict.fromkeys([base, without_points, replace(wide, scale_dtype=base.scale_dtype)]))
+    without_points = base if base.symmetric else replace(base, symmetric=True, signed_scale=True)
+    return [base, without_points, wide]

@@ -7,6 +7,7 @@ holds, get one format.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import cast
@@ -76,7 +77,7 @@ def _layers_of_experts(model_tensors: Iterable[ModelTensor]) -> list[list[str]]:
 
 def _together(forms: list[IntFormat]) -> IntFormat | None:
     """One format for all: the least groups, of which all others are whole numbers, and the widest scales."""
-    least = min(forms, key=lambda form: form.group_size)
+    least = min(forms, key=lambda form: form.group_size or math.inf)
     wide: ScaleDtype = "float32" if any(form.scale_dtype == "float32" for form in forms) else "float16"
     common = replace(least, scale_dtype=wide)
     alike = all((form.bits, form.symmetric) == (common.bits, common.symmetric) for form in forms)

@@ -4,7 +4,7 @@ In: a float32 weight [rows, in_features] and a format. Out: a ``QuantizedTensor`
 runtime will compute with, and how far they are from the weight. Codes are kept one per byte; packing them is the
 business of a backend.
 
-A group of ``group_size`` neighbours along in_features shares a scale and a zero point:
+A group of ``group_size`` neighbours along in_features, or a whole row, shares a scale and a zero point:
 weight = (code - zero_point) * scale.
 """
 
@@ -41,8 +41,7 @@ class FloatFormat:
 
     dtype: Literal["float32", "float16"]
 
-    @property
-    def bits_per_weight(self) -> float:
+    def bits_per_weight(self, in_features: int) -> float:
         return float(np.dtype(self.dtype).itemsize * 8)
 
     def to_json(self) -> dict[str, Any]:
@@ -51,7 +50,7 @@ class FloatFormat:
 
 @dataclass(frozen=True, kw_only=True)
 class IntFormat:
-    """Weights as unsigned codes of ``bits`` bits in groups of ``group_size`` along in_features.
+    """Weights as unsigned codes of ``bits`` bits in groups of ``group_size`` along in_features; None: a row is a group.
 
     ``symmetric``: no zero points are stored, the zero point is 2^(bits-1). ``signed_scale``: a symmetric group may have
     a negative scale, so that its largest weight, of either sign, falls on the grid's longer half (llama.cpp's Q4_0 does
@@ -59,7 +58,7 @@ class IntFormat:
     """
 
     bits: Literal[4, 8]
-    group_size: int = 32
+    group_size: int | None = 32
     symmetric: bool
     scale_dtype: ScaleDtype = "float32"
     signed_scale: bool = False
@@ -67,7 +66,7 @@ class IntFormat:
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise QuantizationError(f"bits={self.bits} is not supported; use 4 or 8")
-        if self.group_size not in GROUP_SIZES:
+        if self.group_size not in (*GROUP_SIZES, None):
             known = ", ".join(map(str, GROUP_SIZES))
             raise QuantizationError(f"group_size={self.group_size} is not supported; use one of {known}")
         if self.scale_dtype not in _SCALE_BITS:
@@ -93,11 +92,14 @@ class IntFormat:
     def greatest_scale(self) -> float:
         return _GREATEST_SCALE[self.scale_dtype]
 
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits per weight with scales and zero points."""
+    def bits_per_weight(self, in_features: int) -> float:
+        """Bits per weight of a row of that width, with scales and zero points."""
         extra = _SCALE_BITS[self.scale_dtype] + (0 if self.symmetric else self.bits)
-        return self.bits + extra / self.group_size
+        return self.bits + extra / self.group_of(in_features)
+
+    def group_of(self, in_features: int) -> int:
+        """How many weights of a row of that width share a scale."""
+        return self.group_size or in_features
 
     def groups(self, in_features: int, fqn: str) -> int:
         """Groups per row.
@@ -105,12 +107,13 @@ class IntFormat:
         Raises:
             QuantizationError: ``in_features`` is not a multiple of the group size.
         """
-        if in_features % self.group_size or not in_features:
+        size = self.group_of(in_features)
+        if not in_features or in_features % size:
             raise QuantizationError(
                 f"{fqn}: in_features={in_features} is not a multiple of group_size={self.group_size}; "
                 f"pass {_group_size_hint(in_features)}exclude this layer"
             )
-        return in_features // self.group_size
+        return in_features // size
 
     def representable_scale(self, scale: FloatArray) -> FloatArray:
         """The nearest scales that ``scale_dtype`` holds: never zero, never infinite, and of its sign."""
@@ -148,9 +151,8 @@ class QuantizedTensor:
     format: IntFormat
 
     def __post_init__(self) -> None:
-        groups = (self.qdata.shape[0], self.qdata.shape[1] // self.format.group_size)
+        groups = (self.qdata.shape[0], self.format.groups(self.qdata.shape[1], "qdata"))
         assert self.qdata.dtype == np.uint8
-        assert self.qdata.shape[1] % self.format.group_size == 0
         assert self.scale.shape == groups
         assert (self.zero_point is None) == self.format.symmetric
         assert self.zero_point is None or (self.zero_point.shape == groups and self.zero_point.dtype == np.uint8)
@@ -171,7 +173,7 @@ class QuantizedTensor:
         out = np.empty(self.shape, np.float32)
         for piece in _row_pieces(self.shape):
             part = self.rows(piece)
-            groups = out[piece].reshape(*part.scale.shape, self.format.group_size)
+            groups = out[piece].reshape(*part.scale.shape, -1)
             zero_point = self.format.middle_code if part.zero_point is None else part.zero_point[..., None]
             np.subtract(part.qdata.reshape(groups.shape), zero_point, out=groups, dtype=np.float32)
             np.multiply(groups, part.scale[..., None].astype(np.float32), out=groups)

@@ -49,7 +49,8 @@ class _Rows:
 
     def __init__(self, chunk: Chunk, statistics: InputStatistics):
         self.format, self.statistics = chunk.format, statistics
-        self.groups = statistics.in_features // chunk.format.group_size
+        self.group_size = chunk.group_size
+        self.groups = statistics.in_features // chunk.group_size
         self.weight_NR = _lines(chunk.values_GC, self.groups)
         self.scale_SR = chunk.scale_C.reshape(-1, self.groups).T.copy()
         self.least_SR = -chunk.zero_point_C.reshape(-1, self.groups).T
@@ -72,7 +73,7 @@ class _Rows:
 
     def _round(self, column: int, owed_R: FloatArray) -> FloatArray:
         """The error of a column that is rounded with what the earlier ones owe added to it."""
-        group = column // self.format.group_size
+        group = column // self.group_size
         steps_R = np.add(self.weight_NR[column], owed_R, out=self.steps_NR[column])
         np.divide(steps_R, self.scale_SR[group], out=steps_R)
         np.rint(steps_R, out=steps_R)
@@ -83,12 +84,12 @@ class _Rows:
     def descend(self) -> None:
         """One round over all groups: each one's scale, then its codes."""
         for group in range(self.groups):
-            size = self.format.group_size
-            columns = slice(group * size, (group + 1) * size)
+            columns = slice(group * self.group_size, (group + 1) * self.group_size)
             slope_GR = self.statistics.hessian_NN[columns] @ self.error_NR
             inner_GG = self.statistics.hessian_NN[columns, columns]
             self._fit_scale(group, columns, slope_GR, inner_GG)
-            self._fit_codes(group, columns, slope_GR, inner_GG)
+            for start in range(0, self.group_size, _BLOCK):
+                self._fit_codes(group, columns, slice(start, start + _BLOCK), slope_GR, inner_GG)
 
     def _fit_scale(self, group: int, columns: slice, slope_GR: FloatArray, inner_GG: FloatArray) -> None:
         """The stored scale with the least error for the codes, where it has a smaller one than the scale so far."""
@@ -104,27 +105,34 @@ class _Rows:
         self.error_NR[columns] = self.weight_NR[columns] - scale_R * steps_GR
         slope_GR -= change_R * felt_GR
 
-    def _fit_codes(self, group: int, columns: slice, slope_GR: FloatArray, inner_GG: FloatArray) -> None:
-        """Coordinate descent: each column's best codes, all else being as it is. Of ``slope_GR`` only what is still
-        needed is kept up."""
+    def _fit_codes(self, group: int, columns: slice, block: slice, slope_GR: FloatArray, inner_GG: FloatArray) -> None:
+        """Coordinate descent on a block of the group: each column's best codes, all else being as it is. Of
+        ``slope_GR`` only what is still needed is kept up: the block's column by column, what is behind it at once."""
         scale_R, least_R, greatest_R = self.scale_SR[group], self.least_SR[group], self.greatest_SR[group]
-        for place, column in enumerate(range(columns.start, columns.stop)):
+        slope_BR, inner_BB = slope_GR[block], inner_GG[block, block]
+        first = columns.start + block.start
+        is_last = block.stop >= self.group_size
+        before_BR = None if is_last else self.error_NR[first : first + len(slope_BR)].copy()
+        for place, column in enumerate(range(first, first + len(slope_BR))):
             steps_R = self.steps_NR[column]
-            better_R = slope_GR[place] / (inner_GG[place, place] * scale_R)
+            better_R = slope_BR[place] / (inner_BB[place, place] * scale_R)
             better_R += steps_R
             np.rint(better_R, out=better_R)
             np.clip(better_R, least_R, greatest_R, out=better_R)
             change_R = (better_R - steps_R) * scale_R
             self.steps_NR[column] = better_R
             self.error_NR[column] -= change_R
-            slope_GR[place + 1 :] -= inner_GG[place + 1 :, place, None] * change_R
+            slope_BR[place + 1 :] -= inner_BB[place + 1 :, place, None] * change_R
+        if before_BR is not None:
+            change_BR = before_BR - self.error_NR[first : first + len(slope_BR)]
+            slope_GR[block.stop :] -= inner_GG[block.stop :, block] @ change_BR
 
     def store(self, chunk: Chunk) -> None:
         """Puts codes and scales into the chunk; rows whose sums left float32 keep what ``refit`` gave them."""
         sound_R = np.isfinite(np.add.reduce(self.error_NR, axis=0))
         sound_R &= np.isfinite(np.add.reduce(self.scale_SR, axis=0))
-        steps = self.steps_NR.reshape(self.groups, self.format.group_size, -1).transpose(1, 2, 0)
-        codes_GRS = chunk.codes_GC.reshape(self.format.group_size, -1, self.groups)
+        steps = self.steps_NR.reshape(self.groups, self.group_size, -1).transpose(1, 2, 0)
+        codes_GRS = chunk.codes_GC.reshape(self.group_size, -1, self.groups)
         np.copyto(codes_GRS, steps - self.least_SR.T, where=sound_R[:, None])
         np.copyto(chunk.scale_C.reshape(-1, self.groups), self.scale_SR.T, where=sound_R[:, None])
 

@@ -40,6 +40,10 @@ class Chunk:
     scale_C: FloatArray
     zero_point_C: FloatArray
 
+    @property
+    def group_size(self) -> int:
+        return len(self.values_GC)
+
     def storage_error(self) -> StorageError:
         """What storing these groups costs; call it once they are quantized. Overwrites ``scratch_GC``.
 
@@ -85,7 +89,7 @@ class Scratch:
             QuantizationError: names the row of a group that cannot be stored.
         """
         groups = format.groups(stored.shape[1], fqn)
-        chunk = self._chunk(format, len(stored) * groups)
+        chunk = self._chunk(format, len(stored) * groups, stored.shape[1] // groups)
         _turn(stored, chunk)
         try:
             quantize_chunk(chunk)
@@ -100,9 +104,9 @@ class Scratch:
 
         A scale of zero, which no kernel need bear, becomes a small one of zeros.
         """
-        chunk = self._chunk(format, codes.scale.size)
+        chunk = self._chunk(format, codes.scale.size, codes.qdata.size // codes.scale.size)
         is_zero_C = codes.scale.reshape(-1) == 0
-        np.copyto(chunk.codes_GC, codes.qdata.reshape(-1, format.group_size).T)
+        np.copyto(chunk.codes_GC, codes.qdata.reshape(-1, chunk.group_size).T)
         chunk.zero_point_C[:] = format.middle_code if codes.zero_point is None else codes.zero_point.reshape(-1)
         chunk.codes_GC[:, is_zero_C] = chunk.zero_point_C[is_zero_C]
         small_C = format.representable_scale(np.ones_like(chunk.scale_C))
@@ -111,12 +115,12 @@ class Scratch:
         np.multiply(chunk.values_GC, chunk.scale_C, out=chunk.values_GC)
         return chunk
 
-    def _chunk(self, format: IntFormat, groups: int) -> Chunk:
+    def _chunk(self, format: IntFormat, groups: int, group_size: int) -> Chunk:
         """Contiguous views of the buffers, which grow where they are too small."""
-        size = groups * format.group_size
+        size = groups * group_size
         if not self._buffers or self._buffers[0].size < size:
             self._buffers = [np.empty(size, np.float32) for _ in range(4)]
-        shape = (format.group_size, groups)
+        shape = (group_size, groups)
         values_GC, codes_GC, *scratch_GC = (buffer[:size].reshape(shape) for buffer in self._buffers)
         return Chunk(
             format=format,
@@ -135,7 +139,7 @@ def rows_per_chunk(in_features: int) -> int:
 
 def _turn(stored: npt.NDArray[Any], chunk: Chunk) -> None:
     """Fills ``values_GC``."""
-    groups = stored.reshape(-1, chunk.format.group_size)
+    groups = stored.reshape(-1, chunk.group_size)
     if stored.dtype != np.uint16:
         np.copyto(chunk.values_GC, groups.T)
         return
@@ -154,7 +158,7 @@ def quantize_in_chunks(
     if weight.ndim != 2:
         raise QuantizationError(f"{fqn}: has shape {list(weight.shape)}; only a matrix can be quantized in groups")
     workers = threads or usable_cores()
-    out = empty_tensor(weight.shape[0], format.groups(weight.shape[1], fqn), format)
+    out = empty_tensor((weight.shape[0], weight.shape[1]), format, fqn=fqn)
     step = _rows_per_worker(weight.shape, workers)
     starts = range(0, len(weight), step)
     scratches: SimpleQueue[Scratch] = SimpleQueue()
@@ -233,11 +237,16 @@ def _check_fits(scale_C: FloatArray, least_C: FloatArray, greatest_C: FloatArray
         )
 
 
-def empty_tensor(rows: int, groups: int, format: IntFormat) -> QuantizedTensor:
-    """Room for rows of so many groups, to be filled by ``store_chunk``."""
+def empty_tensor(shape: tuple[int, int], format: IntFormat, *, fqn: str = "weight") -> QuantizedTensor:
+    """Room for a matrix [rows, in_features], to be filled by ``store_chunk``.
+
+    Raises:
+        QuantizationError: the width does not fit the group size.
+    """
+    rows, groups = shape[0], format.groups(shape[1], fqn)
     scale_dtype = np.float16 if format.scale_dtype == "float16" else np.float32
     return QuantizedTensor(
-        qdata=np.empty((rows, groups * format.group_size), np.uint8),
+        qdata=np.empty(shape, np.uint8),
         scale=np.empty((rows, groups), scale_dtype),
         zero_point=None if format.symmetric else np.empty((rows, groups), np.uint8),
         format=format,
@@ -246,7 +255,7 @@ def empty_tensor(rows: int, groups: int, format: IntFormat) -> QuantizedTensor:
 
 def store_chunk(chunk: Chunk, out: QuantizedTensor) -> None:
     """Puts a chunk into the rows that it is made of."""
-    np.copyto(out.qdata.reshape(-1, chunk.format.group_size), chunk.codes_GC.T, casting="unsafe")
+    np.copyto(out.qdata.reshape(-1, chunk.group_size), chunk.codes_GC.T, casting="unsafe")
     out.scale[...] = chunk.scale_C.reshape(out.scale.shape)
     if out.zero_point is not None:
         np.copyto(out.zero_point, chunk.zero_point_C.reshape(out.scale.shape), casting="unsafe")

@@ -23,6 +23,8 @@ from lfm2_export.quant.groups import Chunk, fit_range, write_codes
 # How much longer or shorter the grid may get, in its own steps: shorter cuts the extremes off. On Gaussian, Laplace and
 # Student-t weights in groups of 32 and 128 this is within 0.5 % of an exhaustive search over scales and zero points.
 _STEPS = (1.5, 1.0, 0.5, -0.6, -1.2, -2.0)
+# In groups of no more codes a sum of their squares is exact whatever the order, a whole number below 2^24.
+_EXACT = 256
 # A gain below this share is within the rounding errors of the comparison.
 _LEAST_GAIN = np.float32(1e-4)
 
@@ -83,11 +85,17 @@ class _Search:
         """The scale of least squared error for the codes, and the squared values that it explains."""
         np.multiply(self.codes_GC, self.values_GC, out=self.product_GC)
         along_C = np.add.reduce(self.product_GC, axis=0)
-        # Exact whatever the order: squares of codes are whole numbers, and their sums stay below 2^24.
-        square_C = np.einsum("gc,gc->c", self.codes_GC, self.codes_GC)
+        square_C = self._squares()
         np.maximum(square_C, np.float32(1e-30), out=square_C)
         fitted_C = np.divide(along_C, square_C, out=square_C)
         return fitted_C, np.multiply(fitted_C, along_C, out=along_C)
+
+    def _squares(self) -> FloatArray:
+        """Of the codes, summed; overwrites ``product_GC``."""
+        if len(self.codes_GC) <= _EXACT:
+            return np.einsum("gc,gc->c", self.codes_GC, self.codes_GC)
+        np.multiply(self.codes_GC, self.codes_GC, out=self.product_GC)
+        return np.add.reduce(self.product_GC, axis=0)
 
     def _encode(self, ratio_C: FloatArray | float) -> None:
         np.multiply(self.values_GC, 1 / ratio_C, out=self.codes_GC)

@@ -73,8 +73,7 @@ class Scheme:
     ``fits_groups``: where a format's group size divides no row, a backend may take a smaller one; else it refuses.
     ``choices``: the formats of single weights by their published names (``mixing``); only ``exclude`` goes before.
     ``mixed``: whether widths are chosen for each checkpoint where nobody asks for something else, within the size that
-    it has without, if it ``keeps_size``; ``group_sizes``: from which; ``mixture``: how they were; ``one_width``: why
-    there is none to choose.
+    it has without, if it ``keeps_size``; ``group_sizes``: from which; ``mixture``: how they were.
     ``preference`` orders programs where the caller names none: the lowest is taken.
     """
 
@@ -95,7 +94,6 @@ class Scheme:
     group_sizes: tuple[int, ...] = ()
     choices: Mapping[str, FormatChoice] = field(default_factory=dict, hash=False)
     mixture: Mixture | None = None
-    one_width: str = ""
 
     @property
     def can_mix(self) -> bool:
@@ -109,13 +107,16 @@ class Scheme:
         return bool(self._int_formats())
 
     def with_group_size(self, group_size: int) -> Scheme:
-        """The scheme with every integer format in groups of ``group_size``, of 4 and of 8 bits, and in no others.
+        """The scheme with every integer format in groups of ``group_size``, of 4 and of 8 bits, and in no others, but
+        for those of whole rows.
 
         Raises:
             QuantizationError: the size is not supported, or the scheme has no groups.
         """
         changed: dict[str, Any] = {
-            name: replace(format, group_size=group_size) for name, format in self._int_formats().items()
+            name: replace(format, group_size=group_size)
+            for name, format in self._int_formats().items()
+            if format.group_size is not None
         }
         if not changed:
             raise QuantizationError(f"scheme {self.name} has no groups; leave --group-size out")
@@ -238,8 +239,8 @@ def _onnx_int_scheme(
 
 
 def _executorch_int4_scheme() -> Scheme:
-    """Symmetric with positive scales: XNNPACK takes no others, and keeps them as bfloat16. Experts have float16
-    ones, which both operators for them hold exactly."""
+    """Symmetric with positive scales: XNNPACK takes no others, and keeps them as bfloat16; it multiplies by 8 bits only
+    with a scale for a whole row. Experts have float16 ones, which both operators for them hold exactly."""
     int8 = IntFormat(bits=8, symmetric=True)
     int4 = IntFormat(bits=4, symmetric=True, scale_dtype="bfloat16")
     return Scheme(
@@ -248,11 +249,12 @@ def _executorch_int4_scheme() -> Scheme:
         experts=replace(int4, scale_dtype="float16"),
         embedding=int8,
         head=int4,
-        sensitive=int4,
+        sensitive=replace(int8, group_size=None),
         activation_dtype="float32",
         accuracy_level=4,
         preference=1,
-        one_width="XNNPACK multiplies by groups of 4 bits; by 8 bits only with a scale for a whole row",
+        keeps_size=True,
+        group_sizes=(32, 64, 128, 256),
     )
 
 

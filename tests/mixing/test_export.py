@@ -60,7 +60,10 @@ def _count(tensor) -> int:
     [
         (["--target-bits", "3"], "lfm2-export: --target-bits 3: is below the floor of "),
         (["--target-bits", "5", "--group-size", "32"], "lfm2-export: --target-bits 5: chooses the group sizes, too;"),
-        (["--target-bits", "5", "--backend", "executorch", "--scheme", "8da4w"], "scheme 8da4w has one width for its"),
+        (["--target-bits", "5", "--scheme", "q8"], "scheme q8 has one width for its linear layers; pass --scheme q4"),
+        (["--target-bits", "4", "--backend", "executorch"], "lfm2-export: --target-bits 4: is below the floor of "),
+        (["--target-size", "1KB", "--backend", "executorch"], "--target-size 1000: is below the floor of "),
+        (["--target-bits", "8", "--backend", "executorch", "--scheme", "fp32"], "scheme fp32 has one width"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line_and_leaves_nothing(

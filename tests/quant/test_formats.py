@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from lfm2_export.errors import QuantizationError
 from lfm2_export.quant import formats
+from lfm2_export.quant.algorithms import get_algorithm
 from lfm2_export.quant.formats import (
     FloatFormat,
     IntFormat,
@@ -52,11 +53,27 @@ def test_dequantize_is_code_minus_zero_point_times_scale(bits, symmetric, monkey
         (IntFormat(bits=4, symmetric=False, group_size=128, scale_dtype="float16"), 4.15625),
         (IntFormat(bits=4, symmetric=True, scale_dtype="float16"), 4.5),
         (IntFormat(bits=8, symmetric=True), 9.0),
+        (IntFormat(bits=8, symmetric=True, group_size=None), 8.0625),
         (FloatFormat(dtype="float16"), 16.0),
     ],
 )
 def test_bits_per_weight_count_scales_and_zero_points(format, bits):
-    assert format.bits_per_weight == bits
+    assert format.bits_per_weight(512) == bits
+
+
+@pytest.mark.parametrize("algorithm", ["refit", "round"])
+def test_a_row_that_is_a_group_is_one_whatever_its_width(algorithm):
+    weight = np.random.default_rng(0).standard_normal((6, 256), np.float32)
+    rows, groups = (IntFormat(bits=8, symmetric=True, group_size=size) for size in (None, 256))
+    found, expected = (get_algorithm(algorithm)(weight, form) for form in (rows, groups))
+    assert np.array_equal(found.qdata, expected.qdata)
+    assert np.array_equal(found.scale, expected.scale)
+    odd = get_algorithm(algorithm)(weight[:, :250], rows)  # a width that no group size divides
+    assert odd.scale.shape == (6, 1)
+    assert np.abs(odd.dequantize() - weight[:, :250]).max() < np.abs(weight).max() / 127
+    assert rows.groups(250, "w") == 1
+    with pytest.raises(QuantizationError, match="in_features=0 is not a multiple"):
+        rows.groups(0, "w")
 
 
 def test_width_that_is_no_multiple_of_the_group_says_what_to_pass():

@@ -22,6 +22,7 @@ FORMATS = {
     "int4-positive": IntFormat(bits=4, symmetric=True, scale_dtype="bfloat16"),
     "int8": IntFormat(bits=8, symmetric=False),
     "int8-signed": IntFormat(bits=8, symmetric=True, signed_scale=True, group_size=256),
+    "int8-rows": IntFormat(bits=8, symmetric=True, group_size=None),
 }
 every_format = pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS.keys())
 WIDTH = 256

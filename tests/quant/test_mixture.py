@@ -16,7 +16,7 @@ def unit(name: str, weights: int, sensitivity: float) -> Unit:
     """Bytes and damages about as they are measured: 8 bits do a fortieth."""
     damages = (1.5, 1.25, 1.0, 0.025)
     options = tuple(
-        Option(format=form, nbytes=int(weights * form.bits_per_weight / 8), damage=sensitivity * damage)
+        Option(format=form, nbytes=int(weights * form.bits_per_weight(128) / 8), damage=sensitivity * damage)
         for form, damage in zip([*FORMATS, WIDE], damages, strict=True)
     )
     return Unit(name=name, tensors=(f"{name}.weight",), options=options)

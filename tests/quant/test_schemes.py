@@ -50,8 +50,8 @@ def test_q4_has_int4_linears_and_experts_and_an_int8_embedding():
     signed = IntFormat(bits=4, group_size=64, symmetric=True, signed_scale=True, scale_dtype="float16")
     assert found[TensorClass.EXPERTS] == signed
     assert found[TensorClass.EMBEDDING] == found[TensorClass.HEAD] == replace(signed, bits=8, group_size=128)
-    assert [found[kind].bits_per_weight for kind in (TensorClass.LINEAR, TensorClass.EXPERTS)] == [4.625, 4.25]
-    assert found[TensorClass.HEAD].bits_per_weight == 8.125
+    assert [found[kind].bits_per_weight(128) for kind in (TensorClass.LINEAR, TensorClass.EXPERTS)] == [4.625, 4.25]
+    assert found[TensorClass.HEAD].bits_per_weight(128) == 8.125
     assert scheme.format_for(weight(W1, TensorClass.LINEAR)).reason == "scheme q4: linear"
 
 
@@ -60,7 +60,7 @@ def test_q8_has_groups_of_32_everywhere():
     scheme = get_scheme("q8")
     for kind in (TensorClass.LINEAR, TensorClass.EXPERTS, TensorClass.EMBEDDING, TensorClass.HEAD):
         format = scheme.format_for(weight("w", kind)).format
-        assert (format.bits, format.group_size, format.bits_per_weight) == (8, 32, 8.5)
+        assert (format.bits, format.group_size, format.bits_per_weight(64)) == (8, 32, 8.5)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)

@@ -5,7 +5,7 @@ Exporting and running both import torch and executorch, on first use.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,11 +84,12 @@ def how_to_run(programs: Sequence[Program], family: str) -> str:
     return _HOW_TO_EMBED.format(command=_EMBED if has_vectors else _LOAD)
 
 
-def make_plan(config: ModelConfig, scheme: Scheme) -> WeightPlan:
-    """How every weight of a checkpoint is stored under a scheme."""
-    from lfm2_export.backends.executorch import plan
+def make_plan(config: ModelConfig, scheme: Scheme, options: Mapping[str, int | str]) -> WeightPlan:
+    """How every weight of a checkpoint is stored under a scheme: in the first file, where two are asked for, and in
+    formats that both take."""
+    from lfm2_export.backends.executorch import export
 
-    return plan.make_plan(config, scheme)
+    return export.plan_to_mix(config, scheme, options)
 
 
 def estimate(request: ExportRequest) -> Estimate:

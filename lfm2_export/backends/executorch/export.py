@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lfm2_export.backends.executorch.spill import Spill
     from lfm2_export.backends.executorch.trace import PteProgram
     from lfm2_export.backends.executorch.weights import ProgramWeights
+    from lfm2_export.quant.schemes import Scheme
 
 FOLDER = "executorch"
 DEFAULT_MAX_CONTEXT = 4096
@@ -47,7 +48,8 @@ def estimate(request: ExportRequest) -> Estimate:
         ExportError: a layer or a setting that the operators cannot express.
     """
     plans = _plans(request)
-    state, tables = _buffer_bytes(request.checkpoint.config, max_context(request))
+    config = request.checkpoint.config
+    state, tables = _buffer_bytes(config, max_context(config, request.options))
     streams = [_stream(request, plan, name, request.folder) for name, plan in plans.items()]
     largest = max(prod(tensor.shape[-2:]) for tensor in request.checkpoint.model_tensors.values())
     at_once = usable_cores() * max(piece.values for stream in streams for piece in stream.pieces)
@@ -113,14 +115,13 @@ def _stream(request: ExportRequest, plan: PtePlan, name: str, root: Path) -> Pte
     )
 
 
-def max_context(request: ExportRequest) -> int:
+def max_context(config: ModelConfig, options: Mapping[str, int | str]) -> int:
     """Positions that the buffers hold: what was asked for, else 4096 or the model's limit.
 
     Raises:
         ExportError: not positive, or beyond the model's limit.
     """
-    limit = request.checkpoint.config.max_position_embeddings
-    asked = request.options.get("max_context")
+    limit, asked = config.max_position_embeddings, options.get("max_context")
     if asked is None:
         return min(DEFAULT_MAX_CONTEXT, limit)
     if type(asked) is not int or not 1 < asked <= limit:
@@ -135,8 +136,8 @@ def export_program(request: ExportRequest) -> ExportedProgram:
         ExportError, QuantizationError: the checkpoint cannot be lowered under this scheme.
         CheckpointError: a tensor is damaged.
     """
-    plans, context = _plans(request), max_context(request)
     config = request.checkpoint.config
+    plans, context = _plans(request), max_context(config, request.options)
     cache = CacheSpec.from_config(config, "float32", bounded=True)
     (request.folder / FOLDER).mkdir(exist_ok=True)
     with _scratch(request) as root:
@@ -284,23 +285,43 @@ def _encoder_program(
 
 def _plans(request: ExportRequest) -> dict[str, PtePlan]:
     """By file name, the portable way to run experts first."""
-    wanted: tuple[MoeOp | None, ...] = (_moe_op(request.options.get("moe_op")),)
-    if request.options.get("moe_op") == BOTH:
-        wanted = (MoeOp.STOCK, MoeOp.LFM2)
+    wanted = _moe_ops(request.options)
     config, name = request.checkpoint.config, request.file_name
     stem, suffix = name.rsplit(".", 1)
     return {
         f"{stem}_lfm2.{suffix}" if op is MoeOp.LFM2 else name: make_plan(
-            config, request.scheme, moe_op=op, embedding_bits=request.options.get("embedding_bits")
+            config, request.scheme, moe_op=op, embedding_bits=_embedding_bits(request.options)
         )
         for op in wanted
     }
 
 
-def _moe_op(name: str | None) -> MoeOp | None:
-    offered = (MoeOp.STOCK, MoeOp.LFM2)
-    if name in (None, BOTH):
-        return None
+def plan_to_mix(config: ModelConfig, scheme: Scheme, options: Mapping[str, int | str]) -> PtePlan:
+    """The plan of the first file, for those who choose widths: it takes what all files take.
+
+    Raises:
+        QuantizationError, ExportError, ResourceError: as ``estimate``.
+    """
+    first, *others = _moe_ops(options)
+    plan = make_plan(
+        config, scheme, moe_op=first, embedding_bits=_embedding_bits(options), also=others[0] if others else None
+    )
+    _, tables = _buffer_bytes(config, max_context(config, options))
+    return replace(plan, table_bytes=tables)
+
+
+def _embedding_bits(options: Mapping[str, int | str]) -> int | None:
+    bits = options.get("embedding_bits")
+    return bits if isinstance(bits, int) else None
+
+
+def _moe_ops(options: Mapping[str, int | str]) -> tuple[MoeOp | None, ...]:
+    """How experts are to run, in a file for each way; None: as the plan says."""
+    offered, name = (MoeOp.STOCK, MoeOp.LFM2), options.get("moe_op")
+    if name == BOTH:
+        return offered
+    if name is None:
+        return (None,)
     if name not in offered:
         raise ExportError(f"--moe-op {name}: pass one of {', '.join(offered)} or {BOTH}")
-    return MoeOp(name)
+    return (MoeOp(name),)

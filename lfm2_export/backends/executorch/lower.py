@@ -122,20 +122,23 @@ class ExecutorchResidualRMSNorm(ExecutorchRMSNorm):
 
 
 class ExecutorchLinear(nn.Module):
-    """A linear layer: fp32, or int4 in groups on activations that are quantized to int8 token by token."""
+    """A linear layer: fp32, or int4 in groups or int8 by rows on activations that are quantized to int8 token by
+    token."""
 
     def __init__(self, weight: Tensor | Codes, bias: Tensor | None):
         super().__init__()
         self.bias = None if bias is None else nn.Buffer(bias)
-        self.group_size = weight.group_size if isinstance(weight, Codes) else None
+        self.is_quantized = isinstance(weight, Codes)
         if isinstance(weight, Codes):
-            self.weight, self.scale = nn.Buffer(weight.qdata), nn.Buffer(weight.scale)
-            self.zero_point = nn.Buffer(torch.zeros(weight.scale.shape, dtype=torch.int8))
+            self.group_size = weight.group_size
+            scale = weight.scale if weight.group_size is not None else weight.scale.squeeze(1)
+            self.weight, self.scale = nn.Buffer(weight.qdata), nn.Buffer(scale)
+            self.zero_point = nn.Buffer(torch.zeros(scale.shape, dtype=torch.int8))
         else:
             self.weight = nn.Buffer(weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.group_size is None:
+        if not self.is_quantized:
             return F.linear(x, self.weight, self.bias)
         weight = ops.dequantized_weight(self.weight, self.scale, self.zero_point, self.group_size)
         return F.linear(ops.rounded_per_token(x), weight, self.bias)

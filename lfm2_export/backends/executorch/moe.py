@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lfm2_export.backends.executorch import ops
+from lfm2_export.backends.executorch.packing import check_stock
 from lfm2_export.backends.executorch.plan import MoeOp
 from lfm2_export.backends.executorch.weights import ProgramWeights
 from lfm2_export.config import ModelConfig
@@ -88,7 +89,7 @@ class StockExperts(nn.Module):
         self.gate = Router(name, weights)
         form = weights.plan[f"{name}.experts.0.w1.weight"].format
         assert isinstance(form, IntFormat)
-        self.group_size = form.group_size
+        self.group_size = check_stock(form)
         # No bias is a bias of zero; an empty tensor cannot be stored.
         self.bias = nn.Buffer(torch.zeros(self.config.num_experts)) if self.gate.bias is None else None
         self.w13, self.w2 = map(nn.Buffer, weights.experts(f"{name}.experts."))

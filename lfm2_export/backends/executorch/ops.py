@@ -40,8 +40,11 @@ _decomposed = torch.ops.quantized_decomposed
 _llama = torch.ops.llama
 
 
-def dequantized_weight(qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int) -> Tensor:
-    """What XNNPACK's partitioner takes for a weight in groups: int8 [rows, columns], scale [rows, groups]."""
+def dequantized_weight(qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int | None) -> Tensor:
+    """What XNNPACK's partitioner takes for a weight: int8 [rows, columns] with 4 bits in groups, scale [rows, groups];
+    with 8 bits (``group_size`` None) scale [rows]."""
+    if group_size is None:
+        return _decomposed.dequantize_per_channel(qdata, scale, zero_point, 0, *_BYTE, torch.int8)
     return _decomposed.dequantize_per_channel_group(
         qdata, scale, zero_point, *_NIBBLE, torch.int8, group_size, torch.float32
     )

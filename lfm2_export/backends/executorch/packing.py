@@ -18,7 +18,7 @@ from __future__ import annotations
 import numpy as np
 
 from lfm2_export.errors import QuantizationError
-from lfm2_export.quant.formats import ByteArray, FloatArray, QuantizedTensor
+from lfm2_export.quant.formats import ByteArray, FloatArray, IntFormat, QuantizedTensor
 
 _ROWS, _CHUNK, _HALF = 8, 16, 8
 _HEADER = (6712, 1, 4, 0, 0, _ROWS, _CHUNK, 2)
@@ -31,26 +31,36 @@ def stock_bytes(rows: int, columns: int, group_size: int) -> int:
     return HEADER_BYTES + padded * (columns // 2 + 8 * (columns // group_size))
 
 
+def check_stock(form: IntFormat) -> int:
+    """The group size of a format; refuses what the operator does not take.
+
+    Raises:
+        QuantizationError: it is not symmetric int4, or a group is no multiple of 16 columns.
+    """
+    if form.bits != 4 or not form.symmetric or form.group_size is None or form.group_size % _CHUNK:
+        raise QuantizationError(
+            f"experts in {form.to_json()}: llama::quantized_moe_ffn takes symmetric int4 in groups of a multiple of "
+            f"{_CHUNK}; pass --group-size 32"
+        )
+    return form.group_size
+
+
 def pack_stock(*tensors: QuantizedTensor) -> ByteArray:
     """The blob of matrices [rows, columns] one below the other.
 
     Raises:
         QuantizationError: the format is not symmetric int4, or a group is no multiple of 16 columns.
     """
+    group_size = check_stock(tensors[0].format)
     form = tensors[0].format
-    if form.bits != 4 or not form.symmetric or form.group_size % _CHUNK:
-        raise QuantizationError(
-            f"experts in {form.to_json()}: llama::quantized_moe_ffn takes symmetric int4 in groups of a multiple of "
-            f"{_CHUNK}; pass --group-size 32"
-        )
     codes = _padded(np.concatenate([tensor.qdata for tensor in tensors]), form.middle_code)
     scale = _padded(np.concatenate([tensor.scale for tensor in tensors]).astype("<f4"), 0)
     blocks, groups = len(codes) // _ROWS, scale.shape[1]
     # [block, row, group, chunk, half, 8] -> [block, group, chunk, half, row, 8], then runs of 32
-    split = codes.reshape(blocks, _ROWS, groups, form.group_size // _CHUNK, 2, _HALF)
+    split = codes.reshape(blocks, _ROWS, groups, group_size // _CHUNK, 2, _HALF)
     runs = split.transpose(0, 2, 3, 4, 1, 5).reshape(blocks, groups, -1, 32)
     packed = (runs[..., :16] | runs[..., 16:] << 4).reshape(blocks, groups, -1)
-    sums = split.sum(axis=(3, 4, 5), dtype="<i4") - form.middle_code * form.group_size
+    sums = split.sum(axis=(3, 4, 5), dtype="<i4") - form.middle_code * group_size
     parts = (packed, *(_as_bytes(x.reshape(blocks, _ROWS, groups)) for x in (scale, sums.astype("<i4"))))
     header = np.zeros(HEADER_BYTES // 4, "<i4")
     header[: len(_HEADER)] = _HEADER

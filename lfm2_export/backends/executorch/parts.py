@@ -16,11 +16,11 @@ from lfm2_export.backends.executorch.packing import HEADER_BYTES, stock_bytes
 from lfm2_export.errors import ArtifactError
 from lfm2_export.messages import named, shown
 
-FLOAT, CONV, INT4, EMBEDDING8, EMBEDDING4, STOCK, LFM2 = (
-    *("float", "conv", "int4", "embedding8", "embedding4"),
+FLOAT, CONV, INT4, INT8, EMBEDDING8, EMBEDDING4, STOCK, LFM2 = (
+    *("float", "conv", "int4", "int8", "embedding8", "embedding4"),
     *("stock", "lfm2"),
 )
-_NUMBERS, _CODES, _EXPERTS = (FLOAT, CONV), (INT4, EMBEDDING8, EMBEDDING4), (STOCK, LFM2)
+_NUMBERS, _CODES, _EXPERTS = (FLOAT, CONV), (INT4, INT8, EMBEDDING8, EMBEDDING4), (STOCK, LFM2)
 _SHA256 = re.compile("[0-9a-f]{64}")
 # llama::quantized_moe_ffn walks 16 columns and 8 rows at a time.
 _STOCK_COLUMNS, _STOCK_ROWS = 16, 8
@@ -31,8 +31,9 @@ class StoredPart:
     """Rows ``first_row`` to ``stop_row`` of a tensor [rows, ...], by the SHA-256 of the bytes that they are stored as.
 
     ``kind`` says how: numbers ("float"; "conv" with its axes turned about), codes with a scale for each ``group_size``
-    columns, or ("stock", "lfm2") rows of one ``expert`` in a blob uint8 ``blob_shape`` [experts, ...] of a whole layer:
-    ``blob_rows`` of a stock one, every ``step``-th block of 32 from ``first`` on of ours.
+    columns ("int8": for a whole row), or ("stock", "lfm2") rows of one ``expert`` in a blob uint8 ``blob_shape``
+    [experts, ...] of a whole layer: ``blob_rows`` of a stock one, every ``step``-th block of 32 from ``first`` on of
+    ours.
     """
 
     kind: str
@@ -51,7 +52,7 @@ class StoredPart:
     @property
     def dtype(self) -> str:
         """One of float32, int8 and int4."""
-        return "float32" if self.kind in _NUMBERS else "int8" if self.kind == EMBEDDING8 else "int4"
+        return "float32" if self.kind in _NUMBERS else "int8" if self.kind in (INT8, EMBEDDING8) else "int4"
 
 
 def parse_places(raw: object, published: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[StoredPart, ...]]:
@@ -101,7 +102,7 @@ class _Reader:
         if kind not in _NUMBERS and len(self._shape) != 2:
             raise self._wrong("kind", f"for matrices, which {shown(list(self._shape))} is not")
         if kind in _CODES:
-            place |= {"scale": self._digest("scale"), "group_size": self._group_size(2 if kind != EMBEDDING8 else 1)}
+            place |= {"scale": self._digest("scale"), "group_size": self._code_group(kind)}
         if kind in _EXPERTS:
             place |= self._stock(stop_row - first_row) if kind == STOCK else self._lfm2(stop_row - first_row)
         return StoredPart(**place)
@@ -140,6 +141,9 @@ class _Reader:
             "first": first,
             "step": step,
         }
+
+    def _code_group(self, kind: str) -> int:
+        return self._shape[1] if kind == INT8 else self._group_size(2 if kind != EMBEDDING8 else 1)
 
     def _group_size(self, multiple: int) -> int:
         """Of codes, which come in groups that fill a row."""

@@ -14,7 +14,7 @@ from math import prod
 
 import numpy as np
 
-from lfm2_export.backends.executorch.packing import HEADER_BYTES, stock_bytes
+from lfm2_export.backends.executorch.packing import HEADER_BYTES, check_stock, stock_bytes
 from lfm2_export.backends.weights import plan as plans
 from lfm2_export.backends.weights.plan import Roles, Storage, StoredWeight, WeightPlan
 from lfm2_export.config import ModelConfig
@@ -67,28 +67,49 @@ class Layout(Enum):
         rows, columns = shape
         match self:
             case Layout.STOCK | Layout.STOCK_BELOW:
-                nbytes = stock_bytes(rows, columns, form.group_size)
+                nbytes = stock_bytes(rows, columns, form.group_of(columns))
                 return {"qdata": ((nbytes if self is Layout.STOCK else nbytes - HEADER_BYTES,), byte)}
             case Layout.TILES:
                 return {"qdata": (tiles_shape(rows, columns), byte)}
         qdata = (shape, np.dtype(np.int8)) if self is Layout.CODES else ((rows, columns // 2), byte)
-        return {"qdata": qdata, "scale": ((rows, columns // form.group_size), single)}
+        return {"qdata": qdata, "scale": ((rows, columns // form.group_of(columns)), single)}
+
+    def program_bytes(self, shape: tuple[int, ...], form: WeightFormat) -> int:
+        """Of a weight in the finished program, in which XNNPACK has codes of 4 bits packed and scales of groups as
+        bfloat16."""
+        roles = self.roles(shape, form)
+        if self is Layout.CODES and isinstance(form, IntFormat) and form.bits == 4:
+            return sum(prod(sizes) // 2 if role == "qdata" else 2 * prod(sizes) for role, (sizes, _) in roles.items())
+        return sum(prod(sizes) * dtype.itemsize for sizes, dtype in roles.values())
 
 
 @dataclass(frozen=True, kw_only=True)
 class PtePlan(WeightPlan):
-    """``moe_op`` is None in a model without experts."""
+    """``moe_op`` is None in a model without experts; ``also``: how they run in another program of the same weights."""
 
     moe_op: MoeOp | None
+    also: MoeOp | None = None
+
+    def bytes_of(self, weight: StoredWeight) -> int:
+        assert isinstance(weight.layout, Layout)
+        return weight.layout.program_bytes(weight.shape, weight.format)
+
+    def takes(self, weight: StoredWeight) -> bool:
+        try:
+            for op in filter(None, (self.moe_op or MoeOp.STOCK, self.also)):
+                _PteStorage(op).check(weight)
+        except QuantizationError:
+            return False
+        return True
 
     def program_bytes(self) -> int:
         """Bytes of all weights in the program."""
-        return sum(map(_program_bytes, self.values()))
+        return sum(map(self.bytes_of, self.values()))
 
     def held_bytes(self) -> int:
         """Of these, what is in memory when the program is put together: all but the experts that an operator takes
         packed, which lie in files."""
-        return sum(_program_bytes(weight) for weight in self.values() if not is_packed(weight))
+        return sum(self.bytes_of(weight) for weight in self.values() if not is_packed(weight))
 
 
 def is_packed(weight: StoredWeight) -> bool:
@@ -96,14 +117,15 @@ def is_packed(weight: StoredWeight) -> bool:
     return weight.layout in (Layout.STOCK, Layout.STOCK_BELOW, Layout.TILES)
 
 
-def _program_bytes(weight: StoredWeight) -> int:
-    return int(prod(weight.shape) * weight.format.bits_per_weight / 8)
-
-
 def make_plan(
-    config: ModelConfig, scheme: Scheme, *, moe_op: MoeOp | None = None, embedding_bits: int | None = None
+    config: ModelConfig,
+    scheme: Scheme,
+    *,
+    moe_op: MoeOp | None = None,
+    embedding_bits: int | None = None,
+    also: MoeOp | None = None,
 ) -> PtePlan:
-    """The plan for one checkpoint under one scheme.
+    """The plan for one checkpoint under one scheme; ``also``: another way to run its experts, in a program apart.
 
     Raises:
         QuantizationError: a width does not fit the group size, or an excluding pattern matches nothing.
@@ -114,7 +136,7 @@ def make_plan(
         scheme = _with_embedding_bits(scheme, embedding_bits)
     plan = plans.make_plan(config, scheme, _PteStorage(moe_op or MoeOp.STOCK))
     chosen = _moe_op(plan, moe_op)
-    return PtePlan(config=config, scheme=scheme, weights=plan.weights, moe_op=chosen)
+    return PtePlan(config=config, scheme=plan.scheme, weights=plan.weights, moe_op=chosen, also=also)
 
 
 class _PteStorage(Storage):
@@ -140,9 +162,10 @@ class _PteStorage(Storage):
         super().check(weight)
         if isinstance(weight.format, FloatFormat):
             return
-        if weight.layout is Layout.TILES:
-            check_format(weight.format)  # that the rows fill their blocks follows from the other matrix's groups
-        elif weight.layout is Layout.CODES and weight.part is not Part.EMBEDDING:
+        if weight.part is Part.EXPERTS:
+            # That the rows of ours fill their blocks follows from the other matrix's groups.
+            (check_format if self.moe_op is MoeOp.LFM2 else check_stock)(weight.format)
+        elif weight.part is not Part.EMBEDDING:
             _check_linear(weight.name, weight.format)
 
 
@@ -166,11 +189,12 @@ def _with_embedding_bits(scheme: Scheme, bits: int) -> Scheme:
 
 
 def _check_linear(name: str, form: IntFormat) -> None:
-    if form.bits != 4:
+    if form.bits == 8 and form.group_size is not None:
         raise QuantizationError(
-            f"{name}: {form.bits} bits in groups, but XNNPACK takes groups of 4 bits only; pass --backend onnx"
+            f"{name}: 8 bits in groups of {form.group_size}, but XNNPACK takes 8 bits with a scale for a whole row; "
+            "pass --backend onnx"
         )
-    if form.group_size % XNNPACK_GROUP:
+    if form.bits == 4 and (form.group_size is None or form.group_size % XNNPACK_GROUP):
         raise QuantizationError(
             f"{name}: group_size={form.group_size}, but XNNPACK takes multiples of {XNNPACK_GROUP}; "
             "pass --group-size 32"

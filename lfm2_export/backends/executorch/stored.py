@@ -109,7 +109,7 @@ class StoredWeights:
     def _codes(self, name: str, part: StoredPart) -> np.ndarray:
         """Linear layers and embeddings: codes along rows, a scale for each group."""
         (rows, columns), group = part.shape, part.group_size
-        if part.kind == parts.EMBEDDING8:
+        if part.kind in (parts.INT8, parts.EMBEDDING8):
             codes = self._bytes(name, part.data, np.dtype(np.int8), rows * columns).astype(np.float32)
         else:
             packed = self._bytes(name, part.data, np.dtype(np.uint8), rows * columns // 2)
@@ -120,7 +120,8 @@ class StoredWeights:
             raw = self._bytes(name, part.scale, np.dtype("<u2"), rows * columns // group, prefix="scale_")
             scale = (raw.astype(np.uint32) << 16).view(np.float32)
         else:
-            scale = self._bytes(name, part.scale, np.dtype("<f4"), rows * columns // group)
+            prefix = "scale_" if part.kind == parts.INT8 else ""
+            scale = self._bytes(name, part.scale, np.dtype("<f4"), rows * columns // group, prefix=prefix)
         return (codes.reshape(rows, -1, group) * scale.reshape(rows, -1, 1)).reshape(rows, columns)
 
     def _stock(self, name: str, part: StoredPart) -> np.ndarray:

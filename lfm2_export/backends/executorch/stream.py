@@ -110,7 +110,7 @@ class PtePacking:
     """Codes one per byte until a piece is complete, then as its layout has them."""
 
     def empty(self, weight: StoredWeight, form: IntFormat, rows: int) -> QuantizedTensor:
-        return empty_tensor(rows, weight.shape[-1] // form.group_size, form)
+        return empty_tensor((rows, weight.shape[-1]), form)
 
     def pack(self, chunk: Chunk, rows: slice, room: QuantizedTensor) -> None:
         store_chunk(chunk, room.rows(rows))

@@ -24,16 +24,17 @@ from lfm2_export.families.tensors import EMBEDDING
 from lfm2_export.quant.formats import IntFormat
 
 # The conv kernel [channels, 1, width] as XNNPACK keeps it: [width, channels].
-FLOAT, CONV, INT4, EMBEDDING_BYTE, EMBEDDING_4BIT = "float", "conv", "int4", "embedding8", "embedding4"
+FLOAT, CONV, INT4, INT8, EMBEDDING_BYTE, EMBEDDING_4BIT = "float", "conv", "int4", "int8", "embedding8", "embedding4"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Codes:
-    """A quantized matrix: ``qdata`` int8 [rows, columns], signed; ``scale`` float32 [rows, groups]."""
+    """A quantized matrix: ``qdata`` int8 [rows, columns], signed; ``scale`` float32 [rows, groups], a row being one
+    where ``group_size`` is None."""
 
     qdata: Tensor
     scale: Tensor
-    group_size: int
+    group_size: int | None
 
 
 class ProgramWeights:
@@ -58,10 +59,13 @@ class ProgramWeights:
         if not isinstance(form, IntFormat):
             return self.numbers(name, rows=rows)
         codes, scale = self._array(name, "qdata", rows), torch.from_numpy(self._array(name, "scale", rows))
-        part = _part(INT4, _nibbles_sha256(codes, form), rows) | {
-            "scale": sha256(scale.to(torch.bfloat16).view(torch.int16).numpy()),
-            "group_size": form.group_size,
-        }
+        if form.group_size is None:
+            part = _part(INT8, sha256(codes), rows) | {"scale": sha256(scale.numpy())}
+        else:
+            part = _part(INT4, _nibbles_sha256(codes, form), rows) | {
+                "scale": sha256(scale.to(torch.bfloat16).view(torch.int16).numpy()),
+                "group_size": form.group_size,
+            }
         self._parts[name].append(part)
         return Codes(qdata=torch.from_numpy(codes), scale=scale, group_size=form.group_size)
 

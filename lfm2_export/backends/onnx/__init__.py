@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -198,7 +198,7 @@ def _with_other_runtimes(programs: Sequence[Program], family: str) -> str:
     return "".join(parts)
 
 
-def make_plan(config: ModelConfig, scheme: Scheme) -> WeightPlan:
+def make_plan(config: ModelConfig, scheme: Scheme, options: Mapping[str, int | str]) -> WeightPlan:
     """How every weight of a checkpoint is stored under a scheme."""
     from lfm2_export.backends.onnx import plan
 

@@ -252,7 +252,7 @@ class OnnxLinear(StoredModule):
             rows=rows,
             columns=columns,
             bits=form.bits,
-            group_size=form.group_size,
+            group_size=form.group_of(columns),
             accuracy_level=self.accuracy_level,
         )
 
@@ -269,8 +269,9 @@ class OnnxEmbedding(StoredModule):
         if isinstance(form, FloatFormat):
             return F.embedding(ids, self.weight)
         qdata, scale, zero_point = self.packed(self.dtype)
+        width = self.stored.shape[1]
         return ops.gather_block_quantized(
-            qdata, ids, scale, zero_point, width=self.stored.shape[1], bits=form.bits, group_size=form.group_size
+            qdata, ids, scale, zero_point, width=width, bits=form.bits, group_size=form.group_of(width)
         )
 
 
@@ -350,7 +351,7 @@ class OnnxSparseMoeBlock(nn.Module):
             down.packed(x_MD.dtype),
             top_k=top_k,
             bits=self.format.bits,
-            group_size=self.format.group_size,
+            group_size=self.format.group_of(x_MD.shape[-1]),
         )
 
 

@@ -34,7 +34,7 @@ from lfm2_export.quant.groups import Chunk
 def empty_rows(format: IntFormat, rows: int, in_features: int) -> dict[str, npt.NDArray[Any]]:
     """Initializers by role, to be filled by ``pack_chunk``: ``qdata`` uint8 [N, K*bits/8], ``scale`` [N, K/g] in the
     format's dtype, and unless the format is symmetric ``zero_point`` uint8 [N, ceil(K/g*bits/8)]."""
-    groups, bits = in_features // format.group_size, format.bits
+    groups, bits = in_features // format.group_of(in_features), format.bits
     packed: dict[str, npt.NDArray[Any]] = {
         "qdata": np.empty((rows, in_features * bits // 8), np.uint8),
         "scale": np.empty((rows, groups), np.float16 if format.scale_dtype == "float16" else np.float32),

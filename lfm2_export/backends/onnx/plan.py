@@ -13,7 +13,7 @@ from enum import Enum
 import numpy as np
 
 from lfm2_export.backends.weights import plan as plans
-from lfm2_export.backends.weights.plan import Roles, Stack, Storage, WeightPlan
+from lfm2_export.backends.weights.plan import Roles, Stack, Storage, StoredWeight, WeightPlan
 from lfm2_export.config import FULL_ATTENTION, SLIDING_ATTENTION, ModelConfig
 from lfm2_export.errors import QuantizationError
 from lfm2_export.families.tensors import ModelTensor, TensorClass
@@ -54,8 +54,9 @@ class Layout(Enum):
         if isinstance(form, FloatFormat):
             return {"weight": (shape[::-1] if self is Layout.TRANSPOSED else shape, np.dtype(form.dtype))}
         *outer, columns = shape
-        groups = columns // form.group_size
-        blob = (groups, form.group_size * form.bits // 8) if self is Layout.MATMUL else (columns * form.bits // 8,)
+        size = form.group_of(columns)
+        groups = columns // size
+        blob = (groups, size * form.bits // 8) if self is Layout.MATMUL else (columns * form.bits // 8,)
         found = {
             "qdata": ((*outer, *blob), np.dtype(np.uint8)),
             "scale": ((*outer, groups), np.dtype(form.scale_dtype)),
@@ -113,6 +114,14 @@ class _OnnxStorage(Storage):
             return FormatChoice(FloatFormat(dtype="float32"), choice.reason)
         return _fitted(choice, tensor.shape[-1]) if self.fits_groups else choice
 
+    def check(self, weight: StoredWeight) -> None:
+        super().check(weight)
+        if isinstance(weight.format, IntFormat) and weight.format.group_size is None:
+            raise QuantizationError(
+                f"{weight.name}: a scale for a whole row, but onnxruntime's operators take groups of 16 to 256; pass "
+                "--group-size 32"
+            )
+
     def choose_for_stack(self, choices: Mapping[str, FormatChoice], tensors: Sequence[ModelTensor]) -> FormatChoice:
         # Widths inside and outside of the experts may have got groups of different sizes, all powers of 2.
         form, reason = min(choices.values(), key=lambda choice: (_group_size(choice.format), choice.reason))
@@ -132,9 +141,9 @@ def _fitted(choice: FormatChoice, columns: int) -> FormatChoice:
     """In the largest groups of which ``columns`` are a multiple; as it was where there are none that kernels are made
     for, which is refused later."""
     form, reason = choice
-    if not isinstance(form, IntFormat) or columns % form.group_size == 0:
+    if not isinstance(form, IntFormat) or columns % form.group_of(columns) == 0:
         return choice
-    fitting = [size for size in GROUP_SIZES if LEAST_GROUP <= size < form.group_size and columns % size == 0]
+    fitting = [size for size in GROUP_SIZES if LEAST_GROUP <= size < form.group_of(columns) and columns % size == 0]
     if not fitting:
         return choice
     return FormatChoice(
@@ -144,7 +153,7 @@ def _fitted(choice: FormatChoice, columns: int) -> FormatChoice:
 
 
 def _group_size(form: WeightFormat) -> int:
-    return form.group_size if isinstance(form, IntFormat) else 0
+    return form.group_size or 0 if isinstance(form, IntFormat) else 0
 
 
 def _in_groups_of(size: int, form: WeightFormat) -> WeightFormat:

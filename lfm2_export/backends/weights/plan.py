@@ -84,6 +84,10 @@ class StoredWeight:
         """The name of the tensor of a role."""
         return self.name if self.layout.is_bare else f"{self.name}.{role}"
 
+    def multiplied(self, source: str) -> str:
+        """The name under which the input of a source is known: that of a copy which is a tied head is the head's."""
+        return HEAD if self.part is Part.HEAD else source
+
     def nbytes(self) -> int:
         return sum(prod(shape) * dtype.itemsize for shape, dtype in self.storage().values())
 
@@ -117,6 +121,15 @@ class WeightPlan(Mapping[str, StoredWeight]):
     def nbytes(self) -> int:
         """Bytes of its tensors without alignment; shared bytes count once."""
         return sum(weight.nbytes() for weight in self.weights.values() if weight.same_bytes_as is None)
+
+    def bytes_of(self, weight: StoredWeight) -> int:
+        """Bytes that a weight of it, or one like it, takes in the finished program."""
+        return weight.nbytes()
+
+    def takes(self, weight: StoredWeight) -> bool:
+        """Whether the operators take a weight like one of it in the format that it has now."""
+        form = weight.format
+        return not isinstance(form, IntFormat) or weight.shape[-1] % form.group_of(weight.shape[-1]) == 0
 
 
 @dataclass(frozen=True, kw_only=True)

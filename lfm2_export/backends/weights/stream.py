@@ -26,7 +26,6 @@ from lfm2_export.backends.weights.pieces import Piece, Placement, pieces
 from lfm2_export.backends.weights.plan import StoredWeight, WeightPlan
 from lfm2_export.background import map_in_threads
 from lfm2_export.checkpoint import Checkpoint, check_finite, is_finite
-from lfm2_export.families.tensors import HEAD, Part
 from lfm2_export.ledger import Ledger
 from lfm2_export.manifest import StoredTensor
 from lfm2_export.quant.algorithms import Algorithm
@@ -186,12 +185,12 @@ class WeightStream:
         """The algorithm for the input that a source is multiplied with."""
         if self.statistics is None:
             return self.algorithm
-        return self.algorithm.fitted(self.statistics.of(_measured(weight, source)))
+        return self.algorithm.fitted(self.statistics.of(weight.multiplied(source)))
 
     def _record(self, weight: StoredWeight, error: StorageError | None) -> StoredTensor:
         record = _record(weight, error)
         own_bytes = isinstance(weight.format, IntFormat) and weight.same_bytes_as is None
-        if self.statistics is None or not own_bytes or self.statistics.has(_measured(weight, weight.sources[0])):
+        if self.statistics is None or not own_bytes or self.statistics.has(weight.multiplied(weight.sources[0])):
             return record
         return replace(record, reason=f"{record.reason}; {UNMEASURED}" if record.reason else UNMEASURED)
 
@@ -207,11 +206,6 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.scratch = Scratch()
-
-
-def _measured(weight: StoredWeight, source: str) -> str:
-    """The name under which a source's input was measured: that of a copy which is a tied head is the head's."""
-    return HEAD if weight.part is Part.HEAD else source
 
 
 def bytes_on_disk(path: Path) -> int:
@@ -252,7 +246,8 @@ def _record(weight: StoredWeight, error: StorageError | None) -> StoredTensor:
     granularity = None
     if isinstance(form, IntFormat):
         kind = "symmetric" if form.symmetric else "with zero points"
-        granularity = f"group {form.group_size}, {kind}, {form.scale_dtype} scales"
+        groups = "rows" if form.group_size is None else f"group {form.group_size}"
+        granularity = f"{groups}, {kind}, {form.scale_dtype} scales"
     return StoredTensor(
         name=weight.name,
         shape=weight.shape,

@@ -30,7 +30,7 @@ def owners(plan: WeightPlan) -> Iterator[StoredWeight]:
 
 def read_bytes(weight: StoredWeight, plan: WeightPlan, counted: Counted) -> int:
     """Bytes of a weight: all, or those that a decode step reads."""
-    return share(weight.nbytes(), weight, plan, counted)
+    return share(plan.bytes_of(weight), weight, plan, counted)
 
 
 def share(whole: int, weight: StoredWeight, plan: WeightPlan, counted: Counted) -> int:
@@ -69,9 +69,8 @@ def describe(plan: WeightPlan) -> dict[str, Any]:
 
 
 def _bits(plan: WeightPlan, counted: Counted) -> float:
-    """By the formats: what a backend's file pads or repeats is left out."""
-    counts = [(share(prod(weight.shape), weight, plan, counted), weight.format) for weight in owners(plan)]
-    return sum(count * form.bits_per_weight for count, form in counts) / max(1, sum(count for count, _ in counts))
+    nbytes, count = counted_bytes(plan, counted)
+    return 8 * nbytes / max(1, count)
 
 
 def _by_format(plan: WeightPlan) -> dict[tuple[str, str], tuple[int, int]]:
@@ -84,4 +83,6 @@ def _by_format(plan: WeightPlan) -> dict[tuple[str, str], tuple[int, int]]:
 
 
 def _name(form: WeightFormat) -> str:
-    return f"{form.dtype} in groups of {form.group_size}" if isinstance(form, IntFormat) else form.dtype
+    if not isinstance(form, IntFormat):
+        return form.dtype
+    return f"{form.dtype} by rows" if form.group_size is None else f"{form.dtype} in groups of {form.group_size}"
