@@ -7,7 +7,7 @@ them; a test compares. Pages that are nothing else are made with the site (``doc
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.figures import Comparison, table
@@ -33,15 +33,20 @@ def delegates() -> str:
     return "\n".join(["| Delegate | Dense | Mixture of experts | Because |", "|---|---|---|---|", *rows])
 
 
-def speed() -> str:
+def speed(folder: Path = RESULTS, shapes: Sequence[str] = SHAPES) -> str:
     """The tables of ``benchmarks/compare.py``'s last run."""
     parts = []
-    for shape in SHAPES:
-        found = Comparison.read(RESULTS / f"{shape}.json")
+    for shape in shapes:
+        found = Comparison.read(folder / f"{shape}.json")
         machine = f"{found.cpu}, {found.threads} threads, reading {found.read_gb_per_s:.0f} GB/s, {found.date[:10]}"
         rows = table(found, active_weights(REAL_SHAPES[shape])).splitlines()
         parts.append("\n".join([f"**{shape}** ({machine}):", "", *rows]))
     return "\n\n".join(parts)
+
+
+def speed_avx2() -> str:
+    """The same on a processor that has AVX2 alone."""
+    return speed(RESULTS / "avx2", ("1.2b", "8b-a1b"))
 
 
 def speed_summary() -> str:
@@ -62,6 +67,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "support": support,
     "delegates": delegates,
     "speed": speed,
+    "speed_avx2": speed_avx2,
     "speed_summary": speed_summary,
 }
 

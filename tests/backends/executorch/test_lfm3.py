@@ -74,7 +74,8 @@ def test_what_a_sliding_layer_keeps_does_not_grow(fp32: Made) -> None:
 
 
 def test_nothing_of_the_last_text_is_left_after_a_reset(fp32: Made) -> None:
-    """Whatever the kept positions hold, a NaN included, which no weight of 0 would take away."""
+    """Whatever the kept positions hold, a NaN included, which no weight of 0 would take away. XNNPACK's own sums differ
+    from call to call by 2.1e-6 on a busy machine, a state left as it was by NaN."""
     runner, tokens = fp32.runner(context=CONTEXT), prompt(fp32, 9)
     clean = runner.prefill([tokens])
     state = runner._read()
@@ -82,7 +83,9 @@ def test_nothing_of_the_last_text_is_left_after_a_reset(fp32: Made) -> None:
         buffer[:] = math.nan
     runner._session.call("write_state", state)
     runner.reset()
-    np.testing.assert_array_equal(runner.prefill([tokens]), clean)
+    error = max_error(runner.prefill([tokens]), clean)
+    print(f"after a reset: {error:.1e}")
+    assert error <= FP32_TOLERANCE  # of NaN nothing is
 
 
 def test_a_window_that_is_wider_by_one_is_noticed(fp32: Made) -> None:
