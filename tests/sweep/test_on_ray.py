@@ -260,32 +260,6 @@ def command(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def test_a_sweep_on_a_cluster_that_is_interrupted_goes_on(workers: on_ray.RayWorkers, tmp_path: Path) -> None:
-    (tmp_path / "plan.yaml").write_text(SMALL)
-    address = ray.get_runtime_context().gcs_address
-    records = tmp_path / "out" / "records"
-    with command(tmp_path / "plan.yaml", "--address", address) as first:
-        until(lambda: next(records.glob("*.export.json"), None) if records.exists() else None)
-        first.send_signal(signal.SIGINT)
-        out, err = first.communicate(timeout=600)
-    print(err)
-    assert first.returncode == 130
-    assert (out, err.splitlines()[-1]) == ("", "lfm2-export: stopped by SIGINT")
-    done = {path: path.stat().st_mtime_ns for path in records.iterdir() if path.suffix == ".json"}
-    report = json.loads((tmp_path / "out" / "sweep.json").read_text())
-    assert (report["ok"], report["missing"]) == (1, 1)
-
-    with command(tmp_path / "plan.yaml", "--address", address) as second:
-        out, err = second.communicate(timeout=600)
-    print(err)
-    assert second.returncode == 0
-    title, head, *rows = out.splitlines()
-    assert title.endswith("plan.yaml: 2 ok")
-    assert [row.split()[:2] for row in rows] == [["tiny-dense-onnx-q8", "ok"], ["tiny-dense-onnx-fp32", "ok"]]
-    assert "ray" not in f"{head}{out}{err}".lower().replace("connecting to ray at", "")
-    assert {path: path.stat().st_mtime_ns for path in done} == done
-
-
 def test_ray_listens_to_this_machine_alone(workers: on_ray.RayWorkers) -> None:
     processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
     listening = [
