@@ -271,11 +271,11 @@ def test_run_takes_the_choice(artifact: Exported, capsys: pytest.CaptureFixture[
         "--temperature",
         "0",
     )
-    assert cli.main([*arguments, "--max-new-tokens", "5", *options]) == 0
+    assert cli.main([*arguments, "--max-new-tokens", "4", *options]) == 0
     said = capsys.readouterr().out
     assert said.strip()
     if options != ("--kv-cache", "int8"):  # the checkpoint is sure of its first words, whatever computes them
-        assert cli.main([*arguments, "--max-new-tokens", "5"]) == 0
+        assert cli.main([*arguments, "--max-new-tokens", "4"]) == 0
         assert capsys.readouterr().out == said
 
 
