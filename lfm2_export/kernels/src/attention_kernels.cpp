@@ -447,11 +447,42 @@ void attend(const HeadCache& key, const HeadCache& value, int64_t first, int64_t
   }
 }
 
+// store_row's int8, which compilers do not vectorize here for its greatest magnitude: as a whole number NaN and infinity are
+// above all others.
+#if defined(__ARM_NEON)
+void store_lanes(const float* x, const HeadCache& to, int64_t position) {
+  constexpr uint32_t kInfinity = 0x7f800000u;
+  if (!to.is_int8) {
+    return store_row(x, to, position);
+  }
+  uint8_t* row = to.row(position);
+  Ints magnitudes = zero_ints();
+  for (int64_t i = 0; i < to.head_dim; i += kLanes) {
+    magnitudes = max_ints(magnitudes, magnitude_bits(load(x + i)));
+  }
+  const auto bits = static_cast<uint32_t>(greatest_of(magnitudes));
+  const float greatest = bits_to_float(bits);
+  const bool finite = bits < kInfinity, usable = finite && greatest > 1e-30f;
+  const Floats inverse = broadcast(usable ? 127.0f / greatest : 0.0f);
+  for (int64_t i = 0; i < to.head_dim; i += kBytes) {
+    Ints codes[kLanes];
+    for (int v = 0; v < kLanes; ++v) {
+      codes[v] = usable ? to_nearest_ints(mul(load(x + i + v * kLanes), inverse)) : zero_ints();
+    }
+    vst1q_s8(reinterpret_cast<int8_t*>(row + i), as_codes(codes, -kCodeZero));
+  }
+  const float scale = !finite ? NAN : usable ? greatest / 127.0f : 0.0f;
+  std::memcpy(row + to.head_dim, &scale, sizeof scale);
+}
+#else
+constexpr auto store_lanes = store_row;
+#endif
+
 }  // namespace
 
 namespace LFM2_TARGET {
 
-const AttentionKernels kAttentionKernels = {attend, store_row};
+const AttentionKernels kAttentionKernels = {attend, store_lanes};
 
 }  // namespace LFM2_TARGET
 }  // namespace lfm2
