@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from lfm2_export.backends.arguments import check_batch_size, check_row_number, short_of_memory
-from lfm2_export.backends.base import Snapshot, check_snapshot
+from lfm2_export.backends.base import Snapshot
 from lfm2_export.backends.guard import guarded
 from lfm2_export.backends.runner_base import RunnerBase
 from lfm2_export.errors import RunnerError
@@ -34,13 +34,7 @@ class JoiningRunner(RunnerBase):
 
     @short_of_memory("join")
     def join(self, snapshot: Snapshot) -> None:
-        lengths = check_snapshot(
-            snapshot,
-            program_id=self.program_id,
-            cache=self.cache,
-            context_length=self.context_length,
-            max_batch_size=self.max_batch_size,
-        )
+        lengths = self._lengths_of(snapshot)
         check_batch_size(self.batch_size + len(lengths), self.max_batch_size)
         self._join(snapshot.tensors, lengths)
         self._marks.clear()

@@ -174,15 +174,19 @@ class RunnerBase(ABC):
 
     @short_of_memory("restore")
     def restore(self, snapshot: Snapshot) -> None:
-        lengths = check_snapshot(
+        lengths = self._lengths_of(snapshot)
+        self._restore(snapshot.tensors, lengths)
+        self._marks.clear()
+
+    def _lengths_of(self, snapshot: Snapshot) -> np.ndarray:
+        """Of its rows, if it is this program's."""
+        return check_snapshot(
             snapshot,
             program_id=self.program_id,
             cache=self.cache,
             context_length=self.context_length,
             max_batch_size=self.max_batch_size,
         )
-        self._restore(snapshot.tensors, lengths)
-        self._marks.clear()
 
     @short_of_memory("mark")
     def mark(self) -> Mark:
