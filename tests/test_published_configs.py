@@ -104,7 +104,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 TOLERANCE = 2e-4  # of logits up to 11; found were up to 6e-5
 TOKENS = 24
-QUANTIZED = ("LFM2.5-8B-A1B",)  # its 24 layers leave a correlation of 0.76, the 24B's 40 one of 0.53
+QUANTIZED = ("LFM2.5-8B-A1B",)  # with five seeds 0.83 to 0.90, of 4 bits alone 0.38 to 0.56
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -134,7 +134,7 @@ def check_quantized(artifact: Path, ids: list[int], expected: np.ndarray) -> Non
     quantized = logits(lfm2_export.load_runner(artifact, scheme="q4", threads=1), ids)
     alike, other = correlation(quantized, expected), correlation(np.roll(quantized, 1, axis=0), expected)
     print(f"q4: logits correlate by {alike:.2f}, with those of the next position by {other:.2f}")
-    assert alike > 0.6 > 0.3 > other
+    assert alike > 0.7 > 0.3 > other
 
 
 def reference(checkpoint: Path, raw: dict[str, Any], ids: list[int]) -> np.ndarray:
@@ -154,8 +154,8 @@ def logits(runner: Runner, ids: list[int]) -> np.ndarray:
 
 
 def correlation(found: np.ndarray, expected: np.ndarray) -> float:
-    """The least over the positions."""
-    return min(float(np.corrcoef(*rows)[0, 1]) for rows in zip(found, expected, strict=True))
+    """The mean over the positions."""
+    return float(np.mean([np.corrcoef(*rows)[0, 1] for rows in zip(found, expected, strict=True)]))
 
 
 def other_theta(raw: dict[str, Any]) -> dict[str, Any]:

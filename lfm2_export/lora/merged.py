@@ -73,13 +73,13 @@ class MergedWeights:
     def row_blocks(self, info: TensorInfo, rows: int) -> Iterator[FloatArray]:
         """float32 values, in blocks of so many rows."""
         assert isinstance(info, MergedTensor)
-        a = self._factor(info.a)
+        a = self._factor(info.a).astype(np.float64)  # a product in float32 has other bits in blocks of another height
         for start in range(0, info.shape[0], max(1, rows)):
             stop = min(start + max(1, rows), info.shape[0])
             values = self._numbers(info.base.rows(slice(start, stop)))
-            b = self._factor(info.b.rows(slice(info.first_row + start, info.first_row + stop)))
+            b = self._factor(info.b.rows(slice(info.first_row + start, info.first_row + stop))).astype(np.float64)
             with np.errstate(all="ignore"):  # large factors overflow: values are looked at where they are used
-                yield values + (b @ a) * np.float32(info.scale)
+                yield values + ((b @ a) * info.scale).astype(np.float32)
 
     def float32(self, info: TensorInfo) -> FloatArray:
         """The values of a whole tensor."""

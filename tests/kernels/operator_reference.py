@@ -136,8 +136,8 @@ def _sparse_moe(inputs: Inputs, a: Attributes) -> list[npt.NDArray[Any]]:
         chosen = np.argsort(-ranked[token], kind="stable")[: a["top_k"]]
         shares = scores[token, chosen] / (scores[token, chosen].sum() + 1e-6 if a["normalize"] else 1)
         for expert, share in zip(chosen, shares * np.float64(np.float32(a["routed_scaling_factor"])), strict=True):
-            both = gate_up[expert] @ x[token]
-            out[token] += share * (down[expert] @ rounded(silu(both[0::2]) * both[1::2]))
+            both = _times(x[token], gate_up[expert], group)
+            out[token] += share * _times(silu(both[0::2]) * both[1::2], down[expert], group)
     return [out.reshape(shape)]
 
 

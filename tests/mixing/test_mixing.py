@@ -106,7 +106,7 @@ def test_a_matrix_that_quantizes_badly_counts_for_more(tmp_path: Path, spiky: in
     space = make_space(opened.config, get_scheme("q4"), make_plan, Counted.FILE)
     damages = estimate_damages(opened, space, get_algorithm("refit"), WithoutData(opened))
     first, second = (damages[f"layer {layer} convolutions in_proj"] for layer in (spiky, other))
-    form = next(iter(first))
+    form = next(form for form in first if form.bits == 4 and form.group_size == 32)  # each group has an outlier
     assert first[form] > 1.5 * second[form]
 
 
