@@ -1,4 +1,4 @@
-"""Sweeps on a Ray of two workers: what they make, what is done again, and what a killed worker or a Ctrl-C leaves.
+"""Sweeps on a Ray of two workers: what they make, what is done again, and what a killed worker leaves.
 
 One Ray for all of it, since its start takes seconds; the bundled checkpoints, one .pte among them.
 """
@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +31,6 @@ from tests.checkpoints import tiny_config, write_random_checkpoint
 ray = pytest.importorskip("ray", reason="the extra [sweep] is not installed")
 from lfm2_export.sweep import on_ray  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
 
 PLAN = """\
@@ -235,29 +232,6 @@ def test_a_killed_worker_changes_nothing_of_the_result(
     assert again != program_files(Artifact.open(there / "tiny-dense-onnx-q4"))
     left = [path.name for path in (tmp_path / "out" / "cells").iterdir()]
     assert sorted(left) == ["tiny-dense-onnx-fp32", "tiny-dense-onnx-q8"]
-
-
-@contextlib.contextmanager
-def command(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
-    """The command line with the Ray of this process as a cluster."""
-    environment = {
-        **os.environ,
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": on_ray._TOKEN,
-        "PYTHONPATH": str(ROOT),
-    }
-    with subprocess.Popen(
-        [sys.executable, "-m", "lfm2_export", "sweep", *map(str, arguments)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
 
 
 def test_ray_listens_to_this_machine_alone(workers: on_ray.RayWorkers) -> None:
