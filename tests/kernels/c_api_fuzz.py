@@ -12,8 +12,9 @@ import numpy.typing as npt
 from lfm2_export.kernels import build
 from tests.kernels import c_api
 from tests.kernels.c_api import Array, RowFormat, RowWeights
+from tests.kernels.matrix_cases import Matrix
 from tests.kernels.odd_values import odd_float, odd_integer, pick
-from tests.kernels.onnx_operators import Matrix, random_inputs
+from tests.kernels.one_operator import random_inputs
 from tests.kernels.operator_reference import expected
 from tests.kernels.toy_program import random_experts
 

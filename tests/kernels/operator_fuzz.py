@@ -22,10 +22,14 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from tests.kernels import c_api_fuzz, onnx_operators
+from tests.kernels import c_api_fuzz
+from tests.kernels.attention_cases import AttentionCase, dequantize_rows
+from tests.kernels.matrix_cases import FEED_FORWARD_CASES, MOE_CASES, PRODUCT_CASES, PROJECTIONS_CASES, PROJECTIONS_OUT
+from tests.kernels.norm_cases import NORMED_CASES
 from tests.kernels.odd_values import odd_float, odd_integer, pick
-from tests.kernels.onnx_operators import AttentionCase, dequantize_rows, open_operator
+from tests.kernels.one_operator import FLOAT_OUT, open_operator
 from tests.kernels.operator_reference import expected
+from tests.kernels.token_cases import CONV_CASES, LAYOUT_CASES, LAYOUT_OUT
 
 MOST_SESSIONS = 200
 MOST_BYTES = 1 << 22
@@ -67,17 +71,17 @@ def base_calls() -> list[Call]:
         AttentionCase(held=(11, 4, 1), tokens=2, head_dim=16, window=4),
     )
     cases = [
-        *onnx_operators.PRODUCT_CASES[:3],
-        *onnx_operators.PRODUCT_CASES[6:],
-        *onnx_operators.PROJECTIONS_CASES[::3],
-        *onnx_operators.FEED_FORWARD_CASES[:3],
-        *onnx_operators.FEED_FORWARD_CASES[4:6],
-        *onnx_operators.MOE_CASES[::2],
-        *onnx_operators.NORMED_CASES[:-5:2],
-        *onnx_operators.NORMED_CASES[1:-5:4],
-        *onnx_operators.NORMED_CASES[-3:],
-        *onnx_operators.CONV_CASES[:5],
-        *onnx_operators.LAYOUT_CASES,
+        *PRODUCT_CASES[:3],
+        *PRODUCT_CASES[6:],
+        *PROJECTIONS_CASES[::3],
+        *FEED_FORWARD_CASES[:3],
+        *FEED_FORWARD_CASES[4:6],
+        *MOE_CASES[::2],
+        *NORMED_CASES[:-5:2],
+        *NORMED_CASES[1:-5:4],
+        *NORMED_CASES[-3:],
+        *CONV_CASES[:5],
+        *LAYOUT_CASES,
         *attention,
         *(replace(case, int8=True) for case in attention),
     ]
@@ -93,13 +97,13 @@ def _with_ring(case: AttentionCase) -> Call:
 
 def _call_of(case: Any) -> Call:
     op = case.op if hasattr(case, "op") else case.label.partition(" ")[0]
-    float_kind = onnx_operators.FLOAT_OUT["out"]
+    float_kind = FLOAT_OUT["out"]
     named = {
-        "Projections": onnx_operators.PROJECTIONS_OUT,
+        "Projections": PROJECTIONS_OUT,
         "GatedConv": {"out": float_kind, "present": float_kind},
-        "TokenLayout": onnx_operators.LAYOUT_OUT,
+        "TokenLayout": LAYOUT_OUT,
     }
-    outputs = case.outputs if hasattr(case, "outputs") else named.get(op, onnx_operators.FLOAT_OUT)
+    outputs = case.outputs if hasattr(case, "outputs") else named.get(op, FLOAT_OUT)
     return Call(op=op, outputs=outputs, inputs=dict(case.inputs), attributes=dict(getattr(case, "attributes", {})))
 
 

@@ -16,16 +16,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tests.kernels.onnx_operators import (
-    DoubleArray,
-    dequantize_rows,
-    normalized,
-    quantize_rows,
-    rounded,
-    silu,
-    sum_of,
-    token_layout,
-)
+from tests.kernels.attention_cases import dequantize_rows, quantize_rows
+from tests.kernels.matrix_cases import rounded, silu
+from tests.kernels.norm_cases import normalized, sum_of
+from tests.kernels.one_operator import DoubleArray
+from tests.kernels.token_cases import token_layout
 
 Inputs = Sequence[npt.NDArray[Any] | None]
 Attributes = Mapping[str, Any]

@@ -16,24 +16,19 @@ import numpy.typing as npt
 import pytest
 
 from tests.kernels import c_api, onnx_operators
-from tests.kernels.onnx_operators import (
-    ATTENTION_CASES,
-    CASES,
-    CONV_CASES,
+from tests.kernels.attention_cases import ATTENTION_CASES, AttentionCase, dequantize_rows
+from tests.kernels.matrix_cases import (
     FEED_FORWARD_CASES,
-    LAYOUT_CASES,
     MOE_CASES,
-    NORMED_CASES,
     PRODUCT_CASES,
     PROJECTIONS_CASES,
-    Arrays,
-    AttentionCase,
-    DoubleArray,
-    dequantize_rows,
-    open_operator,
-    operator_library,
-    run_operator,
+    PROJECTIONS_OUT,
+    ProjectionsCase,
 )
+from tests.kernels.norm_cases import NORMED_CASES, NormedCase
+from tests.kernels.one_operator import FLOAT_OUT, Arrays, DoubleArray, open_operator, operator_library, run_operator
+from tests.kernels.onnx_operators import CASES
+from tests.kernels.token_cases import CONV_CASES, LAYOUT_CASES, LAYOUT_OUT, ConvCase, LayoutCase
 
 pytestmark = pytest.mark.skipif(operator_library() is None, reason="no compiler for our operators")
 
@@ -79,14 +74,14 @@ def test_products_are_those_of_float64_on_int8_activations(case: Any) -> None:
 
 
 @pytest.mark.parametrize("case", PROJECTIONS_CASES, ids=lambda case: case.label)
-def test_three_products_at_once_are_those_of_float64(case: onnx_operators.ProjectionsCase) -> None:
+def test_three_products_at_once_are_those_of_float64(case: ProjectionsCase) -> None:
     errors = [relative(got, want) for got, want in zip(case.run(), case.expected(), strict=True)]
     print(f"{case.label}: {max(errors):.1e}")
     assert max(errors) <= BOUND
 
 
 @pytest.mark.parametrize("case", NORMED_CASES, ids=lambda case: case.label)
-def test_a_product_of_a_norm_is_that_of_float64(case: onnx_operators.NormedCase) -> None:
+def test_a_product_of_a_norm_is_that_of_float64(case: NormedCase) -> None:
     got, want = case.run(), case.expected()
     if case.is_sum:
         np.testing.assert_array_equal(got[-1], want[-1])
@@ -98,14 +93,14 @@ def test_a_product_of_a_norm_is_that_of_float64(case: onnx_operators.NormedCase)
 
 
 @pytest.mark.parametrize("case", LAYOUT_CASES, ids=lambda case: case.label)
-def test_where_tokens_stand_is_what_the_mask_says(case: onnx_operators.LayoutCase) -> None:
+def test_where_tokens_stand_is_what_the_mask_says(case: LayoutCase) -> None:
     for got, want in zip(case.run(), case.expected(), strict=True):
         assert got.dtype == want.dtype
         np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("case", CONV_CASES, ids=lambda case: case.label)
-def test_the_gated_convolution_is_that_of_float64(case: onnx_operators.ConvCase) -> None:
+def test_the_gated_convolution_is_that_of_float64(case: ConvCase) -> None:
     errors = [relative(got, want) for got, want in zip(case.run(), case.expected(), strict=True)]
     print(f"{case.label}: {errors[0]:.1e}, state {errors[1]:.1e}")
     assert max(errors) <= BOUND
@@ -335,16 +330,16 @@ REFUSALS: list[tuple[str, Any, Change, str]] = [
     ("GatedConv", replace(CONV, bias=True), shape("bias", 47), "bias has 47 elements, not 48"),
 ]  # fmt: skip
 
-FLOAT = onnx_operators.FLOAT_OUT["out"]
+FLOAT = FLOAT_OUT["out"]
 OUTPUTS = {
     "GatedConv": {"out": FLOAT, "present": FLOAT},
-    "Projections": onnx_operators.PROJECTIONS_OUT,
-    "TokenLayout": onnx_operators.LAYOUT_OUT,
+    "Projections": PROJECTIONS_OUT,
+    "TokenLayout": LAYOUT_OUT,
 }
 
 
 def outputs_of(op: str, case: Any) -> dict[str, int]:
-    return case.outputs if hasattr(case, "outputs") else OUTPUTS.get(op, onnx_operators.FLOAT_OUT)
+    return case.outputs if hasattr(case, "outputs") else OUTPUTS.get(op, FLOAT_OUT)
 
 
 @pytest.mark.parametrize(("op", "case", "change", "words"), REFUSALS, ids=[f"{r[0]}: {r[3]}" for r in REFUSALS])
@@ -361,7 +356,7 @@ def test_zero_points_of_8_bit_codes_are_refused() -> None:
     case = PRODUCT_CASES[6]
     inputs = case.inputs | {"w_points": np.zeros((65, 5), np.uint8)}
     with pytest.raises(Exception, match="zero points are known of 4-bit codes only"):
-        run_operator("MatMulNBits", inputs, onnx_operators.FLOAT_OUT, case.attributes)
+        run_operator("MatMulNBits", inputs, FLOAT_OUT, case.attributes)
 
 
 @pytest.mark.parametrize(("op", "case"), [("Attention", ATTENTION), ("MatMulNBits", PRODUCT), ("GatedConv", CONV)])

@@ -13,7 +13,7 @@ import pytest
 
 from tests.kernels import c_api, operator_fuzz
 from tests.kernels.c_api_fuzz import difference
-from tests.kernels.onnx_operators import operator_library
+from tests.kernels.one_operator import operator_library
 from tests.kernels.operator_reference import expected
 
 CASES = 1600

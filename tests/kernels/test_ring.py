@@ -15,14 +15,8 @@ import numpy.typing as npt
 import pytest
 
 from lfm2_export.cache import RING_ROOM, ring_positions
-from tests.kernels.onnx_operators import (
-    Arrays,
-    AttentionCase,
-    in_one_buffer,
-    operator_library,
-    quantize_rows,
-    run_operator,
-)
+from tests.kernels.attention_cases import AttentionCase, in_one_buffer, quantize_rows
+from tests.kernels.one_operator import Arrays, operator_library, run_operator
 
 pytestmark = pytest.mark.skipif(operator_library() is None, reason="no compiler for our operators")
 

@@ -12,8 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from tests.kernels import onnx_operators
-from tests.kernels.onnx_operators import FLOAT_OUT, AttentionCase, ConvCase, open_operator, operator_library
+from tests.kernels.attention_cases import AttentionCase
+from tests.kernels.matrix_cases import FEED_FORWARD_CASES, MOE_CASES, PRODUCT_CASES, PROJECTIONS_CASES, PROJECTIONS_OUT
+from tests.kernels.one_operator import FLOAT_OUT, open_operator, operator_library
+from tests.kernels.token_cases import CONV_CASES, ConvCase
 
 pytestmark = pytest.mark.skipif(operator_library() is None, reason="no compiler for our operators")
 
@@ -73,8 +75,8 @@ def test_a_weight_in_the_graph_is_what_the_same_weight_as_an_input_is(shape: tup
 
 def cases_of_each_operator() -> list[Any]:
     return [
-        *(onnx_operators.PRODUCT_CASES[4], onnx_operators.PROJECTIONS_CASES[1], onnx_operators.FEED_FORWARD_CASES[1]),
-        *(onnx_operators.MOE_CASES[1], onnx_operators.CONV_CASES[2]),
+        *(PRODUCT_CASES[4], PROJECTIONS_CASES[1], FEED_FORWARD_CASES[1]),
+        *(MOE_CASES[1], CONV_CASES[2]),
         *(AttentionCase(held=(70, 9), tokens=3, int8=int8) for int8 in (False, True)),
     ]
 
@@ -82,7 +84,7 @@ def cases_of_each_operator() -> list[Any]:
 @pytest.mark.parametrize("case", cases_of_each_operator(), ids=lambda case: case.label.partition(" ")[0])
 def test_threads_may_run_one_session_at_once(case: Any) -> None:
     op = case.op if isinstance(case, AttentionCase) else case.label.partition(" ")[0]
-    named = {"Projections": onnx_operators.PROJECTIONS_OUT, "GatedConv": CONV_OUT}
+    named = {"Projections": PROJECTIONS_OUT, "GatedConv": CONV_OUT}
     outputs = case.outputs if isinstance(case, AttentionCase) else named.get(op, FLOAT_OUT)
     session = open_operator(op, case.inputs, outputs, getattr(case, "attributes", {}), threads=2)
     given = {name: array for name, array in case.inputs.items() if array is not None}
@@ -122,7 +124,8 @@ def test_threads_with_weights_of_their_own_do_not_mix_them_up() -> None:
 TOO_LITTLE = """
 import resource, sys
 import numpy as np
-from tests.kernels.onnx_operators import FLOAT_OUT, Matrix, open_operator, run_operator
+from tests.kernels.matrix_cases import Matrix
+from tests.kernels.one_operator import FLOAT_OUT, open_operator, run_operator
 
 w = Matrix(1, 32)
 inputs = {"x": np.zeros((1, 1, 32), np.float32), **w.inputs("w")}
