@@ -412,14 +412,14 @@ class ArtifactWriter:
         self.existing: Manifest | None = None
 
     def __enter__(self) -> ArtifactWriter:
-        self._staging.__enter__()
         try:
+            self._staging.__enter__()
             discard_unlisted(self.root, self.ledgers)
             self.existing = self._read_existing()
+            return self
         except BaseException as error:
             self._staging.__exit__(type(error), error, error.__traceback__)
             raise
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -57,5 +57,5 @@ def check_target(drafter: DraftRunner, record: CheckpointRecord, place: str) -> 
     if drafter.target != record.digest:
         raise ArtifactError(
             f"{place}: drafts for {shown(drafter.target_name, 60)}, not for {record} as it is here (config or weights "
-            "differ); export the drafter again with --target and this artifact"
+            "differ); give that model's drafter, or export one with --target and this artifact"
         )

@@ -124,16 +124,17 @@ class Staging:
     def __enter__(self) -> Staging:
         if paths.exists(self.folder, ArtifactError) and not paths.is_folder(self.folder, ArtifactError):
             raise ArtifactError(f"{paths.shown(self.folder)}: is a file; give a folder as --output")
-        with self._translated():
-            try:
+        try:  # around all else that runs here: a signal may come in any line of it
+            with self._translated():
                 self._open()
-            except BaseException:
-                self._close()
-                raise
-        return self
+            return self
+        except BaseException:
+            self._close()
+            raise
 
     def _open(self) -> None:
-        self._made_parents = _make_parents(self.folder.parent)
+        with interrupts.held_back():  # between these lines nobody would know yet what there is to remove
+            self._made_parents = _make_parents(self.folder.parent)
         self._place = _place(self.folder)
         if paths.is_folder(self.folder, ArtifactError):
             check_writable(self.folder)
@@ -142,7 +143,7 @@ class Staging:
             with Folder.open(self.folder) as folder:
                 for name in self._into:
                     check_folder(folder, name, self._base)
-        with interrupts.held_back():  # between these lines nobody would know yet what there is to remove
+        with interrupts.held_back():  # as above
             lock = self._opened.enter_context(held_lock(self._base, self._place.lock, self.folder))
             self._take_up(lock.owner)
             self._owner = lock.owner

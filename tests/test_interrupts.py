@@ -13,10 +13,13 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lfm2_export import interrupts
+from lfm2_export.artifact import ArtifactWriter
+from lfm2_export.manifest import CheckpointRecord
 from tests.checkpoints import tiny_config, write_random_checkpoint
 
 CLI = (sys.executable, "-m", "lfm2_export.cli")
@@ -267,3 +270,48 @@ def test_an_export_whose_terminal_is_closed_leaves_nothing(checkpoint: Path, tmp
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (128 + number, f"lfm2-export: stopped by {signal.Signals(number).name}\n")
     assert list(tmp_path.iterdir()) == []
+
+
+_WHERE = (str(Path(interrupts.__file__).parent), contextlib.__file__)
+
+
+def _entered(folder: Path, at: int) -> bool:
+    """Whether a writer that SIGTERM meets at its ``at``-th line was still entering."""
+    lines = 0
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal lines
+        if not frame.f_code.co_filename.startswith(_WHERE):
+            return None
+        if event != "return":  # behind a function's last line Python looks for no signal
+            lines += 1
+            if lines > at:
+                sys.settrace(None)
+                press(signal.SIGTERM)
+        return trace
+
+    before = sys.gettrace()
+    try:
+        with interrupts.raising():
+            sys.settrace(trace)
+            with ArtifactWriter(folder, _no_record):
+                sys.settrace(before)
+                interrupts.check()
+                return False
+    except interrupts.Terminated:
+        return True
+    finally:
+        sys.settrace(before)
+        interrupts.forget()
+
+
+def _no_record() -> CheckpointRecord:
+    raise AssertionError("asked for by an artifact that is there")
+
+
+def test_a_signal_at_any_line_of_entering_a_writer_leaves_nothing(tmp_path: Path) -> None:
+    lines = 0
+    while _entered(tmp_path / "new" / "output", lines):
+        assert list(tmp_path.iterdir()) == [], f"line {lines}"
+        lines += 1
+    assert lines > 100

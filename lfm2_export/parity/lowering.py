@@ -206,10 +206,11 @@ def _scoring_figure(runner: Runner, sample: Sample, yardstick: Yardstick) -> Fig
 
 
 def _greedy_figure(subject: Subject, sample: Sample, yardstick: Yardstick) -> Figure:
-    """How many greedy tokens the two have in common before the first difference."""
+    """How many of the eager model's greedy tokens the program would have said in their place, given those before: a
+    tie that falls the other way counts once, not for all that follows."""
     prompt = sample.prompt(16)
-    expected, found = greedy(subject.eager, prompt), greedy(subject.runner, prompt)
-    equal = int(np.cumprod(np.equal(expected, found)).sum())
+    expected = greedy(subject.eager, prompt)
+    equal = int(np.equal(expected, likeliest_after(subject.runner, prompt, expected)).sum())
     return Figure(
         name=f"greedy decoding of {len(expected)}",
         measure=GREEDY,
@@ -228,6 +229,14 @@ def greedy(runner: Runner, prompt: np.ndarray, count: int = GREEDY_TOKENS) -> li
         logits = runner.decode(tokens[-1:])
         tokens.append(int(logits[0].argmax()))
     return tokens
+
+
+def likeliest_after(runner: Runner, prompt: np.ndarray, tokens: Sequence[int]) -> list[int]:
+    """The most likely token in the place of each of ``tokens``, after ``prompt`` and those before it."""
+    runner.reset()
+    found = [int(runner.prefill([prompt])[0].argmax())]
+    found += [int(runner.decode([token])[0].argmax()) for token in tokens[:-1]]
+    return found
 
 
 def score(runner: Runner, window: Window) -> np.ndarray:
