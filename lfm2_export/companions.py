@@ -92,8 +92,8 @@ def carry_over(checkpoint: Checkpoint, writer: ArtifactWriter) -> None:
         _write_generation_config(checkpoint, writer)
     if not _has(checkpoint, TOKENIZER):
         logger.warning(
-            "%s: has no %s, so the artifact takes token ids only; add one to use `run` and `chat`",
-            paths.shown(checkpoint.path),
+            "%s: has no %s, so the artifact takes token ids only; add one (for a GGUF: --config-from) to run and chat",
+            paths.shown(checkpoint.name),
             TOKENIZER,
         )
 

@@ -155,7 +155,7 @@ def read_own_text(path: Path, kind: type[Lfm2ExportError], *, limit: int, option
     real = paths.real(path, kind)
     found = paths.status(real, kind)
     if found is None:
-        raise kind(f"{paths.shown(path)}: no such file; pass {option} with a file of text")
+        raise kind(f"{paths.shown(path)}: no such file; give {option} one that is there")
     if found.st_size > limit:
         raise kind(
             f"{paths.shown(path)}: has {human_bytes(found.st_size)}, more than the {human_bytes(limit)} of text that "

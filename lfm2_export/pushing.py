@@ -70,6 +70,11 @@ def _files(artifact: Artifact) -> dict[str, int]:
     """Those that the manifest lists and the folder has, the manifest among them."""
     names = {MANIFEST, *artifact.manifest.all_files()}
     here = sorted(name for name in names if paths.exists(artifact.path / name, ArtifactError))
+    graphs = {name for program in artifact.programs for name in program.files}
+    if lost := [name for name in artifact.missing() if name in graphs]:
+        raise ArtifactError(
+            f"{paths.shown(artifact.path)}: lacks {listed(lost)}, which others open; bring it back or export again"
+        )
     if absent := [str(program) for program in artifact.programs if not artifact.is_here(program)]:
         logger.warning("%s: lacks %s, which its manifest lists", paths.shown(artifact.path), listed(absent))
     return {name: (artifact.path / name).stat().st_size for name in here}

@@ -116,7 +116,8 @@ def test_companions_are_carried_over(tmp_path: Path, caplog: pytest.LogCaptureFi
         artifact = lfm2_export.export(folder, scheme="fp32", output=tmp_path / "without")
     (record,) = (record for record in caplog.records if record.name.startswith("lfm2_export"))
     assert record.getMessage() == (
-        f"{folder}: has no tokenizer.json, so the artifact takes token ids only; add one to use `run` and `chat`"
+        f"{folder}: has no tokenizer.json, so the artifact takes token ids only; add one "
+        "(for a GGUF: --config-from) to run and chat"
     )
     assert json.loads((artifact.path / "generation_config.json").read_text())["eos_token_id"] == [2]
     caplog.clear()

@@ -191,6 +191,17 @@ def test_a_scoring_graph_that_is_not_the_shipped_one_falls_short(copied: Callabl
     assert any("scoring graph and shipped graph" in line for line in report.failures())
 
 
+def test_a_graph_that_is_missing_is_said_not_to_be_compared(
+    copied: Callable[[str], Exported], caplog: pytest.LogCaptureFixture
+) -> None:
+    found = copied("dense")
+    path = Artifact.open(found.artifact, verify=False).program("onnx", "q4").graphs["lfm2"]
+    (found.artifact / path).unlink()
+    report = measure_parity(found.artifact, found.checkpoint, scheme="q4", max_tokens=FEW, threads=1)
+    assert f"{found.artifact}: {path} is missing and not compared" in [one.getMessage() for one in caplog.records]
+    assert not any(path in figure.name for figure in report.programs[0].lowering.figures)
+
+
 def test_a_zero_point_that_no_node_reads_falls_short(copied: Callable[[str], Exported]) -> None:
     found = copied("dense")
 
@@ -265,7 +276,7 @@ def test_texts_that_cannot_be_used_are_refused(exported: Callable[[str], Exporte
     found, bundled = exported("dense"), lfm2_export.open_checkpoint("tiny-dense")
     with pytest.raises(Lfm2ExportError, match=r"has no tokenizer\.json to read"):
         measure_parity(found.artifact, found.checkpoint, text=HELD_OUT)
-    with pytest.raises(Lfm2ExportError, match=r"max_tokens=5: parity needs at least 96"):
+    with pytest.raises(Lfm2ExportError, match=r"max_tokens=5: at least 96 are needed"):
         measure_parity(found.artifact, found.checkpoint, max_tokens=5)
 
     def read(text: Path) -> Any:
@@ -274,7 +285,7 @@ def test_texts_that_cannot_be_used_are_refused(exported: Callable[[str], Exporte
     with pytest.raises(Lfm2ExportError, match="no such file"):
         read(tmp_path / "none.txt")
     (tmp_path / "short.txt").write_text("a few words")
-    with pytest.raises(Lfm2ExportError, match=r"short.txt: has \d+ tokens; parity needs at least 96"):
+    with pytest.raises(Lfm2ExportError, match=r"short.txt: has \d+ tokens; at least 96 are needed"):
         read(tmp_path / "short.txt")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9" * 100)
     with pytest.raises(Lfm2ExportError, match=r"latin.txt: is not UTF-8"):

@@ -116,6 +116,8 @@ def test_a_damaged_artifact_or_a_link_to_elsewhere_is_not_pushed(
     (own / "LICENSE").symlink_to(tmp_path / "secret")
     assert "LICENSE: is a link that leaves its folder" in said(["push", str(own), "org/model"], capsys)
     (own / "LICENSE").unlink()
+    (own / "onnx/model_q4.onnx").unlink()
+    assert "lacks onnx/model_q4.onnx, which others open" in said(["push", str(own), "org/model"], capsys)
     (own / "onnx/model_q4.onnx").write_bytes(b"other")
     assert "model_q4.onnx: has 5 bytes" in said(["push", str(own), "org/model"], capsys)
     assert "no such directory" in said(["push", str(tmp_path / "none"), "org/model"], capsys)

@@ -54,12 +54,12 @@ class ChatCommand:
             session.chat.load_state(options.load_state)
         session.set_thinking(Thinking(options.thinking))
         console.note(f"{opened.program}   /help lists commands   Ctrl-C stops an answer   /exit or Ctrl-D leaves")
-        talk(session)
+        code = talk(session)
         if options.save_state is not None:
             session.chat.save_state(options.save_state)
             console.note(f"the state after {session.chat.held_tokens} tokens is saved")
         note_speculation(opened)
-        return 0
+        return code
 
 
 def _add_conversation(parser: argparse.ArgumentParser) -> None:

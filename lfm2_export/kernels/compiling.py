@@ -68,7 +68,7 @@ class Build:
             ) from error
 
     def _timed(self) -> Path:
-        logger.info("compiling %s, once", self.result.name)
+        logger.info("compiling %s, once, for one to three minutes; or use %s", self.result.name, self.remedy)
         started = time.monotonic()
         with _objects(self.objects) as work:
             self._compile(work)

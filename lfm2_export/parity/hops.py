@@ -21,6 +21,7 @@ from lfm2_export.checkpoint import Checkpoint, CheckpointRequest
 from lfm2_export.errors import ArtifactError
 from lfm2_export.hub_artifacts import name_of, open_programs
 from lfm2_export.manifest import CARD, MANIFEST, CheckpointRecord, Program
+from lfm2_export.messages import listed
 from lfm2_export.models.loading import load_model
 from lfm2_export.packages import recorded_versions
 from lfm2_export.parity import encoder
@@ -59,6 +60,9 @@ def measure(path: str | Path, source: CheckpointRequest, request: ParityRequest)
     check_origin(artifact, opened)
     programs = _choose(artifact, request.backend, request.schemes)
     artifact.verify(*programs)
+    for program in programs:
+        if lost := sorted(set(program.graphs.values()) - set(artifact.present(program).graphs.values())):
+            logger.warning("%s: %s is missing and not compared", paths.shown(artifact.path), listed(lost))
     programs = tuple(artifact.present(program) for program in programs)
     context_length = min(program.context_length for program in programs)
     sample = read_sample(opened, request.text, max_tokens=request.max_tokens, context_length=context_length)

@@ -63,9 +63,9 @@ def read_sample(
         Lfm2ExportError: the text cannot be read or is too short, or ``max_tokens`` is.
     """
     if max_tokens < LEAST_TOKENS:
-        raise Lfm2ExportError(f"max_tokens={max_tokens}: parity needs at least {LEAST_TOKENS}")
+        raise Lfm2ExportError(f"max_tokens={max_tokens}: at least {LEAST_TOKENS} are needed")
     if context_length < LEAST_TOKENS:
-        raise Lfm2ExportError(f"a context of {context_length} tokens is too short; parity needs {LEAST_TOKENS}")
+        raise Lfm2ExportError(f"a context of {context_length} tokens is too short; {LEAST_TOKENS} are needed")
     length = min(WINDOW, context_length, max_tokens)
     if (checkpoint.path / "tokenizer.json").is_file():
         path = HELD_OUT if text is None else Path(text)
@@ -81,7 +81,7 @@ def read_sample(
     else:
         raise Lfm2ExportError(f"{checkpoint.path}: has no tokenizer.json to read {text} with; leave {option} out")
     if len(tokens) < LEAST_TOKENS:
-        raise Lfm2ExportError(f"{text}: has {len(tokens)} tokens; parity needs at least {LEAST_TOKENS}")
+        raise Lfm2ExportError(f"{text}: has {len(tokens)} tokens; at least {LEAST_TOKENS} are needed")
     return Sample(description=description, windows=_windows(tokens, prefix, length, max_tokens))
 
 

@@ -6,6 +6,7 @@ numbers with a JSON form.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -24,7 +25,7 @@ _COLUMNS = (
     "KL, 99 %",
     "same top token",
     "perplexity",
-    "size",
+    "weights",
     "bits",
     "bits, step",
 )
@@ -96,7 +97,7 @@ class Quality:
             self.name,
             self.kind,
             f"{self.kl:.2e}",
-            f"{self.kl_error:.1e}",
+            "" if math.isnan(self.kl_error) else f"{self.kl_error:.1e}",
             f"{self.kl_p99:.2e}",
             f"{self.top1_agreement:.2%}",
             f"{self.perplexity:.3f}",

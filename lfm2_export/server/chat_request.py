@@ -91,8 +91,11 @@ def _check_tool(tool: object, place: str) -> None:
     function = tool["function"]
     if not isinstance(function.get("name"), str) or not function["name"]:
         raise invalid(f"{place}.function.name", "is missing; give the function's name")
-    if not isinstance(function.get("parameters", {}), dict | None):
+    parameters = function.get("parameters")
+    if not isinstance(parameters, dict | None):
         raise invalid(f"{place}.function.parameters", "is not an object; give a JSON schema")
+    if parameters and (kind := parameters.get("type", "object")) != "object":
+        raise invalid(f"{place}.function.parameters", f'type {shown(kind, 40)}: arguments are an "object"')
 
 
 def _tool_choice(body: Body, names: list[str]) -> tuple[str, str | None]:

@@ -20,21 +20,28 @@ from lfm2_export.terminal.view import PlainView, TerminalView, Views
 from lfm2_export.text import check_text
 
 
-def talk(session: Session) -> None:
-    """Raises: OutputError, ReaderGone: nobody can read the answers."""
+def talk(session: Session) -> int:
+    """The exit code: of lines that no person types, that of the last error.
+
+    Raises:
+        OutputError, ReaderGone: nobody can read the answers.
+    """
+    code = 0
     while (line := _next(session)) is not None:
         try:
             _take(session, line)
         except Leave:
-            return
+            break
         except OutputError:
             raise
         except Lfm2ExportError as error:
             console.error(str(error))
+            code = 0 if session.lines.interactive else error.exit_code
         except KeyboardInterrupt:  # of a command; replies have their own
             if not session.lines.interactive:
                 raise
             interrupts.forget()
+    return code
 
 
 def _next(session: Session) -> str | None:

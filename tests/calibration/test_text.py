@@ -66,7 +66,7 @@ def test_what_is_no_text_or_too_short_is_refused(checkpoint, tmp_path, content, 
 
 
 def test_a_file_that_is_not_there_or_too_large_is_refused(checkpoint, tmp_path, monkeypatch) -> None:
-    with pytest.raises(CalibrationError, match=r"nothing\.txt: no such file; pass --calibrate with a file of text"):
+    with pytest.raises(CalibrationError, match=r"nothing\.txt: no such file; give --calibrate one that is there"):
         read_text(checkpoint, str(tmp_path / "nothing.txt"))
     monkeypatch.setattr(texts, "TEXT_LIMIT", 10)
     with pytest.raises(CalibrationError, match="more than the 10 bytes of text that are read; cut a piece"):

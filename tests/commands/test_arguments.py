@@ -67,7 +67,7 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
         (("--exclude", "(a+)+" * 5000), ("matches no weight", "closest to (a+)+(a+)")),
         (("--algorithm", "gptq"), ("gptq needs statistics", "--calibrate default, or --statistics FILE")),
         (("--calibrate", ""), ("--calibrate", "names nothing")),
-        (("--calibrate", NAME), ("x\\x1b[2J[/x]", "no such file; pass --calibrate with a file of text")),
+        (("--calibrate", NAME), ("x\\x1b[2J[/x]", "no such file; give --calibrate one that is there")),
         (("--calibrate", "default"), ("has no tokenizer.json", "pass --calibrate self")),
         (("--calibrate", "default", "--algorithm", "round"), ("round uses no statistics; leave --calibrate out",)),
         (("--calibrate", "default", "--scheme", "fp32"), ("--calibrate default: scheme fp32 quantizes nothing",)),
@@ -249,7 +249,7 @@ def _sparse(path: Path) -> None:
 
 
 TEXTS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing": (lambda path: None, "no such file; pass --text with a file of text"),
+    "missing": (lambda path: None, "no such file; give --text one that is there"),
     "folder": (Path.mkdir, "is a folder where a file is needed"),
     "fifo": (os.mkfifo, "is not a regular file"),
     "device": (lambda path: path.symlink_to("/dev/zero"), "is not a regular file"),
@@ -260,7 +260,7 @@ TEXTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: path.write_bytes(bytes(range(256)) * 99),
         "is not UTF-8 text (invalid start byte at byte 128)",
     ),
-    "empty": (Path.touch, "has 0 tokens; parity needs at least 96"),
+    "empty": (Path.touch, "has 0 tokens; at least 96 are needed"),
 }
 
 

@@ -149,6 +149,10 @@ def test_a_model_whose_calls_have_no_known_form_cannot_be_forced(serve: Serve) -
     [
         ({"tools": [{"type": "web_search"}]}, r"tools\[0\]: .* is not a function"),
         ({"tools": [{"type": "function", "function": {}}]}, r"tools\[0\].function.name: is missing"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "add", "parameters": {"type": "bogus"}}}]},
+            r"tools\[0\].function.parameters: type 'bogus': arguments are an \"object\"",
+        ),
         ({"tools": TOOLS, "tool_choice": "sometimes"}, "tool_choice: 'sometimes' is neither"),
         ({"tool_choice": "required"}, "tool_choice: there is no tool to choose"),
         ({"tools": "add"}, "tools: give a list"),
