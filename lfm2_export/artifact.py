@@ -417,7 +417,7 @@ class ArtifactWriter:
             discard_unlisted(self.root, self.ledgers)
             self.existing = self._read_existing()
             return self
-        except BaseException as error:
+        except BaseException as error:  # of the staging itself too, which has nothing to leave then
             self._staging.__exit__(type(error), error, error.__traceback__)
             raise
 

@@ -51,7 +51,8 @@ def push(
         dry_run: only say what would be pushed; asks nothing of the Hub.
 
     Raises:
-        ArtifactError: no artifact there, a program's file was changed, or a file leaves the folder.
+        ArtifactError: no artifact there, a program's file was changed, one of its graphs is missing, or a file
+            leaves the folder.
         Lfm2ExportError: no possible id, no token, or the Hub cannot be reached or refuses.
     """
     if not HUB_ID.fullmatch(repository):
@@ -70,7 +71,7 @@ def _files(artifact: Artifact) -> dict[str, int]:
     """Those that the manifest lists and the folder has, the manifest among them."""
     names = {MANIFEST, *artifact.manifest.all_files()}
     here = sorted(name for name in names if paths.exists(artifact.path / name, ArtifactError))
-    graphs = {name for program in artifact.programs for name in program.files}
+    graphs = {name for program in artifact.programs for name in program.graphs.values()}
     if lost := [name for name in artifact.missing() if name in graphs]:
         raise ArtifactError(
             f"{paths.shown(artifact.path)}: lacks {listed(lost)}, which others open; bring it back or export again"

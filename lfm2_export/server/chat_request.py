@@ -94,7 +94,8 @@ def _check_tool(tool: object, place: str) -> None:
     parameters = function.get("parameters")
     if not isinstance(parameters, dict | None):
         raise invalid(f"{place}.function.parameters", "is not an object; give a JSON schema")
-    if parameters and (kind := parameters.get("type", "object")) != "object":
+    kind = (parameters or {}).get("type", "object")
+    if "object" not in (kind if isinstance(kind, list) else [kind]):
         raise invalid(f"{place}.function.parameters", f'type {shown(kind, 40)}: arguments are an "object"')
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fake_hub import closed_port
 from tests.sweep.test_on_ray import SMALL, until
 
 ROOT = Path(__file__).parents[2]
@@ -27,13 +27,6 @@ pytestmark = [
 ]
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
-
-
 @contextlib.contextmanager
 def cluster() -> Iterator[dict[str, str]]:
     """A head node with one core, so that cells come one by one. Out: the environment that reaches it."""
@@ -41,7 +34,7 @@ def cluster() -> Iterator[dict[str, str]]:
     environment = {**os.environ, **token, "PYTHONPATH": str(ROOT)}
     # A unix socket's path is short.
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        port = free_port()
+        port = closed_port()
         settings = {
             "node-ip-address": "127.0.0.1",
             "port": port,
@@ -83,7 +76,7 @@ def test_a_sweep_on_a_cluster_is_interrupted_and_goes_on(tmp_path: Path) -> None
     records = tmp_path / "out" / "records"
     with cluster() as environment:
         with sweeping(plan, environment) as first:
-            until(lambda: next(records.glob("*.export.json"), None) if records.exists() else first.poll())
+            until(lambda: next(records.glob("*.export.json"), None) or first.poll())
             first.send_signal(signal.SIGINT)
             out, err = first.communicate(timeout=600)
         print(err)
