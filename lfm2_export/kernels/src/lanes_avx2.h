@@ -236,6 +236,12 @@ LFM2_ALWAYS Bytes broadcast_word(const int8_t* x) {
   return _mm256_set1_epi32(bits);
 }
 
+// 16 inputs of a token; 4 of them at a time are multiplied with the 4 bytes of each lane.
+struct SixteenInputs {
+  const int8_t* at;
+};
+LFM2_ALWAYS SixteenInputs load_sixteen(const int8_t* at) { return {at}; }
+
 // Pairs of blocks of two registers: of a 0 and 1, of b 0 and 1.
 LFM2_ALWAYS Ints add_pairs_of_blocks(Ints a, Ints b) {
   return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
@@ -262,6 +268,22 @@ LFM2_ALWAYS Ints byte_products(ByteWeights first, ByteWeights second, Bytes a, B
 LFM2_ALWAYS Ints add_byte_products(Ints sum, ByteWeights weights, Bytes x) {
   return _mm256_dpbusd_avx_epi32(sum, weights, x);
 }
+
+// Products of 32 inputs with a lane's weights of 4 bits, 4 times 8 of them; `offset` takes the zero point out.
+struct NibbleSum {
+  __m256i low_sum, high_sum;
+
+  LFM2_ALWAYS void start(int32_t offset) {
+    low_sum = _mm256_set1_epi32(offset);
+    high_sum = _mm256_setzero_si256();
+  }
+  template <int kQuad>
+  LFM2_ALWAYS void add(Bytes low, Bytes high, SixteenInputs first, SixteenInputs second) {
+    low_sum = _mm256_dpbusd_avx_epi32(low_sum, low, broadcast_word(first.at + 4 * kQuad));
+    high_sum = _mm256_dpbusd_avx_epi32(high_sum, high, broadcast_word(second.at + 4 * kQuad));
+  }
+  LFM2_ALWAYS Floats total() const { return _mm256_cvtepi32_ps(_mm256_add_epi32(low_sum, high_sum)); }
+};
 
 // sum + the four signed bytes of each lane.
 LFM2_ALWAYS Ints add_quads(Ints sum, Bytes x) { return _mm256_dpbusd_avx_epi32(sum, _mm256_set1_epi8(1), x); }
@@ -334,6 +356,26 @@ LFM2_ALWAYS void halves_of_rows(const Pairs (&m)[4], Ints (&to)[2]) {
   to[0] = _mm256_madd_epi16(first, _mm256_set1_epi16(1));
   to[1] = _mm256_madd_epi16(second, _mm256_set1_epi16(1));
 }
+
+// Products of 32 inputs with a lane's weights of 4 bits, 4 times 8 of them; `offset` takes the zero point out.
+// A product is at most 15 * 127 and vpmaddubsw adds two: eight of those sums are at most 30480, so 16 bits hold them.
+struct NibbleSum {
+  __m256i low_sum, high_sum, offsets;
+
+  LFM2_ALWAYS void start(int32_t offset) {
+    low_sum = high_sum = _mm256_setzero_si256();
+    offsets = _mm256_set1_epi32(offset);
+  }
+  template <int kQuad>
+  LFM2_ALWAYS void add(Bytes low, Bytes high, SixteenInputs first, SixteenInputs second) {
+    low_sum = _mm256_add_epi16(low_sum, _mm256_maddubs_epi16(low, broadcast_word(first.at + 4 * kQuad)));
+    high_sum = _mm256_add_epi16(high_sum, _mm256_maddubs_epi16(high, broadcast_word(second.at + 4 * kQuad)));
+  }
+  LFM2_ALWAYS Floats total() const {
+    const __m256i sums = _mm256_madd_epi16(_mm256_add_epi16(low_sum, high_sum), _mm256_set1_epi16(1));
+    return _mm256_cvtepi32_ps(_mm256_add_epi32(sums, offsets));
+  }
+};
 
 // sum + the four signed bytes of each lane.
 LFM2_ALWAYS Ints add_quads(Ints sum, Bytes x) {

@@ -205,6 +205,25 @@ LFM2_ALWAYS Bytes broadcast_word(const int8_t* x) {
   return _mm512_set1_epi32(bits);
 }
 
+// 16 inputs of a token; 4 of them at a time are multiplied with the 4 bytes of each lane.
+struct SixteenInputs {
+  const int8_t* at;
+};
+LFM2_ALWAYS SixteenInputs load_sixteen(const int8_t* at) { return {at}; }
+
+// Products of 32 inputs with a lane's weights of 4 bits, 4 times 8 of them; `offset` takes the zero point out.
+struct NibbleSum {
+  __m512i sum;
+
+  LFM2_ALWAYS void start(int32_t offset) { sum = _mm512_set1_epi32(offset); }
+  template <int kQuad>
+  LFM2_ALWAYS void add(Bytes low, Bytes high, SixteenInputs first, SixteenInputs second) {
+    sum = _mm512_dpbusd_epi32(sum, low, broadcast_word(first.at + 4 * kQuad));
+    sum = _mm512_dpbusd_epi32(sum, high, broadcast_word(second.at + 4 * kQuad));
+  }
+  LFM2_ALWAYS Floats total() const { return _mm512_cvtepi32_ps(sum); }
+};
+
 // sum + the four signed bytes of each lane.
 LFM2_ALWAYS Ints add_quads(Ints sum, Bytes x) { return _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), x); }
 

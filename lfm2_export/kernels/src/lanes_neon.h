@@ -194,6 +194,26 @@ LFM2_ALWAYS Ints byte_products(ByteWeights first, ByteWeights second, Bytes a, B
 }
 LFM2_ALWAYS Ints add_byte_products(Ints sum, ByteWeights weights, Bytes x) { return vdotq_s32(sum, weights, x); }
 
+// 16 inputs of a token; 4 of them at a time are multiplied with the 4 bytes of each lane.
+using SixteenInputs = Bytes;
+LFM2_ALWAYS SixteenInputs load_sixteen(const int8_t* at) { return vld1q_s8(at); }
+
+// Products of 32 inputs with a lane's weights of 4 bits, 4 times 8 of them; `offset` takes the zero point out.
+struct NibbleSum {
+  int32x4_t low_sum, high_sum;
+
+  LFM2_ALWAYS void start(int32_t offset) {
+    low_sum = vdupq_n_s32(offset);
+    high_sum = vdupq_n_s32(0);
+  }
+  template <int kQuad>
+  LFM2_ALWAYS void add(Bytes low, Bytes high, SixteenInputs first, SixteenInputs second) {
+    low_sum = vdotq_laneq_s32(low_sum, low, first, kQuad);
+    high_sum = vdotq_laneq_s32(high_sum, high, second, kQuad);
+  }
+  LFM2_ALWAYS Floats total() const { return vcvtq_f32_s32(vaddq_s32(low_sum, high_sum)); }
+};
+
 // Lane r: the sum of row r.
 LFM2_ALWAYS Ints sums_of_rows(const Ints (&m)[4]) {
   return vpaddq_s32(vpaddq_s32(m[0], m[1]), vpaddq_s32(m[2], m[3]));

@@ -1,5 +1,6 @@
 // Which kernels an instruction set brings, and which of them run here. CMakeLists.txt compiles the sources that are written
-// once (row_kernels.cpp, attention_kernels.cpp, loop_kernels.cpp) for each set, in a namespace of its own (LFM2_TARGET).
+// once (row_kernels.cpp, tile_kernels.cpp, attention_kernels.cpp, loop_kernels.cpp) for each set, in a namespace of its own
+// (LFM2_TARGET).
 
 #pragma once
 
