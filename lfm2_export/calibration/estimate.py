@@ -19,7 +19,7 @@ from lfm2_export.calibration.statistics import packed_size
 from lfm2_export.checkpoint import Checkpoint
 from lfm2_export.config import ModelConfig
 from lfm2_export.families.tensors import EMBEDDING, ModelTensor, TensorClass
-from lfm2_export.quant.gptq import CHUNK_WEIGHTS, ROUNDS
+from lfm2_export.quant.gptq import BUFFERS, CHUNK_WEIGHTS, ROUNDS
 from lfm2_export.quant.hessian import one_thread_products
 from lfm2_export.resources import human_bytes, usable_cores
 
@@ -27,7 +27,7 @@ from lfm2_export.resources import human_bytes, usable_cores
 READ, WRITE = 1.0e9, 0.4e9
 # Of one core: values a second where columns of a chunk are updated one after another; how fast its narrow products are,
 # and a factor in float64, as shares of the speed of a square one in float32.
-UPDATES, NARROW, FACTOR = 0.5e9, 0.3, 0.25
+UPDATES, NARROW, FACTOR = 0.55e9, 0.8, 0.25
 # Steps that are no products: of each channel of a layer, and how many of them one core does in a second.
 STEPS, STEPS_PER_SECOND = 64, 1.0e9
 # Of a sampled token: a layer's operators, seconds; and bytes of weights that are read in a second.
@@ -85,7 +85,7 @@ def estimate(
 def quantizing_memory(widths: Iterable[int]) -> int:
     """Bytes that ``gptq`` takes beside what every algorithm does: Hessian and factor of each core, one being made."""
     widest = max(widths)
-    return usable_cores() * (2 * 4 * widest**2 + 8 * 4 * CHUNK_WEIGHTS) + (3 * 8 + 4) * widest**2
+    return usable_cores() * (2 * 4 * widest**2 + BUFFERS * 4 * CHUNK_WEIGHTS) + (3 * 8 + 4) * widest**2
 
 
 def measured_speed() -> float:
