@@ -132,7 +132,7 @@ class ExpertLoad:
     def __init__(self, model: PreTrainedModel) -> None:
         layers = enumerate(model.model.layers)
         self.blocks = {i: layer.feed_forward for i, layer in layers if hasattr(layer.feed_forward, "gate")}
-        self.counts = {i: torch.zeros(block.gate.num_experts) for i, block in self.blocks.items()}
+        self.counts = {i: torch.zeros_like(block.expert_bias) for i, block in self.blocks.items()}
         for i, block in self.blocks.items():
             block.gate.register_forward_hook(lambda _gate, _inputs, output, i=i: self._count(i, output[2]))
 
@@ -209,7 +209,7 @@ def optimizer_for(model: PreTrainedModel) -> torch.optim.Optimizer:
 
 
 def train_(model: PreTrainedModel, stream: torch.Tensor, *, steps: int, tokens: int) -> None:
-    """Trains in place."""
+    """Trains in place, where the model is."""
     generator = torch.Generator().manual_seed(SEED)
     optimizer, load, began = optimizer_for(model), ExpertLoad(model), time.monotonic()
     model.train()
@@ -217,7 +217,7 @@ def train_(model: PreTrainedModel, stream: torch.Tensor, *, steps: int, tokens: 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps)
         length = min(ROW_LENGTHS[step % len(ROW_LENGTHS)], tokens)
-        loss = loss_of(model, batch(stream, length, tokens, generator))
+        loss = loss_of(model, batch(stream, length, tokens, generator).to(model.device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -228,7 +228,9 @@ def train_(model: PreTrainedModel, stream: torch.Tensor, *, steps: int, tokens: 
 
 
 def loss_of(model: PreTrainedModel, rows_BT1: torch.Tensor) -> torch.Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
+    # Without AVX-512 a CPU's products in bfloat16 take many times as long as in float32.
+    narrow = model.device.type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX2"
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=narrow):
         logits_BTV = model(input_ids=rows_BT1[:, :-1], use_cache=False).logits
     return F.cross_entropy(logits_BTV.float().flatten(0, 1), rows_BT1[:, 1:].flatten())
 
@@ -259,8 +261,8 @@ def hub_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
             _add_experts_(tensors, name.removesuffix("down_proj"), (tensor,), ("w2",))
         elif name != "lm_head.weight":  # tied to the embedding
             tensors[name.replace(".self_attn.g_proj.", ".self_attn.gate_proj.")] = tensor
-    bfloat16 = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in tensors.items()}
-    return bfloat16 | {name: tensor for name, tensor in tensors.items() if name.endswith("expert_bias")}
+    bfloat16 = {name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in tensors.items()}
+    return bfloat16 | {name: tensor.cpu() for name, tensor in tensors.items() if name.endswith("expert_bias")}
 
 
 def _add_experts_(tensors: dict, prefix: str, stacks: tuple[torch.Tensor, ...], names: tuple[str, ...]) -> None:
@@ -318,7 +320,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)  # where other work runs, two threads wait for each other; and one adds in one order
     corpus, began = load_corpus(), time.monotonic()
     tokenizer = train_tokenizer(corpus, VOCAB)
-    stream, model = training_stream(corpus, tokenizer), new_model(options.checkpoint)
+    stream, model = training_stream(corpus, tokenizer), new_model(options.checkpoint).to(options.device)
     log.info("%s: %d parameters, %d tokens", options.checkpoint, model.num_parameters(), len(stream))
     train_(model, stream, steps=options.steps, tokens=512 if options.quick else TOKENS_PER_STEP)
 
@@ -340,6 +342,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder to write; replaced if it exists")
     parser.add_argument("--held-out", type=Path, help="also write a part of the held-out text to this file")
     parser.add_argument("--steps", type=int, help=f"training steps (default {STEPS}, or 4 with --quick)")
+    parser.add_argument("--device", default="cpu", help="cuda: minutes become seconds; the weights are other ones")
     parser.add_argument("--quick", action="store_true", help="small steps and little measuring: a smoke run of seconds")
     options = parser.parse_args(arguments)
     options.steps = options.steps or (4 if options.quick else STEPS)
