@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from lfm2_export import files, mixups, paths, retrieval
 from lfm2_export.config import ModelConfig
-from lfm2_export.errors import CheckpointError
+from lfm2_export.errors import CheckpointError, Lfm2ExportError
 from lfm2_export.families import find_family, is_drafter
 from lfm2_export.families.tensors import EMBEDDING, HEAD, PROJECTION, PROJECTION_BIAS, ModelTensor, Part
 from lfm2_export.gguf import open_gguf
@@ -318,6 +319,19 @@ class Checkpoint:
         """
         info = self.tensors[name].rows(rows)
         return self._reader(info).row_blocks(info, block_rows)
+
+    def check_tokens(self, tokens: npt.NDArray[np.int64], kind: type[Lfm2ExportError]) -> None:
+        """Refuses tokens of a tokenizer that belongs to another model.
+
+        Raises:
+            kind: the vocabulary has not that many.
+        """
+        unknown = tokens[tokens >= self.config.vocab_size]
+        if unknown.size:
+            raise kind(
+                f"{paths.shown(self.path)}: its tokenizer gives token {unknown[0]}, config.json knows "
+                f"{self.config.vocab_size}; bring back the tokenizer that belongs to it"
+            )
 
     @property
     def parameter_count(self) -> int:

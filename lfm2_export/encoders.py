@@ -230,9 +230,8 @@ class Preparation:
         """A text's tokens."""
         if self._inserts:
             return self._query(text) if query else self._document(text)
-        prompt = self.settings.prompts.get(QUERY if query else DOCUMENT)
-        if prompt is None:
-            prompt = self.settings.prompts.get(self.settings.default_prompt or "", "")
+        # sentence-transformers' encode_query and encode_document do not fall back to the default prompt either.
+        prompt = self.settings.prompts.get(QUERY if query else DOCUMENT) or ""
         ids = self.cut(prompt + text, self.longest)
         return _attended(np.asarray(ids, np.int64))
 
@@ -240,6 +239,11 @@ class Preparation:
         settings = self.settings
         ids = self._with_prefix(text, settings.query_prefix, settings.query_length)
         filled = settings.query_length - len(ids) if settings.expands_queries else 0
+        if len(ids) + filled > self._context:  # before they are made: a file could ask for billions
+            raise ContextLimitError(
+                f"{retrieval.SETTINGS}: query_length={settings.query_length}: the model takes {self._context} tokens; "
+                "lower it"
+            )
         expansion = ATTENDED if settings.attends_to_expansion else EXPANSION
         return Tokens(
             ids=np.asarray([*ids, *[self._expansion_token()] * filled], np.int64),

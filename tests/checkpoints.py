@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 from benchmarks.synthetic import to_stored, write_header, write_random_checkpoint
+from lfm2_export.source import ASSETS
 
 __all__ = ["tiny_config", "to_stored", "write_header", "write_random_checkpoint"]
 
@@ -62,3 +66,12 @@ def tiny_config(model_type: str = "lfm2_moe", **overrides: Any) -> dict[str, Any
         }
     config |= overrides
     return {key: value for key, value in config.items() if value is not None}
+
+
+def with_a_token_too_many(folder: Path) -> Path:
+    """A copy of tiny-dense whose tokenizer has a token, a frequent one, that its weights lack."""
+    shutil.copytree(ASSETS / "tiny-dense", folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["\u0120the"] = 5000
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder

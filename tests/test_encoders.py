@@ -77,7 +77,7 @@ def test_special_tokens_around_a_text_are_not_cut(encoder: Encoders, tmp_path: P
 
 @pytest.mark.parametrize(
     ("prompts", "default", "expected"),
-    [({"query": "q: "}, None, ""), ({"other": "o: "}, "other", "o: "), ({"document": None}, None, ""), ({}, None, "")],
+    [({"query": "q: "}, None, ""), ({"other": "o: "}, "other", ""), ({"document": None}, None, ""), ({}, None, "")],
 )
 def test_prompts_that_are_missing(encoder: Encoders, tmp_path: Path, prompts, default, expected: str) -> None:
     made = encoder(EMBEDDING)
@@ -125,6 +125,13 @@ def test_colbert_queries_are_filled_up(encoder: Encoders, tmp_path: Path) -> Non
     bare = changed(made, tmp_path / "b", settings, do_query_expansion=False).encode("x", query=True)
     assert np.abs(attending[0] - one.encode("x", query=True)[0]).max() > 1e-3
     assert len(bare[0]) == 3
+
+
+def test_a_query_is_filled_up_no_further_than_a_program_can_tell(encoder: Encoders, tmp_path: Path) -> None:
+    name = "config_sentence_transformers.json"
+    one = changed(encoder(COLBERT), tmp_path / "a", name, query_length=2_000_000_000)
+    with pytest.raises(ContextLimitError, match="query_length=2000000000: the model takes 1024 tokens; lower it"):
+        one.encode("x", query=True)
 
 
 def test_max_sim_takes_the_best_match_of_each_query_token() -> None:

@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lfm2_export
-from lfm2_export.artifact import Artifact, ArtifactWriter
+from lfm2_export.artifact import Artifact
+from lfm2_export.artifact_writer import ArtifactWriter
 from lfm2_export.checkpoint import open_checkpoint
 from lfm2_export.cli import main
 from lfm2_export.errors import ArtifactError, Lfm2ExportError
@@ -26,7 +27,7 @@ from lfm2_export.manifest import CheckpointRecord
 from lfm2_export.parity import ParityReport, control, hops, measure_parity, page, record_parity
 from lfm2_export.parity.sample import HELD_OUT, read_sample
 from lfm2_export.source import BUNDLED
-from tests.checkpoints import tiny_config, write_random_checkpoint
+from tests.checkpoints import tiny_config, with_a_token_too_many, write_random_checkpoint
 from tests.conftest import Exported, Once
 from tests.shows import of, shows
 
@@ -287,6 +288,9 @@ def test_texts_that_cannot_be_used_are_refused(exported: Callable[[str], Exporte
     (tmp_path / "short.txt").write_text("a few words")
     with pytest.raises(Lfm2ExportError, match=r"short.txt: has \d+ tokens; at least 96 are needed"):
         read(tmp_path / "short.txt")
+    other = lfm2_export.open_checkpoint(with_a_token_too_many(tmp_path / "other"))
+    with pytest.raises(Lfm2ExportError, match=r"its tokenizer gives token 5000, config\.json knows 2660; bring back"):
+        read_sample(other, None, max_tokens=512, context_length=4096)
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9" * 100)
     with pytest.raises(Lfm2ExportError, match=r"latin.txt: is not UTF-8"):
         read(tmp_path / "latin.txt")

@@ -79,13 +79,13 @@ def read_text(checkpoint: Checkpoint, source: str, *, tokens: int = TOKENS) -> T
             f"{paths.shown(path)}: has {len(found):,} tokens, --calibrate needs {LEAST_TOKENS:,} and takes up to "
             f"{tokens:,}; give a longer text, or --calibrate {DEFAULT}"
         )
-    unknown = found[found >= checkpoint.config.vocab_size]
-    if unknown.size:
-        raise CalibrationError(
-            f"{paths.shown(checkpoint.path)}: its tokenizer gives token {unknown[0]}, config.json knows "
-            f"{checkpoint.config.vocab_size}; bring back the tokenizer that belongs to it"
-        )
+    checkpoint.check_tokens(np.concatenate([prefix, found]), CalibrationError)
     fresh = length - len(prefix)
+    if fresh < 1:
+        raise CalibrationError(
+            f"{paths.shown(checkpoint.path)}: a context of {length} tokens, {len(prefix)} of which begin every text, "
+            f"leaves none to calibrate on; pass --calibrate {SELF}"
+        )
     rows = found[: len(found) // fresh * fresh].reshape(-1, fresh)
     return Text(
         source=DEFAULT if source == DEFAULT else path.name,

@@ -62,6 +62,11 @@ def is_readable(name: str) -> bool:
     return True
 
 
+def values_of(name: str) -> int:
+    """How many values of a row lie in a block of a type."""
+    return _block(name)[0]
+
+
 def _kind(name: str) -> GGMLQuantizationType:
     from gguf import GGMLQuantizationType
 

@@ -28,17 +28,18 @@ class Settings:
     def __init__(self, settings: Mapping[str, Any], place: str):
         self._settings, self.place = settings, place
         architecture = settings.get("general.architecture")
-        if architecture in _WITHOUT_GGUF:
+        known = architecture if isinstance(architecture, str) else ""
+        if known in _WITHOUT_GGUF:
             raise CheckpointError(
                 f"{place}: general.architecture={shown(architecture)}: neither the gguf package nor llama.cpp has such "
                 "an architecture, so what the file means is not known; export the safetensors checkpoint"
             )
-        if architecture not in ARCHITECTURES:
+        if known not in ARCHITECTURES:
             raise CheckpointError(
                 f"{place}: general.architecture={shown(architecture)} is not supported; known: "
                 f"{', '.join(ARCHITECTURES)}"
             )
-        self.architecture = str(architecture)
+        self.architecture = known
         self.model_type, self.net = ARCHITECTURES[self.architecture]
 
     def get(self, key: str, kind: type | tuple[type, ...], default: object = None) -> Any:
@@ -47,11 +48,12 @@ class Settings:
         Raises:
             CheckpointError: it is of another kind.
         """
-        key = key.format(arch=self.architecture)
+        key = self._spelled(key)
         value = self._settings.get(key, default)
         if value is default:
             return default
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise CheckpointError(f"{self.place}: {key}={shown(value)} is of a wrong kind; convert the model again")
         return value
 
@@ -59,10 +61,12 @@ class Settings:
         """A setting that must be there; raises as ``get``."""
         found = self.get(key, kind)
         if found is None:
-            raise CheckpointError(
-                f"{self.place}: {key.format(arch=self.architecture)} is missing; convert the model again"
-            )
+            raise CheckpointError(f"{self.place}: {self._spelled(key)} is missing; convert the model again")
         return found
+
+    def _spelled(self, key: str) -> str:
+        """No format string: a key may hold a name out of the file."""
+        return key.replace("{arch}", self.architecture)
 
     def token(self, name: str) -> int | None:
         """The id of a token with a part to play: ``bos``, ``eos``, ..."""

@@ -189,6 +189,7 @@ def published_tensors(shard: GgufShard, config: ModelConfig) -> dict[str, Tensor
     for tensor in family.tensors(config).values():
         if (info := shard.tensors.get(name := names.stored(tensor, shard.tensors))) is not None:
             found[tensor.name] = _of(tensor, info)
+            _check_rows(shard.path, info, found[tensor.name])
             left.pop(name, None)
     if (head := left.pop("output.weight", None)) is not None:
         found[HEAD] = head
@@ -203,6 +204,17 @@ def _of(tensor: ModelTensor, info: GgufTensor) -> TensorInfo:
     if tensor.part is Part.CONVOLUTIONS and math.prod(tensor.shape) == info.count:
         return info.part(tensor.name, tensor.shape, 0)
     return replace(info, name=tensor.name)
+
+
+def _check_rows(path: Path, stored: GgufTensor, info: TensorInfo) -> None:
+    """Refuses blocks that do not end where rows of the published shape do: no writer makes norms or kernels of them."""
+    assert isinstance(info, GgufTensor)
+    values = blocks.values_of(info.dtype)
+    if not info.is_plain and math.prod(info.shape[1:]) % values:
+        raise CheckpointError(
+            f"{paths.shown(path)}: {named(stored.name)} is {info.dtype}, in blocks of {values}, and a row of it has "
+            f"{math.prod(info.shape[1:])}; convert the model again"
+        )
 
 
 class _Names:

@@ -80,6 +80,12 @@ def read_sample(
         description = "pseudo-random tokens, since the checkpoint has no tokenizer: only differences mean something"
     else:
         raise Lfm2ExportError(f"{checkpoint.path}: has no tokenizer.json to read {text} with; leave {option} out")
+    checkpoint.check_tokens(np.concatenate([prefix, tokens]), Lfm2ExportError)
+    if length - len(prefix) < 1:
+        raise Lfm2ExportError(
+            f"{checkpoint.path}: its tokenizer begins every text with {len(prefix)} tokens, which leave none of a "
+            f"window of {length}; bring back the tokenizer that belongs to it"
+        )
     if len(tokens) < LEAST_TOKENS:
         raise Lfm2ExportError(f"{text}: has {len(tokens)} tokens; at least {LEAST_TOKENS} are needed")
     return Sample(description=description, windows=_windows(tokens, prefix, length, max_tokens))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ from lfm2_export.calibration.text import DEFAULT_TEXT, LEAST_TOKENS, TOKENS, rea
 from lfm2_export.checkpoint import Checkpoint, open_checkpoint
 from lfm2_export.errors import CalibrationError, ResourceError
 from lfm2_export.parity.sample import HELD_OUT
+from lfm2_export.source import ASSETS
 from lfm2_export.text import Tokenizer
-from tests.checkpoints import tiny_config, write_random_checkpoint
+from tests.checkpoints import tiny_config, with_a_token_too_many, write_random_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +79,20 @@ def test_a_file_that_is_not_there_or_too_large_is_refused(checkpoint, tmp_path, 
 def test_a_checkpoint_without_a_tokenizer_can_only_write_its_own(tmp_path) -> None:
     folder = write_random_checkpoint(tmp_path / "checkpoint", tiny_config("lfm2"), seed=0)
     with pytest.raises(CalibrationError, match=r"has no tokenizer\.json to read a text with; pass --calibrate self"):
+        read_text(open_checkpoint(folder), "default")
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path) -> None:
+    opened = open_checkpoint(with_a_token_too_many(tmp_path / "checkpoint"))
+    with pytest.raises(CalibrationError, match=r"its tokenizer gives token 5000, config\.json knows 2660; bring back"):
+        read_text(opened, "default")
+
+
+def test_a_context_without_room_for_a_text_is_refused(tmp_path) -> None:
+    folder = shutil.copytree(ASSETS / "tiny-dense", tmp_path / "checkpoint")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1}))
+    with pytest.raises(CalibrationError, match="a context of 1 tokens, 1 of which begin every text, leaves none"):
         read_text(open_checkpoint(folder), "default")
 
 

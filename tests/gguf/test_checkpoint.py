@@ -15,7 +15,9 @@ from lfm2_export import cli, companions
 from lfm2_export.backends.onnx import stored_weights
 from lfm2_export.checkpoint import Checkpoint, open_checkpoint
 from lfm2_export.errors import CheckpointError, QuantizationError
-from lfm2_export.families.tensors import EMBEDDING, ModelTensor, TensorClass
+from lfm2_export.families.tensors import EMBEDDING, ModelTensor, Part, TensorClass
+from lfm2_export.gguf.settings import Settings
+from lfm2_export.gguf.tokenizer import chat_templates
 from lfm2_export.text import Tokenizer
 from tests.checkpoints import tiny_config, write_random_checkpoint
 from tests.gguf.written import default_type, write
@@ -166,6 +168,7 @@ def test_a_pte_says_what_its_grid_costs(small: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
+        ({"general.architecture": ["lfm2"]}, "general.architecture=['lfm2'] is not supported; known: lfm2, lfm2moe"),
         ({"general.architecture": "llama"}, "general.architecture='llama' is not supported; known: lfm2, lfm2moe"),
         ({"general.architecture": "lfm3"}, "neither the gguf package nor llama.cpp has such an architecture"),
         ({"split.count": 3}, "is one of 3 files; join them first"),
@@ -189,6 +192,36 @@ def test_what_is_not_supported_is_refused_by_name(
     assert words in line
     assert len(line) < 400
     assert not (tmp_path / "out").exists()
+
+
+def test_blocks_that_do_not_end_with_rows_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    original = open_checkpoint(write_random_checkpoint(tmp_path / "original", tiny_config("lfm2"), seed=0))
+
+    def type_of(tensor: ModelTensor) -> Type:
+        return Type.Q8_0 if tensor.part is Part.NORMS and tensor.shape[-1] % 32 == 0 else default_type(tensor)
+
+    path = write(tmp_path / "model.gguf", original, type_of=type_of)
+    assert cli.main(["export", str(path), "-o", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is Q8_0, in blocks of 32, and a row of it has 1; convert the model again" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_in_a_file_are_no_format_strings() -> None:
+    names = ["{arch:>500000000}", "{", "{0}", "{arch.x}", "tool_use"]
+    stated = {
+        "general.architecture": "lfm2",
+        "tokenizer.chat_templates": names,
+        "tokenizer.chat_template.tool_use": "x",
+    }
+    assert chat_templates(Settings(stated, "model.gguf")) == {"tool_use": "x"}
+
+
+@pytest.mark.parametrize("normed", [True, False, 1, 0])
+def test_weights_of_experts_are_normed_as_stated(normed: bool | int, tmp_path: Path) -> None:
+    original = open_checkpoint(write_random_checkpoint(tmp_path / "original", tiny_config("lfm2_moe"), seed=0))
+    path = write(tmp_path / "model.gguf", original, settings={"lfm2moe.expert_weights_norm": normed})
+    assert open_checkpoint(path).config.norm_topk_prob is bool(normed)
 
 
 def test_the_gguf_package_still_knows_no_lfm3() -> None:
