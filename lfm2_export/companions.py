@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lfm2_export import files, json_values, paths, template_files
-from lfm2_export.artifact import ArtifactWriter
+from lfm2_export.artifact_writer import ArtifactWriter
 from lfm2_export.checkpoint import Checkpoint
 from lfm2_export.errors import ArtifactError, CheckpointError, GenerationError
 from lfm2_export.generation_config import GenerationConfig

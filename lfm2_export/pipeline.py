@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lfm2_export import companions, interrupts, model_card
-from lfm2_export.artifact import Artifact, ArtifactWriter
+from lfm2_export.artifact import Artifact
+from lfm2_export.artifact_writer import ArtifactWriter
 from lfm2_export.backends.program import WEIGHTS, Estimate, ExportedProgram, ExportRequest
 from lfm2_export.background import Background
 from lfm2_export.calibration.request import Calibration
@@ -27,7 +28,7 @@ from lfm2_export.manifest import CheckpointRecord, Program
 from lfm2_export.mixing import mixed
 from lfm2_export.packages import explained, recorded_versions
 from lfm2_export.progress import Progress
-from lfm2_export.quant.schemes import Scheme
+from lfm2_export.quant.schemes import Scheme, check_patterns
 from lfm2_export.resources import check_disk, check_memory, disk_needed
 from lfm2_export.takeover import check_nothing_chosen, taken_over
 
@@ -172,6 +173,8 @@ def _run(settings: ExportSettings, progress: Progress) -> Artifact:
     if opened.config.drafter is not None:
         asked = tuple(settings.for_drafter(choice) for choice in asked)
     companions.check(opened)
+    for scheme in (scheme for choice in asked for scheme in choice.schemes):
+        check_patterns(scheme.exclude, opened.model_tensors)
     progress.phase("choosing what is stored how")
     choices = [replace(choice, schemes=_with_widths(settings, choice, opened)) for choice in asked]
     calibration = Calibration.asked(opened, settings.calibrate, settings.statistics)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from lfm2_export.artifact import Artifact, ArtifactWriter
+from lfm2_export.artifact import Artifact
+from lfm2_export.artifact_writer import ArtifactWriter
 from lfm2_export.cache import CacheSpec, StateTensor
 from lfm2_export.manifest import CheckpointRecord, Program, StoredTensor, TensorSpec
 

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from lfm2_export import hashing, staging
-from lfm2_export.artifact import Artifact, ArtifactWriter
+from lfm2_export.artifact import Artifact
+from lfm2_export.artifact_writer import ArtifactWriter
 from lfm2_export.errors import ArtifactError, Lfm2ExportError, ResourceError
 from lfm2_export.folders import Folder
 from lfm2_export.manifest import MANIFEST
@@ -709,6 +710,6 @@ def test_parity_figures_and_card_are_recorded(out: Path) -> None:
 
 
 def test_importing_artifacts_imports_no_torch() -> None:
-    code = "import sys, lfm2_export.artifact, lfm2_export.resources; print('torch' in sys.modules)"
+    code = "import sys, lfm2_export.artifact_writer, lfm2_export.resources; print('torch' in sys.modules)"
     out, _ = run_python(code).communicate(timeout=30)
     assert out.strip() == "False"

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from lfm2_export import interrupts
-from lfm2_export.artifact import ArtifactWriter
+from lfm2_export.artifact_writer import ArtifactWriter
 from lfm2_export.manifest import CheckpointRecord
 from tests.checkpoints import tiny_config, write_random_checkpoint
 

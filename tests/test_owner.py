@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import lfm2_export
-from lfm2_export.artifact import Artifact, ArtifactWriter
+from lfm2_export.artifact import Artifact
+from lfm2_export.artifact_writer import ArtifactWriter
 from lfm2_export.cli import main
 from lfm2_export.errors import ArtifactError
 from tests.artifacts import record, write_program

@@ -43,7 +43,7 @@ CHILD = """
 import os, signal, sys, threading, time
 from pathlib import Path
 import lfm2_export
-from lfm2_export import artifact, folders, ledger
+from lfm2_export import artifact_writer, folders, ledger
 from lfm2_export.backends.weights.stream import WeightStream
 
 checkpoint, output, pieces, schemes, end = sys.argv[1:]
@@ -77,7 +77,7 @@ def write_piece(self, piece, files, real=WeightStream.write_piece):
 lines_before = lines()
 WeightStream.write_piece = write_piece
 if end == "commit":
-    artifact.ArtifactWriter.commit = lambda self: stop()
+    artifact_writer.ArtifactWriter.commit = lambda self: stop()
 if end == "manifest":
     def move(self, name, target, new_name, real=folders.Folder.move):
         if target.path == Path(output) and name == "lfm2_export.json":

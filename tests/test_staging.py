@@ -20,7 +20,8 @@ import torch
 
 import lfm2_export
 from lfm2_export import cli, folders, staging
-from lfm2_export.artifact import Artifact, ArtifactWriter
+from lfm2_export.artifact import Artifact
+from lfm2_export.artifact_writer import ArtifactWriter
 from lfm2_export.errors import ArtifactError
 from lfm2_export.ledger import Ledger
 from lfm2_export.manifest import MANIFEST, FileEntry, Manifest

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from lfm2_export.artifact import ArtifactWriter
+    from lfm2_export.artifact_writer import ArtifactWriter
     from lfm2_export.backends.base import Runner, RunnerOptions
     from lfm2_export.backends.drafter import DraftRunner
     from lfm2_export.backends.encoder import EncoderRunner

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lfm2_export.artifact import Artifact, ArtifactWriter
+from lfm2_export.artifact import Artifact
+from lfm2_export.artifact_writer import ArtifactWriter
 from lfm2_export.cli import main
 from lfm2_export.errors import ConfigError
 from lfm2_export.families import find_family

@@ -18,7 +18,7 @@ from lfm2_export.manifest import DECODER
 if TYPE_CHECKING:
     import numpy as np
 
-    from lfm2_export.artifact import ArtifactWriter
+    from lfm2_export.artifact_writer import ArtifactWriter
     from lfm2_export.backends.base import RunnerOptions
     from lfm2_export.backends.drafter import DraftRunner
     from lfm2_export.backends.executorch.encoder import ExecutorchEncoder

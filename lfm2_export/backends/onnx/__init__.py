@@ -21,7 +21,7 @@ from lfm2_export.messages import one_line
 if TYPE_CHECKING:
     import numpy as np
 
-    from lfm2_export.artifact import ArtifactWriter
+    from lfm2_export.artifact_writer import ArtifactWriter
     from lfm2_export.backends import FullPrecision
     from lfm2_export.backends.base import RunnerOptions
     from lfm2_export.backends.onnx.drafter import OnnxDrafter

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lfm2_export import files, paths, template_files
-from lfm2_export.artifact import ArtifactWriter
+from lfm2_export.artifact_writer import ArtifactWriter
 from lfm2_export.backends.onnx.variants import CPU
 from lfm2_export.cache import CONV_STATE, KEY_STATE, VALUE_STATE, StateTensor
 from lfm2_export.checkpoint import Checkpoint
