@@ -8,6 +8,7 @@ that a Ctrl-C while Python loads torch ends a command like any other.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 # Of a bug: neither a check that fell short, nor the user's mistake, nor the machine's (sysexits.h: EX_SOFTWARE).
 BUG = 70
+_ARGUMENT = re.compile(r"([a-z_]+)=")
 # numpy's linear algebra ends the process where it cannot map this much for itself and each of its threads: with two
 # cores 150 MB were too little and 200 enough.
 _LEAST_MEMORY, _LEAST_MEMORY_PER_CORE = 96 << 20, 32 << 20
@@ -110,7 +112,7 @@ def _failed(error: Exception, options: argparse.Namespace | None) -> int:
     if isinstance(error, streams.ReaderGone):
         return 0
     if isinstance(error, Lfm2ExportError):
-        streams.error_line(str(error))
+        streams.error_line(_with_options(str(error), options))
         if verbose:
             streams.details(error.details)
         return error.exit_code
@@ -121,6 +123,15 @@ def _failed(error: Exception, options: argparse.Namespace | None) -> int:
         streams.error_line(str(lacking))
         return lacking.exit_code
     return _bug(error, verb, verbose)
+
+
+def _with_options(message: str, options: argparse.Namespace | None) -> str:
+    """``message`` with the arguments of Python's functions that it begins with, ``group_size=33``, as the options that
+    the user gave."""
+    found = _ARGUMENT.match(message)
+    if found is None or getattr(options, found[1], None) is None:
+        return message
+    return f"--{found[1].replace('_', '-')} {message[found.end() :]}"
 
 
 def _bug(error: Exception, verb: str, verbose: bool) -> int:

@@ -53,7 +53,8 @@ class RunCommand:
         asked = _asked(options)
         opened = open_for_text(options)
         prompt = _read_prompt() if asked == "-" else asked
-        ids = encode_prompt(opened.tokenizer, prompt, raw=options.raw, system=options.system)
+        place = "standard input" if asked == "-" else "--prompt" if options.prompt is not None else "the prompt"
+        ids = encode_prompt(opened.tokenizer, prompt, raw=options.raw, system=options.system, place=place)
         started = time.perf_counter()
         events = generate(opened.runner, [ids], opened.config)
         timed = _Timed(events, started)

@@ -113,16 +113,18 @@ def standard_input() -> TextIO:
     return sys.stdin
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str, *, raw: bool, system: str | None = None) -> list[int]:
+def encode_prompt(
+    tokenizer: Tokenizer, prompt: str, *, raw: bool, system: str | None = None, place: str = "--prompt"
+) -> list[int]:
     """A prompt's tokens: as a user's message where there is a chat template, else the bare text.
 
     Raises:
-        GenerationError: the prompt is empty, a system message is given where no template takes it, or one of them is
-            not UTF-8.
+        GenerationError: the prompt, which was given at ``place``, is empty, a system message is given where no template
+            takes it, or one of them is not UTF-8.
     """
     if not prompt.strip():
-        raise GenerationError("--prompt is empty; give some text to answer or continue")
-    check_text(prompt, "--prompt")
+        raise GenerationError(f"{place} is empty; give some text to answer or continue")
+    check_text(prompt, place)
     check_text(system or "", "--system")
     if raw or not tokenizer.has_chat_template:
         if system is not None:

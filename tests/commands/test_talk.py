@@ -66,7 +66,9 @@ def say(monkeypatch, capsys):
     ("stdin", "arguments", "place"),
     [
         (b"", ("--prompt", "a\udcff"), "--prompt: character 1"),
-        (b"ab\xff\n", ("--prompt", "-"), "--prompt: character 2"),
+        (b"ab\xff\n", ("--prompt", "-"), "standard input: character 2"),
+        (b"ab\xff\n", (), "standard input: character 2"),
+        (b"", ("a\udcff",), "the prompt: character 1"),
         (b"", ("--raw", "--prompt", "a\udcff"), "--prompt: character 1"),
         (b"", ("--prompt", "a", "--system", "\udcff"), "--system: character 0"),
     ],
