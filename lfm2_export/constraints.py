@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
 from lfm2_export.errors import GenerationError
 from lfm2_export.messages import shown_reason
+from lfm2_export.schema_limits import check_grammar, check_schema
 from lfm2_export.text import StreamDecoder, Tokenizer
 
 if TYPE_CHECKING:
@@ -24,6 +26,15 @@ if TYPE_CHECKING:
 
 # Between JSON's tokens; without a bound a small model writes white space for ever.
 _SPACE = r"(\n {0,16}| ?)"
+# Symbols of a compiled grammar, after schemas have been multiplied (``allOf`` over ``anyOf``): llguidance's own 500,000
+# take it half a minute, these half a second or less.
+_MOST_SYMBOLS = 20_000
+# For llguidance, which is recursive: the deepest that ``schema_limits`` lets through takes 8 MB, the stack of a thread
+# is 1 MB or less on some systems.
+_STACK_BYTES = 32 << 20
+_stack_size = threading.Lock()
+
+Result = TypeVar("Result")
 
 
 class Constraint(Protocol):
@@ -54,10 +65,12 @@ class Grammars:
         """JSON that fits a JSON schema, without white space that means nothing at its beginning.
 
         Raises:
-            GenerationError: the schema is none, cannot be met, or has what llguidance does not know.
+            GenerationError: the schema is none, too large or too deep (``schema_limits``), cannot be met, or has what
+                llguidance does not know.
         """
         import llguidance
 
+        check_schema(schema)
         try:
             grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), {"whitespace_pattern": _SPACE})
         except ValueError as error:
@@ -72,16 +85,12 @@ class Grammars:
         """
         import llguidance
 
+        check_grammar(lark)
         return self._matched(llguidance.LLMatcher.grammar_from_lark(lark))
 
     def _matched(self, grammar: str) -> Constraint:
-        import llguidance
-
         vocabulary = self._read()
-        is_wrong, faults = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, vocabulary)
-        if is_wrong:
-            raise GenerationError(f"schema: {shown_reason(ValueError(faults[0]))}; change it")
-        return _Matched(llguidance.LLMatcher(vocabulary, grammar), self._vocab_size)
+        return _Matched(_on_large_stack(lambda: _compiled(vocabulary, grammar)), self._vocab_size)
 
     def _read(self) -> llguidance.LLTokenizer:
         import llguidance
@@ -99,6 +108,38 @@ class Grammars:
                         f"schema: this tokenizer cannot be constrained ({reason}); ask for text"
                     ) from error
             return self._vocabulary
+
+
+def _compiled(vocabulary: llguidance.LLTokenizer, grammar: str) -> llguidance.LLMatcher:
+    import llguidance
+
+    limits = llguidance.LLParserLimits(max_grammar_size=_MOST_SYMBOLS)
+    is_wrong, faults = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, vocabulary, limits=limits)
+    if is_wrong and "grammar size" in faults[0]:
+        raise GenerationError(f"schema: compiles to more than {_MOST_SYMBOLS} symbols; give it fewer properties")
+    if is_wrong:
+        raise GenerationError(f"schema: {shown_reason(ValueError(faults[0]))}; change it")
+    return llguidance.LLMatcher(vocabulary, grammar, limits=limits)
+
+
+def _on_large_stack(work: Callable[[], Result]) -> Result:
+    """``work`` in a thread of its own, whose stack does not depend on the system and on who asks."""
+    done: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    thread = threading.Thread(target=run, name="lfm2-export schema", daemon=True)
+    with _stack_size:
+        usual = threading.stack_size(_STACK_BYTES)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(usual)
+    return done.result()
 
 
 class _Matched:

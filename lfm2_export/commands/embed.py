@@ -60,17 +60,22 @@ class EmbedCommand:
 
 
 def _lines() -> Sequence[str]:
-    """Standard input's lines that hold something.
+    """Standard input's lines, for a vector each. They end as files' lines do: U+2028 or a form feed is of the text.
 
     Raises:
-        RunnerError: it is too long, or there is none.
+        RunnerError: it is too long, there is none, or a line before the last one is blank.
     """
     data = sys.stdin.buffer.read(_STDIN_LIMIT + 1)
     if len(data) > _STDIN_LIMIT:
         raise RunnerError(f"standard input: has more than {_STDIN_LIMIT >> 20} MiB; give it in parts")
-    lines = [line for line in data.decode(errors="surrogateescape").splitlines() if line.strip()]
+    lines = [line.removesuffix("\r") for line in data.decode(errors="surrogateescape").split("\n")]
+    while lines and not lines[-1].strip():
+        lines.pop()
     if not lines:
         raise RunnerError("standard input: holds no text; pass --text, or lines on standard input")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise RunnerError(f"standard input: line {number} is blank, which has no vector; take it out")
     return lines
 
 

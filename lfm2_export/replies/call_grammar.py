@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lfm2_export.replies.reply import BLOCKS, LFM2
-from lfm2_export.replies.tools import Tools
+from lfm2_export.replies.tools import Tools, required_names
 
 # Of one block; a small model would make calls for ever.
 MOST_CALLS = 8
@@ -116,7 +116,7 @@ def _marker(text: str, token_id: Callable[[str], int | None]) -> str:
 def _is_written(tool: tuple[str, Mapping[str, Any]]) -> bool:
     """Whether its name and its arguments' are words of the Python form."""
     name, schema = tool
-    words = (name, *_properties(schema), *_required(schema))
+    words = (name, *_properties(schema), *required_names(schema))
     return all(_WORD.fullmatch(word) and word not in _RESERVED for word in words)
 
 
@@ -137,7 +137,7 @@ class _Rules:
 
     def call(self, name: str, schema: Mapping[str, Any]) -> str:
         before, after = (part.format(name=name, quoted=json.dumps(name)) for part in self._form.call)
-        properties, required = _properties(schema), _required(schema)
+        properties, required = _properties(schema), required_names(schema)
         # A required name without a schema of its own takes anything.
         every = {**properties, **{one: {} for one in required if one not in properties}}
         return self._add(f"{_text(before)} {self._members(every, required, self._form.member, 0)} {_text(after)}")
@@ -194,7 +194,7 @@ class _Rules:
         properties = _properties(schema)
         if not properties:
             return self._add('"{" (pair (COMMA pair)*)? "}"')
-        return self._add(f'"{{" {self._members(properties, _required(schema), _JSON.member, depth + 1)} "}}"')
+        return self._add(f'"{{" {self._members(properties, required_names(schema), _JSON.member, depth + 1)} "}}"')
 
 
 def _listed(item: str, least: int, most: int | None) -> str:
@@ -207,11 +207,6 @@ def _listed(item: str, least: int, most: int | None) -> str:
 def _properties(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     properties = schema.get("properties")
     return properties if isinstance(properties, Mapping) else {}
-
-
-def _required(schema: Mapping[str, Any]) -> list[str]:
-    required = schema.get("required")
-    return [name for name in required if isinstance(name, str)] if isinstance(required, list) else []
 
 
 def _count(schema: Mapping[str, Any], name: str) -> int | None:

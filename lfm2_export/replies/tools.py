@@ -28,7 +28,10 @@ _TYPES: dict[str, Callable[[Any], bool]] = {
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Neither infinite nor NaN; an integer is neither, and may be beyond the range of the float that is asked."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class Tools:
@@ -76,8 +79,13 @@ def _mapping(value: object) -> Mapping[str, Any]:
 
 
 def _has_all(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> bool:
+    return all(name in arguments for name in required_names(schema))
+
+
+def required_names(schema: Mapping[str, Any]) -> list[str]:
+    """The arguments that a schema requires; what is no name in its list can be required of nothing."""
     required = schema.get("required")
-    return all(name in arguments for name in (required if isinstance(required, list) else []))
+    return [name for name in required if isinstance(name, str)] if isinstance(required, list) else []
 
 
 def _fits(value: Any, schema: object, outer: Mapping[str, Any]) -> bool:

@@ -7,6 +7,7 @@ machine (then Host is that name). Neither is answered unless it was allowed.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -57,9 +58,20 @@ def _is_local(host: str) -> bool:
 
 
 def _has_key(headers: Headers, key: str) -> bool:
-    kind, _, given = headers.get("authorization", "").partition(" ")
-    same = hmac.compare_digest(given.strip().encode(), key.encode())
-    return kind.lower() == "bearer" and same
+    """A header is bytes, which Starlette reads as Latin-1 whatever they are."""
+    kind, _, given = headers.get("authorization", "").encode("latin-1").partition(b" ")
+    same = [hmac.compare_digest(given.strip(), sent) for sent in _as_sent(key)]
+    return kind.lower() == b"bearer" and any(same)
+
+
+def _as_sent(key: str) -> list[bytes]:
+    """What clients may make of a key: UTF-8, or Latin-1, as browsers do. Bytes that were no UTF-8 when the key was
+    given, which Python passes on as surrogates, are themselves."""
+    sent = list[bytes]()
+    for encoding, errors in (("utf-8", "surrogateescape"), ("latin-1", "strict")):
+        with contextlib.suppress(UnicodeEncodeError):
+            sent.append(key.encode(encoding, errors))
+    return sent
 
 
 class Guarded:

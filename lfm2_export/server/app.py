@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -29,6 +30,7 @@ from lfm2_export.server.completion_request import parse_completion
 from lfm2_export.server.embeddings import parse_embedding, to_json
 from lfm2_export.server.errors import ApiError, translated
 from lfm2_export.server.limits import Limits
+from lfm2_export.server.preparing import Preparing
 from lfm2_export.server.served import Models
 
 logger = logging.getLogger(__name__)
@@ -104,6 +106,7 @@ class _Paths:
 
     def __init__(self, models: Models, limits: Limits):
         self._models, self._limits = models, limits
+        self._preparing = Preparing(limits)
 
     async def health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -122,19 +125,21 @@ class _Paths:
     async def chat(self, request: Request) -> Response:
         asked_for = parse_chat(await self._body(request))
         served = self._models.find(asked_for.model)
-        asked, answer = await run_in_threadpool(chat_answer.prepare, served.model, asked_for, self._limits)
+        prepare = partial(chat_answer.prepare, served.model, asked_for, self._limits)
+        asked, answer = await self._preparing.run(request, served, prepare)
         return await respond(request, served.engine, asked, answer, stream=asked_for.sampling.stream)
 
     async def completion(self, request: Request) -> Response:
         asked_for = parse_completion(await self._body(request))
         served = self._models.find(asked_for.model)
-        asked, answer = await run_in_threadpool(completion_answer.prepare, served.model, asked_for, self._limits)
+        prepare = partial(completion_answer.prepare, served.model, asked_for, self._limits)
+        asked, answer = await self._preparing.run(request, served, prepare)
         return await respond(request, served.engine, asked, answer, stream=asked_for.sampling.stream)
 
     async def embedding(self, request: Request) -> Response:
         asked_for = parse_embedding(await self._body(request))
         encoder = self._models.find_encoder(asked_for.model)
-        embedded = await encoder.embed(asked_for)
+        embedded = await encoder.embed(asked_for, request)
         return JSONResponse(to_json(encoder.name, embedded, as_base64=asked_for.base64))
 
     async def _body(self, request: Request) -> dict[str, Any]:

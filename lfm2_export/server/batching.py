@@ -17,7 +17,7 @@ import numpy as np
 
 from lfm2_export.backends.runner_base import DEFAULT_CHUNK_SIZE
 from lfm2_export.errors import ResourceError
-from lfm2_export.server.errors import ApiError
+from lfm2_export.server.errors import about_to_end
 from lfm2_export.server.generating import Done, Generation, Piece
 from lfm2_export.server.job import Job
 from lfm2_export.server.metrics import Metrics
@@ -216,5 +216,5 @@ class Batch:
             return False
         self._metrics.add("lfm2_abandoned_requests_total", self._name)
         self.jobs.remove(job)
-        job.deliver(ApiError(503, "the server is about to end; ask another one"))
+        job.deliver(about_to_end())
         return True

@@ -10,12 +10,14 @@ from lfm2_export.constraints import Constraint
 from lfm2_export.errors import GenerationError
 from lfm2_export.forced_calls import behind_thinking, forced_calls
 from lfm2_export.replies import Called, Event, ReplyParser, Said, Thought, ToolCall, Tools, for_template, opens_thinking
+from lfm2_export.schema_limits import check_tools
 from lfm2_export.server import logprobs
 from lfm2_export.server.answer import Envelope, Json, room
 from lfm2_export.server.chat_request import ChatRequest
 from lfm2_export.server.errors import ApiError, invalid
 from lfm2_export.server.generating import Asked, Done, Piece
 from lfm2_export.server.limits import Limits
+from lfm2_export.server.preparing import encoded
 from lfm2_export.server.served import Model
 from lfm2_export.text import Tokenizer
 
@@ -31,10 +33,13 @@ def prepare(model: Model, request: ChatRequest, limits: Limits) -> tuple[Asked, 
     tokenizer = model.tokenizer
     if not tokenizer.has_chat_template:
         raise ApiError(400, f"{model.name} has no chat template; use /v1/completions")
-    prompt = _render(tokenizer, request)
-    tokens = tokenizer.encode(prompt, add_special_tokens=False)
-    allowed = room(request.sampling, len(tokens), model.runner.context_length, limits)
     tools = Tools.from_openai(request.tools) if request.offers_tools else None
+    if request.forced is not None and tools is not None:
+        with _refused("tool_choice"):
+            check_tools(schema for name, schema in tools.schemas.items() if request.forced in ("", name))
+    prompt = _render(tokenizer, request)
+    tokens = encoded(model, prompt, "messages", add_special_tokens=False)
+    allowed = room(request.sampling, len(tokens), model.runner.context_length, limits)
     parser = ReplyParser(tools=tools, thinking=opens_thinking(prompt), parallel=request.parallel_calls)
     asked = Asked(
         prompt=tokens,

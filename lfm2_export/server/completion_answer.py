@@ -8,6 +8,7 @@ from lfm2_export.server.answer import Envelope, Json, room
 from lfm2_export.server.completion_request import DEFAULT_MAX_TOKENS, CompletionRequest
 from lfm2_export.server.generating import Asked, Done, Piece
 from lfm2_export.server.limits import Limits
+from lfm2_export.server.preparing import encoded
 from lfm2_export.server.served import Model
 
 
@@ -18,7 +19,7 @@ def prepare(model: Model, request: CompletionRequest, limits: Limits) -> tuple[A
         ApiError, GenerationError, RunnerError: a token is not in the vocabulary, or there is no room.
     """
     prompt = request.prompt
-    tokens = model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    tokens = encoded(model, prompt, "prompt") if isinstance(prompt, str) else prompt
     check_rows([tokens], None, model.runner.vocab_size)
     allowed = room(request.sampling, len(tokens), model.runner.context_length, limits, default=DEFAULT_MAX_TOKENS)
     asked = Asked(

@@ -1,6 +1,9 @@
 """Embeddings: from a request's texts to vectors, on an encoder with a queue and a thread of its own.
 
 ``input_type`` "query" or "document" (the default) chooses the model's prompt, where it has one for each.
+
+A request is computed in parts. Between two of them it ends where its client went away or the server is about to end:
+the thousands of texts that one request may have would else be computed for nobody, and be waited for.
 """
 
 from __future__ import annotations
@@ -8,22 +11,29 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lfm2_export.encoders import Encoder
+from lfm2_export.encoders import DEFAULT_BATCH_SIZE, Encoder
 from lfm2_export.errors import RunnerError
 from lfm2_export.manifest import ENCODER
 from lfm2_export.messages import shown
 from lfm2_export.server.answer import Json
-from lfm2_export.server.errors import ApiError, invalid
+from lfm2_export.server.errors import ApiError, about_to_end, invalid
 from lfm2_export.server.fields import Body, refuse_unless, text
 
+if TYPE_CHECKING:  # the command says which extra is missing
+    from starlette.requests import Request
+
 _MOST_TEXTS = 2048  # OpenAI's
+# UTF-8 of a part's texts, and so the most tokens that nobody can stop, unless one text alone has more. Some 1,000 of
+# English: a prompt's parts gain little above 128 (batching.py), and short texts are still computed by the dozen.
+_PART_BYTES = 4096
+_CLIENT_GONE = 499
 _QUERY, _DOCUMENT = "query", "document"
 _FLOAT, _BASE64 = "float", "base64"
 
@@ -86,23 +96,53 @@ class EncoderQueue:
         self.name, self.created = name, int(time.time())
         self._encoder, self._limit = encoder, queue_limit
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"lfm2-export serve {name}")
-        self._asked = 0
+        self._turn = asyncio.Lock()
+        self._running: asyncio.Future[Embedded] | None = None
+        self._asked, self._stopping = 0, False
 
-    async def embed(self, request: EmbeddingRequest) -> Embedded:
-        """Called in one event loop only. Raises: ApiError where the queue is full."""
+    async def embed(self, asked: EmbeddingRequest, request: Request) -> Embedded:
+        """Called in one event loop only, with the HTTP request that asks, whose body was read.
+
+        Raises:
+            ApiError: the queue is full, the server is about to end, or nobody waits for the vectors any more.
+        """
         if self._asked > self._limit:
             raise ApiError(
                 429, f"{self._asked} requests for {self.name} come first; try again later", code="queue_full"
             )
         self._asked += 1
+        made = asyncio.ensure_future(self._embed(asked))
+        gone = asyncio.ensure_future(_disconnected(request))
         try:
-            return await asyncio.get_running_loop().run_in_executor(
-                self._thread, self._embed, request.texts, request.query
-            )
+            await asyncio.wait({made, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not made.done():
+                raise ApiError(_CLIENT_GONE, "the client went away")
+            return made.result()
         finally:
+            made.cancel()
+            gone.cancel()
             self._asked -= 1
 
-    def _embed(self, texts: Sequence[str], query: bool) -> Embedded:
+    async def _embed(self, asked: EmbeddingRequest) -> Embedded:
+        """Part by part, when the requests before have ended."""
+        vectors, tokens = dict[int, np.ndarray](), 0
+        async with self._turn:
+            for part in _parts(asked.texts):
+                embedded = await self._embed_part([asked.texts[index] for index in part], asked.query)
+                vectors.update(zip(part, embedded.vectors, strict=True))
+                tokens += embedded.tokens
+        return Embedded(vectors=np.stack([vectors[index] for index in range(len(vectors))]), tokens=tokens)
+
+    async def _embed_part(self, texts: Sequence[str], query: bool) -> Embedded:
+        """In the thread. It is given nothing before it is free, since nothing can be taken from it again."""
+        if self._running is not None:  # of a request that was given up
+            await asyncio.wait({self._running})
+        if self._stopping:
+            raise about_to_end()
+        self._running = asyncio.get_running_loop().run_in_executor(self._thread, self._encode, texts, query)
+        return await asyncio.shield(self._running)
+
+    def _encode(self, texts: Sequence[str], query: bool) -> Embedded:
         vectors = np.asarray(self._encoder.encode(texts, query=query))
         tokens = sum(len(self._encoder.preparation.tokens(one, query=query).ids) for one in texts)
         return Embedded(vectors=vectors, tokens=tokens)
@@ -112,8 +152,33 @@ class EncoderQueue:
         fields = {"id": self.name, "object": "model", "created": self.created, "owned_by": "lfm2-export"}
         return {**fields, "max_model_len": length, "kind": ENCODER}
 
+    def stop(self) -> None:
+        """Takes no more; what runs ends with its part, and what waits is not begun. Called from any thread."""
+        self._stopping = True
+
     def close(self) -> None:
+        """``stop``, and waits for the thread, which is at most one part away from its end."""
+        self.stop()
         self._thread.shutdown(cancel_futures=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _parts(texts: Sequence[str]) -> Iterator[list[int]]:
+    """The texts' places, in parts of texts of about one length: as many as are computed at once, unless they are too
+    long together. The shortest come first."""
+    sizes = [len(one.encode("utf-8", "surrogatepass")) for one in texts]
+    part, size = list[int](), 0
+    for index in sorted(range(len(texts)), key=sizes.__getitem__):
+        if part and (len(part) == DEFAULT_BATCH_SIZE or size + sizes[index] > _PART_BYTES):
+            yield part
+            part, size = [], 0
+        part.append(index)
+        size += sizes[index]
+    yield part
 
 
 def to_json(model: str, embedded: Embedded, *, as_base64: bool) -> Json:

@@ -1,7 +1,8 @@
 """The queue of one program, and the thread that works it off.
 
 In: jobs, from any thread. Out: what they bring, by a callback of each. Jobs begin in the order in which they came, as
-many at a time as are decoded together (``rows``). A job that was cancelled stops at its next token, or is never begun.
+many at a time as are decoded together (``rows``). A job that was cancelled stops at its next token, or is never begun:
+it leaves the queue with the next job that comes and before the next step, and takes no memory while a row is awaited.
 
 Memory: beside the weights, the state of as many requests as run, each as long as the longest of them, rounded up
 (at most twice its tokens, and no more than the context); that of one prompt; and what ``prefixes`` may keep.
@@ -14,7 +15,7 @@ from collections import deque
 
 from lfm2_export.backends.base import Runner
 from lfm2_export.server.batching import Batch
-from lfm2_export.server.errors import ApiError
+from lfm2_export.server.errors import ApiError, about_to_end
 from lfm2_export.server.job import Job
 from lfm2_export.server.metrics import Metrics
 from lfm2_export.server.prefixes import PrefixCache
@@ -42,7 +43,7 @@ class Engine:
         queue_limit: int,
         cache_bytes: int,
     ):
-        self._name, self._queue_limit = name, queue_limit
+        self._name, self._queue_limit, self._metrics = name, queue_limit, metrics
         self._prefixes = PrefixCache(cache_bytes)
         rows = rows_of(runner, parallel)
         self.parallel = rows.limit
@@ -56,9 +57,10 @@ class Engine:
     def submit(self, job: Job) -> None:
         """Raises: ApiError 429 where the queue is full, 503 where the server is about to end."""
         with self._changed:
-            ahead = sum(not waiting.cancelled.is_set() for waiting in self._jobs) + len(self._batch.jobs)
             if self._closing:
-                raise ApiError(503, "the server is about to end; ask another one")
+                raise about_to_end()
+            self._take_out_cancelled()
+            ahead = len(self._jobs) + len(self._batch.jobs)
             if ahead >= self._queue_limit + self.parallel:
                 raise ApiError(429, f"{ahead} requests for {self._name} come first; try again later", code="queue_full")
             self._jobs.append(job)
@@ -97,10 +99,26 @@ class Engine:
     def _begin(self) -> bool:
         """The oldest job may begin, if there is room for it; waits while there is nothing to do. False at the end."""
         with self._changed:
-            while not self._jobs and not self._batch.jobs:
+            while not (self._drop_cancelled() or self._batch.jobs):
                 if self._closing:
                     return False
                 self._changed.wait()
             if self._jobs and self._batch.takes:
                 self._batch.begin(self._jobs.popleft())
             return True
+
+    def _drop_cancelled(self) -> bool:
+        """Ends the jobs that were cancelled before they began; whether others wait."""
+        for job in self._take_out_cancelled():
+            job.deliver(about_to_end())
+        return bool(self._jobs)
+
+    def _take_out_cancelled(self) -> list[Job]:
+        """Those of the queue; they are counted. Nobody waits for them, unless it was ``stop`` that cancelled them."""
+        waiting, cancelled = deque[Job](), list[Job]()
+        for job in self._jobs:
+            (cancelled if job.cancelled.is_set() else waiting).append(job)
+        self._jobs = waiting
+        if cancelled:
+            self._metrics.add("lfm2_abandoned_requests_total", self._name, len(cancelled))
+        return cancelled

@@ -31,6 +31,10 @@ def invalid(param: str, problem: str, *, code: str | None = None) -> ApiError:
     return ApiError(400, f"{param}: {problem}", param=param, code=code)
 
 
+def about_to_end() -> ApiError:
+    return ApiError(503, "the server is about to end; ask another one")
+
+
 def translated(error: Exception) -> ApiError:
     """One of ours as what the client is told; of a bug, only that it is one."""
     if isinstance(error, ApiError):

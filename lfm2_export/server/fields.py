@@ -5,7 +5,7 @@ Every reader takes null for a field that is not there, as OpenAI's servers do, a
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,8 +44,9 @@ def number(body: Body, name: str, low: float, high: float | None = None) -> floa
     value = body.get(name)
     if value is None:
         return None
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or value < low or (high is not None and value > high):
+    # An integer may be beyond a float's range: it is compared, which is exact, before it is converted.
+    most = sys.float_info.max if high is None else high
+    if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= most:
         raise invalid(name, f"{shown(value, 40)} is not usable; give a number {_range(low, high)}")
     return float(value)
 

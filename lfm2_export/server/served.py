@@ -119,9 +119,12 @@ class Models:
         """Ends every answer that is under way or waits, without waiting for it."""
         for served in self._served.values():
             served.engine.stop()
+        for encoder in self._encoders.values():
+            encoder.stop()
 
     def close(self) -> None:
         """``stop``, and waits."""
+        self.stop()
         for served in self._served.values():
             served.engine.close()
         for encoder in self._encoders.values():

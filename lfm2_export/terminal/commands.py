@@ -151,7 +151,12 @@ def _load_state(session: Session, argument: str) -> None:
 def _file(name: str, argument: str) -> Path:
     if not argument:
         raise GenerationError(f"{name}: names no file; give one")
-    return Path(argument).expanduser()
+    try:
+        return Path(argument).expanduser()
+    except (RuntimeError, ValueError):
+        raise GenerationError(
+            f"{name} {shown(argument, 60)}: there is no such home folder; give a whole path"
+        ) from None
 
 
 def _undo(session: Session, argument: str) -> None:

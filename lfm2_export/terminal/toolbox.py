@@ -40,12 +40,21 @@ class Toolbox:
         return Tools.from_openai(self.described)
 
     def run(self, call: ToolCall) -> str:
-        """What a function returned, as text; what it raised, where it did."""
+        """What a function returned, as text; what it raised, where it did. What it returned is the function's own,
+        too, and may raise anything while it is written out."""
         try:
             result = self.functions[call.name](**call.arguments)
+            return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
         except (Exception, SystemExit) as error:
-            return f"Error: {type(error).__name__}: {error}"
-        return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
+            return f"Error: {type(error).__name__}{_message(error)}"
+
+
+def _message(error: BaseException) -> str:
+    """An exception may fail to say what it is about."""
+    try:
+        return f": {error}"
+    except Exception:
+        return ""
 
 
 def open_toolbox(path: str | Path) -> Toolbox:

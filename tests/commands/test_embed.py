@@ -53,7 +53,7 @@ def test_lines_of_standard_input(
     encoder: Encoders, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ColBERT's vectors: a token a line, and an empty line behind each text."""
-    lines_of("hello, you\n\n  \nnaïve\r\n".encode(), monkeypatch)
+    lines_of("hello, you\nnaïve\r\n\n  \n".encode(), monkeypatch)
     assert main(["embed", str(encoder(COLBERT).artifact)]) == 0
     texts = [block.splitlines() for block in capsys.readouterr().out.strip("\n").split("\n\n")]
     expected = lfm2_export.load_encoder(encoder(COLBERT).artifact).encode(["hello, you", "naïve"])
@@ -61,9 +61,27 @@ def test_lines_of_standard_input(
     assert {len(row.split()) for rows in texts for row in rows} == {WIDTH}
 
 
+def test_a_line_ends_at_a_line_feed_alone(
+    encoder: Encoders, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python's own ``splitlines`` knows nine ends more, some of which are in texts of the web and of old printers."""
+    lines = ["one\u2028two\u2029three", "four\x85five\x0bsix\x0cseven", "\x1ceight\x1d\x1enine", "ten\releven\r"]
+    lines_of("\n".join([*lines, "end"]).encode(), monkeypatch)
+    assert main(["embed", str(encoder(EMBEDDING).artifact), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["embeddings"]
+    assert [one["text"] for one in found] == [*lines[:3], "ten\releven", "end"]
+
+
 @pytest.mark.parametrize(
     ("data", "expected"),
-    [(b"\n  \n", "standard input: holds no text"), (b"a\xff\n", "text 0: character 1"), (b"", "holds no text")],
+    [
+        (b"\n  \n", "standard input: holds no text"),
+        (b"a\xff\n", "text 0: character 1"),
+        (b"", "holds no text"),
+        (b"a\n\nb\n", "standard input: line 2 is blank, which has no vector; take it out"),
+        (b"\r\na\r\n", "standard input: line 1 is blank"),
+        (b"a\nb\n \t\nc", "standard input: line 3 is blank"),
+    ],
 )
 def test_standard_input_that_is_no_text(
     encoder: Encoders, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, data: bytes, expected: str
@@ -80,7 +98,7 @@ def test_what_is_no_retriever(
     )
     assert "has no head for embeddings" in said(["embed", str(encoder(MASKED_LM).artifact), "--text", "a"], capsys)
     assert "lfm2_export.json" in said(["embed", str(tmp_path), "--text", "a"], capsys)
-    assert "batch_size=0" in said(
+    assert "--batch-size 0: pass a positive integer" in said(
         ["embed", str(encoder(EMBEDDING).artifact), "--text", "a", "--batch-size", "0"], capsys
     )
 

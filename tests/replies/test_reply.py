@@ -114,6 +114,28 @@ def test_values_of_xml_are_what_the_schema_says() -> None:
 
 
 @pytest.mark.parametrize(
+    "block",
+    [
+        "<|tool_call_start|>[look(word='a', count={})]<|tool_call_end|>",
+        '<|tool_call_start|>[{{"name": "look", "arguments": {{"word": "a", "count": {}}}}}]<|tool_call_end|>',
+        "<tool_call><function=look><parameter=word>a</parameter><parameter=count>{}</parameter></function></tool_call>",
+    ],
+    ids=["python", "json", "xml"],
+)
+def test_an_integer_beyond_a_floats_range_is_an_integer(block: str) -> None:
+    count = 10**330
+    call = ToolCall(name="look", arguments={"word": "a", "count": count})
+    assert one(block.format(count)) == [Called(calls=(call,))]
+    assert call.arguments_json == f'{{"word": "a", "count": {count}}}'
+
+
+@pytest.mark.parametrize("required", [[["word"]], [{}, 1, None, "word"], "word"])
+def test_what_is_no_name_is_required_of_no_call(required: object) -> None:
+    tools = Tools({"look": {"required": required}})
+    assert parsed(['<|tool_call_start|>[look(word="a")]<|tool_call_end|>'], tools=tools) == [Called(calls=(LOOK,))]
+
+
+@pytest.mark.parametrize(
     "inside",
     [
         "[look(word=1)]",  # the wrong type

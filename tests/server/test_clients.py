@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -11,8 +12,10 @@ from typing import Any
 import httpx2 as httpx
 import openai
 import pytest
+from starlette.datastructures import Headers
 
 from lfm2_export.server.access import Access
+from lfm2_export.server.errors import ApiError
 from lfm2_export.server.limits import Limits
 from tests.server.conftest import Running, Serve
 from tests.server.script_runner import ScriptRunner, scripted
@@ -63,6 +66,29 @@ def test_a_client_that_goes_away_while_it_waits_is_never_begun(serve: Serve) -> 
     first.join(10)
     until(lambda: server.count("lfm2_abandoned_requests_total") == 1)
     assert server.count("lfm2_generated_tokens_total") == 3
+
+
+def test_abandoned_requests_do_not_stay_in_the_queue(serve: Serve) -> None:
+    """While no step ends each leaves with the next that comes; then all that are left leave at once."""
+    model = scripted(LONG, pause=0.01)
+    server = serve(model, limits=Limits(queue=1))
+    assert isinstance(model.runner, ScriptRunner)
+    model.runner.gate.clear()
+    first = threading.Thread(
+        target=lambda: server.http().post(CHAT, json={"messages": HELLO, "max_tokens": 200}), daemon=True
+    )
+    first.start()
+    until(lambda: server.count("lfm2_requests_running") == 1)
+    for gone in range(4):
+        with pytest.raises(httpx.ReadTimeout):
+            server.http().post(CHAT, json={"messages": HELLO}, timeout=0.3)
+        assert server.count("lfm2_requests_waiting") == 1
+        assert server.count("lfm2_abandoned_requests_total") == gone
+    model.runner.gate.set()
+    until(lambda: server.count("lfm2_requests_waiting") == 0)
+    assert server.count("lfm2_abandoned_requests_total") == 4
+    assert server.count("lfm2_requests_running") == 1, "a control: no row was free meanwhile"
+    first.join(10)
 
 
 def test_a_full_queue_is_told_at_once(serve: Serve) -> None:
@@ -122,6 +148,25 @@ def test_a_key_is_asked_for_everywhere_but_for_health(serve: Serve) -> None:
     assert plain.openai("secret").models.list().data[0].id == "script"
 
 
+@pytest.mark.parametrize(
+    ("key", "sent", "known"),
+    [
+        ("clé", "clé".encode(), True),
+        ("clé", "clé".encode("latin-1"), True),  # a browser's
+        ("à", "à".encode(), True),  # its last byte is a space in Latin-1
+        ("ключ", "ключ".encode(), True),
+        ("cl\udce9", b"cl\xe9", True),  # bytes of a command line that were no UTF-8
+        ("cl\ud800", b"cl\xe9", False),
+        ("clé", b"cle", False),
+        ("clé", "clê".encode(), False),
+    ],
+)
+def test_a_key_that_is_not_ascii_is_compared_as_bytes(key: str, sent: bytes, known: bool) -> None:
+    headers = Headers(raw=[(b"host", b"localhost"), (b"authorization", b"Bearer " + sent)])
+    with contextlib.nullcontext() if known else pytest.raises(ApiError, match="no API key, or another one"):
+        Access(key=key).check("/v1/models", headers)
+
+
 @pytest.fixture(scope="module")
 def server(serve: Serve) -> Running:
     return serve(scripted("Hi"), limits=Limits(body=20_000, tokens=50))
@@ -176,6 +221,9 @@ def test_an_origin_that_is_allowed_is_answered(serve: Serve) -> None:
         ({"temperature": "hot"}, "temperature", "give a number from 0 to 2"),
         ({"temperature": 2.5}, "temperature", "give a number from 0 to 2"),
         ({"temperature": True}, "temperature", "give a number from 0 to 2"),
+        ({"temperature": 10**400}, "temperature", "give a number from 0 to 2"),
+        ({"temperature": -(10**400)}, "temperature", "give a number from 0 to 2"),
+        ({"temperature": float("nan")}, "temperature", "give a number from 0 to 2"),
         ({"top_p": -1}, "top_p", "from 0 to 1"),
         ({"max_tokens": 0}, "max_tokens", "an integer from 1 up"),
         ({"max_tokens": 51}, "max_tokens", "this server gives 50 at most"),

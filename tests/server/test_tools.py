@@ -74,6 +74,15 @@ def test_without_tools_markers_are_text(server: Running, options: dict[str, Any]
     assert streamed == f"Wait. {CALL}"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_integer_of_any_length_is_an_argument(serve: Serve, stream: bool) -> None:
+    server = serve(scripted(f"<|tool_call_start|>[add(a={10**330}, b=3)]<|tool_call_end|>"))
+    answer = chat(server, ASKED, tools=TOOLS, stream=stream)
+    messages = [chunk.choices[0].delta for chunk in answer] if stream else [answer.choices[0].message]
+    (call,) = [call for message in messages for call in message.tool_calls or ()]
+    assert json.loads(call.function.arguments) == {"a": 10**330, "b": 3}
+
+
 def test_a_call_with_wrong_arguments_is_text(server: Running) -> None:
     messages = [*ASKED, *({"role": role, "content": "x"} for role in ("assistant", "user", "assistant", "user"))]
     answer = chat(server, messages, tools=TOOLS).choices[0]

@@ -46,6 +46,11 @@ def test_a_text_that_begins_with_a_slash_can_be_sent(conversation: Talk, line: s
         ("/save-state", "/save-state: names no file"),
         ("/load none.json", "none.json: no such file"),
         ("/load-state none", "none: no such file; make it with --save-state"),
+        ("/save ~nobody-here/x.json", "/save '~nobody-here/x.json': there is no such home folder; give a whole path"),
+        ("/load ~nobody-here/x.json", "there is no such home folder"),
+        ("/save-state ~nobody-here/x", "there is no such home folder"),
+        ("/load-state ~nobody-here/x", "there is no such home folder"),
+        ("/save ~\0/x", "there is no such home folder"),
     ],
 )
 def test_what_cannot_be_done_is_said_and_the_conversation_goes_on(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from lfm2_export.errors import ConfigError
 from lfm2_export.replies import ToolCall
-from lfm2_export.terminal.toolbox import open_toolbox
+from lfm2_export.terminal.toolbox import Toolbox, open_toolbox
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 MODULE = '''
@@ -56,6 +57,36 @@ def test_the_public_functions_of_a_file_run(tmp_path: Path) -> None:
     assert toolbox.run(ToolCall(name="place", arguments={"x": 2})) == '"Point(x=2)"'
     assert toolbox.run(ToolCall(name="leave", arguments={})) == "Error: SystemExit: no"
     assert toolbox.run(ToolCall(name="add", arguments={"c": 1})).startswith("Error: TypeError: ")
+
+
+class Unwilling(Exception):
+    """It cannot say what it is."""
+
+    def __str__(self) -> str:
+        raise Unwilling
+
+
+def unwilling() -> None:
+    raise Unwilling
+
+
+CIRCLE: list[object] = []
+CIRCLE.append(CIRCLE)
+
+
+@pytest.mark.parametrize(
+    ("function", "told"),
+    [
+        (lambda: {("a", "b"): 1}, "Error: TypeError: keys must be "),
+        (lambda: CIRCLE, "Error: ValueError: Circular reference"),
+        (Unwilling, "Error: Unwilling"),
+        (unwilling, "Error: Unwilling"),
+    ],
+    ids=["keys", "circle", "unwilling result", "unwilling error"],
+)
+def test_a_result_that_cannot_be_written_out_is_told_as_an_error(function: Callable[[], object], told: str) -> None:
+    toolbox = Toolbox(described=[WEATHER], functions={"weather": function})
+    assert toolbox.run(ToolCall(name="weather", arguments={})).startswith(told)
 
 
 @pytest.mark.parametrize(
