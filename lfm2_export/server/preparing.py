@@ -1,7 +1,7 @@
 """Requests before they reach a program's queue: a few are prepared at a time, and what cannot fit is not tokenized.
 
-In: a request's text. Out: its tokens. Tokenizing takes 2.5 s and 400 MB for each MB of some texts, so that their lengths
-and how many are tokenized at once are bounded.
+In: a request's text. Out: its tokens. A MB of some texts takes 2.5 s and 400 MB to tokenize: lengths are bounded, and
+how many are tokenized at once.
 """
 
 from __future__ import annotations
