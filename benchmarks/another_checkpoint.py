@@ -5,7 +5,7 @@
     python -m benchmarks.another_checkpoint wide --device cuda --output build/checkpoints/wide
 
 In: the text that the bundled checkpoints are trained on (examples/train_bundled.py). Out: a checkpoint's folder, the
-same on every run of one machine; ten minutes of one fast core, or half a minute of a GPU.
+same on every run of one machine; from ten minutes to an hour of one core.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "dense": ("tiny-dense", {"num_hidden_layers": 8, "full_attn_idxs": [1, 4, 6], "block_ff_dim": 768}),
-    # 26 million weights, and linears of twice the others' width: ten times as long on a CPU.
+    # 26 million weights, and linears of twice the others' width; for a GPU.
     "wide": (
         "tiny-dense",
         {

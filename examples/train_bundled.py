@@ -342,7 +342,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder to write; replaced if it exists")
     parser.add_argument("--held-out", type=Path, help="also write a part of the held-out text to this file")
     parser.add_argument("--steps", type=int, help=f"training steps (default {STEPS}, or 4 with --quick)")
-    parser.add_argument("--device", default="cpu", help="cuda: minutes become seconds; the weights are other ones")
+    parser.add_argument("--device", default="cpu", help="cpu (default), or cuda, which gives other weights")
     parser.add_argument("--quick", action="store_true", help="small steps and little measuring: a smoke run of seconds")
     options = parser.parse_args(arguments)
     options.steps = options.steps or (4 if options.quick else STEPS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -124,11 +123,8 @@ def multiplied(count: int) -> dict[str, Any]:
 def test_a_schema_that_would_take_the_stack_or_minutes_is_refused(
     grammars: Grammars, schema: dict[str, Any], fault: str
 ) -> None:
-    start = time.process_time()
     with pytest.raises(GenerationError, match=fault):
         grammars.of_schema(schema)
-    print(f"{time.process_time() - start:.2f} s")
-    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,10 @@ from lfm2_export.server.engine import Engine
 from lfm2_export.server.errors import translated
 from lfm2_export.server.generating import Asked, Done, Piece
 from lfm2_export.server.job import Job, Output
+from lfm2_export.server.leaving import unless_gone
 
 # Some proxies hold back what is not marked so.
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-_CLIENT_GONE = 499
 
 
 async def respond(request: Request, engine: Engine, asked: Asked, answer: Answer, *, stream: bool) -> Response:
@@ -81,17 +81,10 @@ def _event(chunk: Json) -> str:
 
 
 async def _whole(request: Request, outputs: _Outputs, answer: Answer) -> Response:
-    made = asyncio.ensure_future(_collected(outputs, answer))
-    gone = asyncio.ensure_future(_disconnected(request))
     try:
-        await asyncio.wait({made, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not made.done():
-            return Response(status_code=_CLIENT_GONE)
-        return JSONResponse(json_values.plain(made.result()))
+        return JSONResponse(json_values.plain(await unless_gone(request, _collected(outputs, answer))))
     finally:
         outputs.cancel()
-        made.cancel()
-        gone.cancel()
 
 
 async def _collected(outputs: _Outputs, answer: Answer) -> Json:
@@ -100,8 +93,3 @@ async def _collected(outputs: _Outputs, answer: Answer) -> Json:
             return answer.whole(output)
         answer.piece(output)
     raise AssertionError("outputs end with Done")
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -25,6 +25,7 @@ from lfm2_export.messages import shown
 from lfm2_export.server.answer import Json
 from lfm2_export.server.errors import ApiError, about_to_end, invalid
 from lfm2_export.server.fields import Body, refuse_unless, text
+from lfm2_export.server.leaving import unless_gone
 
 if TYPE_CHECKING:  # the command says which extra is missing
     from starlette.requests import Request
@@ -33,7 +34,6 @@ _MOST_TEXTS = 2048  # OpenAI's
 # UTF-8 of a part's texts, and so the most tokens that nobody can stop, unless one text alone has more. Some 1,000 of
 # English: a prompt's parts gain little above 128 (batching.py), and short texts are still computed by the dozen.
 _PART_BYTES = 4096
-_CLIENT_GONE = 499
 _QUERY, _DOCUMENT = "query", "document"
 _FLOAT, _BASE64 = "float", "base64"
 
@@ -104,23 +104,17 @@ class EncoderQueue:
         """Called in one event loop only, with the HTTP request that asks, whose body was read.
 
         Raises:
-            ApiError: the queue is full, the server is about to end, or nobody waits for the vectors any more.
+            ApiError: the queue is full, or the server is about to end.
+            ClientDisconnect: nobody waits for the vectors any more.
         """
         if self._asked > self._limit:
             raise ApiError(
                 429, f"{self._asked} requests for {self.name} come first; try again later", code="queue_full"
             )
         self._asked += 1
-        made = asyncio.ensure_future(self._embed(asked))
-        gone = asyncio.ensure_future(_disconnected(request))
         try:
-            await asyncio.wait({made, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not made.done():
-                raise ApiError(_CLIENT_GONE, "the client went away")
-            return made.result()
+            return await unless_gone(request, self._embed(asked))
         finally:
-            made.cancel()
-            gone.cancel()
             self._asked -= 1
 
     async def _embed(self, asked: EmbeddingRequest) -> Embedded:
@@ -160,11 +154,6 @@ class EncoderQueue:
         """``stop``, and waits for the thread, which is at most one part away from its end."""
         self.stop()
         self._thread.shutdown(cancel_futures=True)
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _parts(texts: Sequence[str]) -> Iterator[list[int]]:

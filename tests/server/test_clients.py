@@ -82,8 +82,8 @@ def test_abandoned_requests_do_not_stay_in_the_queue(serve: Serve) -> None:
     for gone in range(4):
         with pytest.raises(httpx.ReadTimeout):
             server.http().post(CHAT, json={"messages": HELLO}, timeout=0.3)
-        assert server.count("lfm2_requests_waiting") == 1
-        assert server.count("lfm2_abandoned_requests_total") == gone
+        until(lambda gone=gone: server.count("lfm2_abandoned_requests_total") == gone)
+        until(lambda: server.count("lfm2_requests_waiting") == 1)
     model.runner.gate.set()
     until(lambda: server.count("lfm2_requests_waiting") == 0)
     assert server.count("lfm2_abandoned_requests_total") == 4
