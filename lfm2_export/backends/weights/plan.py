@@ -30,7 +30,7 @@ from lfm2_export.families.tensors import (
     feed_forward_prefix,
 )
 from lfm2_export.quant.formats import IntFormat, WeightFormat
-from lfm2_export.quant.schemes import FormatChoice, Scheme
+from lfm2_export.quant.schemes import FormatChoice, Scheme, check_patterns
 
 # Shape and dtype of each tensor of a weight, by its role: weight, or qdata, scale and zero_point.
 Roles = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
@@ -191,6 +191,7 @@ class _Planner:
     def __init__(self, config: ModelConfig, scheme: Scheme, storage: Storage):
         self.config, self.scheme, self.storage = config, scheme, storage
         self.tensors: Tensors = get_family(config.model_type).tensors(config)
+        check_patterns(scheme.exclude, self.tensors)
         self.choices = {name: self._choose(tensor) for name, tensor in self.tensors.items()}
 
     def _choose(self, tensor: ModelTensor) -> FormatChoice:
