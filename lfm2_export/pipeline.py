@@ -173,7 +173,7 @@ def _run(settings: ExportSettings, progress: Progress) -> Artifact:
     if opened.config.drafter is not None:
         asked = tuple(settings.for_drafter(choice) for choice in asked)
     companions.check(opened)
-    # Every plan looks at these patterns itself; here they are refused before the widths are chosen, which takes minutes.
+    # Every plan looks at these patterns, too; here they are refused before widths are chosen, which takes minutes.
     for scheme in (scheme for choice in asked for scheme in choice.schemes):
         check_patterns(scheme.exclude, opened.model_tensors)
     progress.phase("choosing what is stored how")

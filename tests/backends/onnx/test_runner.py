@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from dataclasses import replace
 from pathlib import Path
+from weakref import WeakSet
 
 import numpy as np
 import onnx
@@ -17,6 +18,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from lfm2_export.backends.base import Runner
+from lfm2_export.backends.onnx import session
 from lfm2_export.backends.onnx.runner import OnnxRunner
 from lfm2_export.cache import CacheSpec, StateTensor
 from lfm2_export.errors import ArtifactError, ContextLimitError, ResourceError, RunnerError
@@ -440,6 +442,22 @@ def test_bad_options_are_refused(folder, options):
 def test_batch_size_zero_is_refused(runner):
     with pytest.raises(RunnerError, match=r"batch_size=0"):
         runner.reset(0)
+
+
+def test_only_the_first_of_several_sessions_waits_awake(folder, monkeypatch):
+    monkeypatch.setattr(session, "_open", WeakSet())
+    first, second = (session.open_session(folder / "model.onnx", threads=2) for _ in range(2))
+    assert [_stops_spinning(opened) for opened in (first, second)] == [False, True]
+    del first, second
+    gc.collect()
+    assert not _stops_spinning(session.open_session(folder / "model.onnx", threads=2))
+
+
+def _stops_spinning(opened: ort.InferenceSession) -> bool:
+    try:
+        return opened.get_session_options().get_session_config_entry("session.force_spinning_stop") == "1"
+    except RuntimeError:  # nothing of the name was set
+        return False
 
 
 def test_a_missing_program_is_named(folder):
