@@ -169,6 +169,7 @@ LFM2_ALWAYS void store_apart(const Ints (&x)[4], int8_t flip, int8_t* even, int8
 }
 LFM2_ALWAYS Ints times_128(Ints x) { return _mm256_slli_epi32(x, 7); }
 LFM2_ALWAYS Bytes broadcast_byte(int8_t x) { return _mm256_set1_epi8(x); }
+LFM2_ALWAYS Bytes add_bytes(Bytes a, Bytes b) { return _mm256_add_epi8(a, b); }
 LFM2_ALWAYS Bytes sub_bytes(Bytes a, Bytes b) { return _mm256_sub_epi8(a, b); }
 LFM2_ALWAYS Bytes exclusive_or(Bytes a, Bytes b) { return _mm256_xor_si256(a, b); }
 
@@ -399,6 +400,8 @@ struct TileSum<4> {
     if (i % 4 == 3) {
       sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
+    // GCC would multiply everything before it adds, and store what no register is left for.
+    __asm__("" : "+x"(pairs));
   }
   LFM2_ALWAYS Floats total() const { return _mm256_cvtepi32_ps(sum); }
 };
@@ -412,6 +415,7 @@ struct TileSum<8> {
   LFM2_ALWAYS void add(int, Bytes four, Bytes weights) {
     const __m256i inputs = _mm256_xor_si256(four, _mm256_set1_epi8(-128));
     sum = _mm256_add_epi32(sum, signed_products({_mm256_abs_epi8(weights), weights}, inputs));
+    __asm__("" : "+x"(sum));
   }
   LFM2_ALWAYS Floats total() const { return _mm256_cvtepi32_ps(sum); }
 };

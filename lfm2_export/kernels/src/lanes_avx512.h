@@ -111,6 +111,7 @@ LFM2_ALWAYS void store_apart(const Ints (&x)[2], int8_t flip, int8_t* even, int8
 }
 LFM2_ALWAYS Ints times_128(Ints x) { return _mm512_slli_epi32(x, 7); }
 LFM2_ALWAYS Bytes broadcast_byte(int8_t x) { return _mm512_set1_epi8(x); }
+LFM2_ALWAYS Bytes add_bytes(Bytes a, Bytes b) { return _mm512_add_epi8(a, b); }
 LFM2_ALWAYS Bytes sub_bytes(Bytes a, Bytes b) { return _mm512_sub_epi8(a, b); }
 LFM2_ALWAYS Bytes exclusive_or(Bytes a, Bytes b) { return _mm512_xor_si512(a, b); }
 

@@ -26,9 +26,10 @@ constexpr int kFetchLocality = 3;
 constexpr int kRows = 4;          // of a tile of `dot`
 constexpr int kSets = 4;          // of a piece: registers of scales, whose groups fill a register of each row
 constexpr int kPartInputs = kBlocks * kGroupInputs;
-// Tokens of one pass of `dot`. For groups of 16, which few matrices have, half as many: a quarter of the code.
+// Tokens of one pass of `dot`: AVX-512 has registers for the sums of so many. For groups of 16, which few matrices have, half
+// as many: a quarter of the code.
 template <int kShares>
-constexpr int kMostTokens = 8 / kShares;
+constexpr int kMostTokens = (kLanes == 16 ? 12 : 8) / kShares;
 constexpr int64_t kLine = 64;
 
 // A line of the weights `bytes` after `at`, which may lie behind the tensor's end: harmless.
@@ -257,7 +258,7 @@ LFM2_ALWAYS void add_piece(const Rows& rows, int64_t piece, int64_t left, const 
       points[share] = kPoints ? load_set(factors.points, group, walk) : broadcast(kBits == 4 ? 8 : kByteZero);
     }
     const int64_t inputs = inputs_at<kBits>((piece * kParts + part) * kPartInputs);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int t = 0; t < kTokens; ++t) {
       const Bytes a = load_bytes(x.codes_of(t) + inputs);
       const Bytes b = load_bytes(x.codes_of(t) + inputs + Codes<kBits>::kSecond);
