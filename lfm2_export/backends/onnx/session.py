@@ -24,7 +24,7 @@ MIN_ONNXRUNTIME = (1, 31)
 # onnxruntime logs a warning for every initializer that its optimizer leaves unused, which nobody could act on, and
 # every error that it also raises, which we say ourselves.
 _LOG_FATAL_ONLY = 4
-# Workers of a session wait for its next run awake, which is the quickest where one session runs: a step of a small model
+# Workers of a session wait for its next run awake, which is quickest where one session runs: a step of a small model
 # takes a third less. Where sessions run by turns (a model, its scoring graph, a drafter), those that wait take the
 # processors from the one that runs: on two cores a step of the 1.2B after a pass that verified took 1.6 times as
 # long. So the first one waits awake, and what is opened beside it does not.
