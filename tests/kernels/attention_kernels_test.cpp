@@ -129,6 +129,28 @@ void check_attention(const Target& target, const Head& head) {
   expect(head.positions == 1 || difference(got, want) > 2 * bound, what + ": other queries are not noticed");
 }
 
+// NaN in a query stays there; in a key, it gets to those that see it.
+void check_not_a_number(const Target& target, const Head& head) {
+  const int64_t count = head.queries, dim = head.head_dim;
+  const Buffer<float> clean(count * dim), got(count * dim), row(dim, 1.0f);
+  const std::string what = std::string(target.name) + " attention, " + head.described();
+  head.run(target, 0, count, clean);
+  const float before = head.q[dim + 2];
+  head.q[dim + 2] = std::numeric_limits<float>::quiet_NaN();
+  head.run(target, 0, count, got);
+  for (int64_t i = 0; i < count * dim; ++i) {
+    expect(i / dim == 1 ? std::isnan(got[i]) : got[i] == clean[i], what + ": a query's NaN is lost, or spreads");
+  }
+  head.q[dim + 2] = before;
+  row[5] = std::numeric_limits<float>::quiet_NaN();
+  lfm2::scalar::kAttentionKernels.store(row.data(), head.of(head.key), 0);
+  head.run(target, 0, count, got);
+  for (int64_t i = 0; i < count * dim; ++i) {
+    expect(head.begins[i / dim] == 0 ? std::isnan(got[i]) : got[i] == clean[i],
+           what + ": a key's NaN is lost, or spreads");
+  }
+}
+
 void check_stores(const Target& target) {
   for (const int64_t dim : {16, 80, 128}) {
     const Buffer<float> x(dim);
@@ -197,5 +219,10 @@ void test_attention_kernels() {
     check_loops(target);
     std::printf("%-40s off by %.1e at most, with int8 by %.1e\n", (std::string("attention ") + *name).c_str(), worst[0],
                 worst[1]);
+  }
+  for (auto name = lfm2::runnable_targets(); *name != nullptr; ++name) {
+    for (const bool is_int8 : {false, true}) {
+      check_not_a_number(*lfm2::target_by_name(*name), Head(80, 130, 5, is_int8));
+    }
   }
 }

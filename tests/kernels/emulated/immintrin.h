@@ -1,9 +1,9 @@
-// Stands before the compiler's header of this name, and brings the instructions of AVX-512 and AVX-VNNI that the kernels use
-// as functions that need no more than AVX2: so those kernels are tested where no processor has them. A register of 64 bytes
-// is two of 32.
+// Stands before the compiler's header of this name, and brings the instructions of AVX-512 and AVX-VNNI that the
+// kernels use as functions that need no more than AVX2: so those kernels are tested where no processor has them. A
+// register of 64 bytes is two of 32.
 //
-// Inside namespace lfm2 these functions hide the compiler's, whose names they have. An instruction that is not here is an
-// error there: the compiler's own does not take these registers, or wants its set to be enabled.
+// Inside namespace lfm2 these functions hide the compiler's, whose names they have. An instruction that is not here is
+// an error there: the compiler's own does not take these registers, or wants its set to be enabled.
 //
 // What they compute is Intel's documentation of each instruction; where that leaves an order open, GCC 12's header.
 
@@ -109,8 +109,12 @@ LFM2_EMULATED __m512i _mm512_slli_epi32(__m512i x, unsigned count) {
   return {_mm256_slli_epi32(x.low, static_cast<int>(count)), _mm256_slli_epi32(x.high, static_cast<int>(count))};
 }
 
-LFM2_EMULATED __m512 _mm512_castsi512_ps(__m512i x) { return {_mm256_castsi256_ps(x.low), _mm256_castsi256_ps(x.high)}; }
-LFM2_EMULATED __m512i _mm512_castps_si512(__m512 x) { return {_mm256_castps_si256(x.low), _mm256_castps_si256(x.high)}; }
+LFM2_EMULATED __m512 _mm512_castsi512_ps(__m512i x) {
+  return {_mm256_castsi256_ps(x.low), _mm256_castsi256_ps(x.high)};
+}
+LFM2_EMULATED __m512i _mm512_castps_si512(__m512 x) {
+  return {_mm256_castps_si256(x.low), _mm256_castps_si256(x.high)};
+}
 LFM2_EMULATED __m128 _mm512_castps512_ps128(__m512 x) { return _mm256_castps256_ps128(x.low); }
 
 LFM2_EMULATED __m512 _mm512_setzero_ps() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
@@ -188,9 +192,15 @@ LFM2_EMULATED Register load_masked(uint64_t mask, const void* at) {
   std::memcpy(&found, bytes, sizeof found);
   return found;
 }
-LFM2_EMULATED __m512i _mm512_maskz_loadu_epi8(__mmask64 mask, const void* at) { return load_masked<1, __m512i>(mask, at); }
-LFM2_EMULATED __m256i _mm256_maskz_loadu_epi16(__mmask16 mask, const void* at) { return load_masked<2, __m256i>(mask, at); }
-LFM2_EMULATED __m128i _mm_maskz_loadu_epi8(__mmask16 mask, const void* at) { return load_masked<1, __m128i>(mask, at); }
+LFM2_EMULATED __m512i _mm512_maskz_loadu_epi8(__mmask64 mask, const void* at) {
+  return load_masked<1, __m512i>(mask, at);
+}
+LFM2_EMULATED __m256i _mm256_maskz_loadu_epi16(__mmask16 mask, const void* at) {
+  return load_masked<2, __m256i>(mask, at);
+}
+LFM2_EMULATED __m128i _mm_maskz_loadu_epi8(__mmask16 mask, const void* at) {
+  return load_masked<1, __m128i>(mask, at);
+}
 
 LFM2_EMULATED __mmask16 _mm512_test_epi32_mask(__m512i a, __m512i b) {  // where they have a bit in common
   const __m512i both = _mm512_and_si512(a, b);

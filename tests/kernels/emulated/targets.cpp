@@ -1,6 +1,6 @@
-// Brings the emulated kernels among those that this processor runs. The linker sends here who calls the two functions of
-// dispatch.cpp that find kernels (--wrap in CMakeLists.txt), so that the tests, and the C interface that they use, need not
-// know which kernels are emulated.
+// Brings the emulated kernels among those that this processor runs. Who calls the two functions of dispatch.cpp that
+// find kernels is sent here by the linker (--wrap in CMakeLists.txt), so that neither the tests nor the C interface
+// that they use need to know which kernels are emulated.
 
 #include <cstring>
 #include <vector>
