@@ -8,9 +8,10 @@
 namespace lfm2 {
 namespace {
 
-// One token more would be another pass of `dot`, which takes as long. On a Sapphire Rapids a pass of the 1.2B over 8 tokens
-// took 1.77 times one's in `dot`, 0.14 more for each beyond 4; over 9 in `block` 2.27, over 16 2.84. Without VNNI `dot` gains less from more tokens: at 6 `block` takes 0.95 of its time with
-// 4 bits, at 8 of them 0.93, with 8 bits 0.8; at 5 and below it takes more.
+// One token more would be another pass of `dot`, which takes as long. AVX-512: on a Sapphire Rapids the 1.2B over 4 tokens
+// took 1.18 steps and over 8 1.77 in `dot`, over 9 2.27 and over 12 2.53 in `block`; that `dot` goes on at that rate up to 12
+// is expected, not measured. Without VNNI `dot` gains less from more tokens: at 5 `block` takes as long with 4 bits, at
+// 6 less (with 8 bits 0.8 of the time, before its sums stayed in registers).
 #if defined(__AVX512F__)
 constexpr int64_t kFewTokens = 12;
 #elif defined(__AVXVNNI__)
